@@ -1,0 +1,240 @@
+"""What is sampled: a trained point, the loss around it, and the weights that may move."""
+
+import hashlib
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PyTree = Any
+Mask = PyTree | Callable[[tuple[str, ...]], Any] | None
+
+
+class _Leaf(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    dtype: Any
+    chosen: np.ndarray | None  # flat indices of the entries that move; None when the whole leaf moves
+
+
+def check_positive(name: str, value: Any, remedy: str, *, zero: bool = False) -> None:
+    """Raise unless ``value`` is a finite real number above zero (or, with ``zero``, at least zero)."""
+    allowed = f"{name} must be a finite number {'>=' if zero else '>'} 0, got {value!r}. {remedy}"
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(allowed) from None
+    if isinstance(value, bool | str):
+        raise TypeError(allowed)
+    if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
+        raise ValueError(allowed)
+
+
+def check_count(name: str, value: Any, least: int, remedy: str = "") -> None:
+    """Raise unless ``value`` is a whole number of at least ``least``."""
+    sentence = f"{name} must be a whole number >= {least}, got {value!r}. {remedy}".rstrip()
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(sentence)
+    if value < least:
+        raise ValueError(sentence)
+
+
+def path_of(key_path: tuple) -> tuple[str, ...]:
+    """A pytree key path as plain strings, e.g. ``("blocks", "0", "attention", "kernel")``."""
+    return tuple(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in key_path)
+
+
+@dataclass(frozen=True, eq=False)
+class LocalPosterior:
+    """The local tempered posterior around trained weights.
+
+    Target density, over the weights that the mask leaves free::
+
+        p(w) proportional to exp( -nbeta L_n(w) - (localization / 2) |w - center|^2 )
+
+    with ``L_n(w)`` the mean of ``loss_fn`` over the data set (nats per example).
+
+    Args:
+        loss_fn: ``loss_fn(params, batch)`` gives one loss per example, shape ``(m,)``, or their mean, shape ``()``.
+        center: w*, the trained parameters: a pytree of floating-point arrays.
+        num_data: n, the size of the data set (not of a batch).
+        nbeta: n times the inverse temperature; default ``num_data / log(num_data)``.
+        localization: gamma, the strength of the pull to ``center``, per squared unit of weight.
+        mask: which weights move. A pytree of booleans shaped like ``center`` (one per leaf, or a boolean array of the
+            leaf's shape), or a function of a leaf's path (a tuple of strings) that returns either. Default: all.
+        forward_dtype: type in which ``loss_fn`` sees the weights, e.g. ``jnp.bfloat16``. The chains' own copy (the
+            master) is float32 at least. Default: each leaf's own type.
+
+    Raises:
+        TypeError, ValueError: for a hyperparameter, a leaf or a mask that cannot be sampled; the text says which.
+
+    Source: Lau, Furman, Wang, Murfet, Wei, arXiv:2308.12108.
+    """
+
+    loss_fn: Callable[[PyTree, PyTree], jax.Array]
+    center: PyTree
+    num_data: int
+    nbeta: float | None = None
+    localization: float = 1.0
+    mask: Mask = None
+    forward_dtype: Any = None
+
+    def __post_init__(self):
+        check_count("num_data", self.num_data, 2, "It is the size of the data set, not of the batch.")
+        if self.nbeta is None:
+            object.__setattr__(self, "nbeta", self.num_data / math.log(self.num_data))
+        check_positive(
+            "nbeta", self.nbeta, "The usual choice is num_data / log(num_data), with num_data the size of the data set."
+        )
+        check_positive(
+            "localization", self.localization, "It is gamma in (gamma/2)|w - w*|^2; 1 to 300 are common values."
+        )
+        self._leaves  # noqa: B018  (checks the center and the mask now, not at the first step)
+
+    @cached_property
+    def _leaves(self) -> list[_Leaf]:
+        flat, treedef = jax.tree_util.tree_flatten_with_path(self.center)
+        if not flat:
+            raise ValueError("center has no arrays. Pass the trained parameters as a pytree of floating-point arrays.")
+        masks = _leaf_masks(self.mask, flat, treedef)
+        leaves = [_check_leaf("/".join(path_of(path)), leaf, m) for (path, leaf), m in zip(flat, masks, strict=True)]
+        if not any(_is_free(leaf) for leaf in leaves):
+            raise ValueError(f"the mask leaves no weight free: all {len(leaves)} leaves are frozen. Check the mask against {_names(leaves)}.")
+        if self.mask is not None and all(_is_free(leaf) and leaf.chosen is None for leaf in leaves):
+            raise ValueError(f"the mask restricts nothing: it is true for all of {_names(leaves)}. Leave it out, or check the path it tests.")
+        return leaves
+
+    @property
+    def free_names(self) -> list[str]:
+        """Path of each leaf that moves, in the order of ``split``'s first result."""
+        return [leaf.name for leaf in self._leaves if _is_free(leaf)]
+
+    @property
+    def num_free(self) -> int:
+        """d, the number of weights that move."""
+        return sum(math.prod(leaf.shape) if leaf.chosen is None else leaf.chosen.size for leaf in self._leaves)
+
+    def split(self, params: PyTree) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        """``params`` as (position, frozen): what moves, in its master type, and what does not.
+
+        A leaf that the mask cuts appears in both: its chosen entries as a vector in ``position``, whole in ``frozen``.
+        """
+        position, frozen = [], []
+        for leaf, value in zip(self._leaves, jax.tree.leaves(params), strict=True):
+            if not _is_free(leaf):
+                frozen.append(jnp.asarray(value))
+                continue
+            master = jnp.asarray(value, jnp.promote_types(leaf.dtype, jnp.float32))
+            if leaf.chosen is not None:
+                frozen.append(master)
+                master = master.reshape(-1)[leaf.chosen]
+            position.append(master)
+        return tuple(position), tuple(frozen)
+
+    def merge(self, position: tuple[jax.Array, ...], frozen: tuple[jax.Array, ...]) -> PyTree:
+        """The full parameters, in the types that ``loss_fn`` sees."""
+        free, rest, values = iter(position), iter(frozen), []
+        for leaf in self._leaves:
+            value = next(free) if _is_free(leaf) and leaf.chosen is None else next(rest)
+            if leaf.chosen is not None and leaf.chosen.size:
+                value = value.reshape(-1).at[leaf.chosen].set(next(free), unique_indices=True).reshape(leaf.shape)
+            floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+            values.append(value.astype(self.forward_dtype or leaf.dtype) if floating else value)
+        return jax.tree.unflatten(jax.tree.structure(self.center), values)
+
+    def losses(self, position: tuple, frozen: tuple, batch: PyTree) -> jax.Array:
+        """Per-example losses ``(m,)`` or their mean ``()``, in float32 at least. Raises ValueError on another shape."""
+        value = self.loss_fn(self.merge(position, frozen), batch)
+        size = jax.tree.leaves(batch)[0].shape[0]
+        shape = getattr(value, "shape", None)
+        if shape not in ((), (size,)):
+            found = f"shape {shape}" if shape is not None else f"a {type(value).__name__}"
+            raise ValueError(
+                f"loss_fn must return one loss per example, shape ({size},) for this batch, or a scalar; it returned {found}. "
+                f"Reduce over every other axis (a sum over outputs, a mean over tokens) inside loss_fn."
+            )
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise TypeError(f"loss_fn must return floating-point losses, it returned {value.dtype}.")
+        return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+
+    def mean_loss(self, position: tuple, frozen: tuple, batch: PyTree) -> jax.Array:
+        """L_m(w), the mean over the batch."""
+        return jnp.mean(self.losses(position, frozen, batch))
+
+    def fingerprint(self, batch: PyTree) -> dict[str, Any]:
+        """Everything of the posterior that a result depends on; ``batch`` gives shapes only."""
+        position, frozen = jax.eval_shape(self.split, self.center)
+        closed = jax.make_jaxpr(self.mean_loss)(position, frozen, batch)
+        program = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "0x", str(closed.jaxpr)).encode())
+        for constant in closed.consts:
+            program.update(np.asarray(constant).tobytes())
+        return {
+            "loss_fn": program.hexdigest(),
+            "center": tree_digest(self.center),
+            "mask": tree_digest([leaf.chosen if leaf.chosen is not None else np.zeros(0) for leaf in self._leaves]),
+            "num_data": int(self.num_data),
+            "nbeta": float(self.nbeta),  # type: ignore[arg-type]
+            "localization": float(self.localization),
+        }
+
+
+def tree_digest(tree: PyTree) -> str:
+    """SHA-256 over structure, types, shapes and bytes of a pytree of arrays."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        value = np.asarray(leaf)
+        digest.update(f"{path_of(path)} {value.dtype} {value.shape}".encode())
+        digest.update(np.ascontiguousarray(value).view(np.uint8).data if value.size else b"")
+    return digest.hexdigest()
+
+
+def _is_free(leaf: _Leaf) -> bool:
+    return leaf.chosen is None or leaf.chosen.size > 0
+
+
+def _names(leaves: list[_Leaf]) -> str:
+    names = [leaf.name or "(root)" for leaf in leaves]
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def _leaf_masks(mask: Mask, flat: list, treedef) -> list:
+    if mask is None:
+        return [True] * len(flat)
+    if callable(mask):
+        return [mask(path_of(path)) for path, _ in flat]
+    found = jax.tree.structure(mask)
+    if found != treedef:
+        raise ValueError(f"the mask does not match center: it has structure {found}, center has {treedef}. Give one boolean (or boolean array) for each leaf, or a function of the leaf's path.")
+    return jax.tree.leaves(mask)
+
+
+def _check_leaf(name: str, value: Any, mask: Any) -> _Leaf:
+    if not hasattr(value, "dtype") or not hasattr(value, "shape"):
+        raise TypeError(f"parameter '{name}' is {value!r}, not an array.")
+    chosen = _chosen(name, tuple(value.shape), mask)
+    leaf = _Leaf(name, tuple(value.shape), value.dtype, chosen)
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        if _is_free(leaf):
+            raise TypeError(f"parameter '{name}' has type {value.dtype}; only floating-point weights can be sampled. Freeze it with a mask, or keep it out of center.")
+        return leaf
+    bad = int(value.size - jnp.count_nonzero(jnp.isfinite(value)))
+    if bad:
+        raise ValueError(f"parameter '{name}' has {bad} entries of {value.size} that are NaN or infinite; center must be finite.")
+    return leaf
+
+
+def _chosen(name: str, shape: tuple[int, ...], mask: Any) -> np.ndarray | None:
+    array = np.asarray(mask)
+    if array.dtype != np.bool_:
+        raise TypeError(f"the mask for '{name}' must be boolean, got {mask!r} of type {array.dtype}.")
+    if array.ndim and array.shape != shape:
+        raise ValueError(f"the mask for '{name}' has shape {array.shape}, the parameter has {shape}.")
+    if array.all():
+        return None
+    return np.flatnonzero(array).astype(np.int32) if array.ndim else np.zeros(0, np.int32)
