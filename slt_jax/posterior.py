@@ -20,7 +20,19 @@ class _Leaf(NamedTuple):
     name: str
     shape: tuple[int, ...]
     dtype: Any
-    chosen: np.ndarray | None  # flat indices of the entries that move; None when the whole leaf moves
+    entries: bytes | None  # int32 flat indices of the entries that move; None when the whole leaf moves
+
+    @property
+    def free(self) -> bool:
+        return self.entries != b""
+
+    @property
+    def cut(self) -> bool:
+        return bool(self.entries)
+
+    @property
+    def indices(self) -> np.ndarray:
+        return np.frombuffer(self.entries or b"", np.int32)
 
 
 def check_positive(name: str, value: Any, remedy: str, *, zero: bool = False) -> None:
@@ -48,6 +60,63 @@ def check_count(name: str, value: Any, least: int, remedy: str = "") -> None:
 def path_of(key_path: tuple) -> tuple[str, ...]:
     """A pytree key path as plain strings, e.g. ``("blocks", "0", "attention", "kernel")``."""
     return tuple(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in key_path)
+
+
+@dataclass(frozen=True)
+class LossProgram:
+    """The loss as a function of the free weights: what a compiled program depends on. Hashable, holds no arrays."""
+
+    loss_fn: Callable[[PyTree, PyTree], jax.Array]
+    treedef: Any
+    leaves: tuple[_Leaf, ...]
+    forward_dtype: Any
+
+    def split(self, params: PyTree) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+        """``params`` as (position, frozen): what moves, in its master type, and what does not.
+
+        A leaf that the mask cuts appears in both: its chosen entries as a vector in ``position``, whole in ``frozen``.
+        """
+        position, frozen = [], []
+        for leaf, value in zip(self.leaves, jax.tree.leaves(params), strict=True):
+            if not leaf.free:
+                frozen.append(jnp.asarray(value))
+                continue
+            master = jnp.asarray(value, jnp.promote_types(leaf.dtype, jnp.float32))
+            if leaf.cut:
+                frozen.append(master)
+                master = master.reshape(-1)[leaf.indices]
+            position.append(master)
+        return tuple(position), tuple(frozen)
+
+    def merge(self, position: tuple[jax.Array, ...], frozen: tuple[jax.Array, ...]) -> PyTree:
+        """The full parameters, in the types that ``loss_fn`` sees."""
+        free, rest, values = iter(position), iter(frozen), []
+        for leaf in self.leaves:
+            value = next(free) if leaf.free and not leaf.cut else next(rest)
+            if leaf.cut:
+                value = value.reshape(-1).at[leaf.indices].set(next(free), unique_indices=True).reshape(leaf.shape)
+            floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+            values.append(value.astype(self.forward_dtype or leaf.dtype) if floating else value)
+        return jax.tree.unflatten(self.treedef, values)
+
+    def losses(self, position: tuple, frozen: tuple, batch: PyTree) -> jax.Array:
+        """Per-example losses ``(m,)`` or their mean ``()``, in float32 at least. Raises ValueError on another shape."""
+        value = self.loss_fn(self.merge(position, frozen), batch)
+        size = jax.tree.leaves(batch)[0].shape[0]
+        shape = getattr(value, "shape", None)
+        if shape not in ((), (size,)):
+            found = f"shape {shape}" if shape is not None else f"a {type(value).__name__}"
+            raise ValueError(
+                f"loss_fn must return one loss per example, shape ({size},) for this batch, or a scalar; it returned {found}. "
+                f"Reduce over every other axis (a sum over outputs, a mean over tokens) inside loss_fn."
+            )
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise TypeError(f"loss_fn must return floating-point losses, it returned {value.dtype}.")
+        return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+
+    def mean_loss(self, position: tuple, frozen: tuple, batch: PyTree) -> jax.Array:
+        """L_m(w), the mean over the batch."""
+        return jnp.mean(self.losses(position, frozen, batch))
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,89 +164,44 @@ class LocalPosterior:
         check_positive(
             "localization", self.localization, "It is gamma in (gamma/2)|w - w*|^2; 1 to 300 are common values."
         )
-        self._leaves  # noqa: B018  (checks the center and the mask now, not at the first step)
+        self.program  # noqa: B018  (checks the center and the mask now, not at the first step)
 
     @cached_property
-    def _leaves(self) -> list[_Leaf]:
+    def program(self) -> LossProgram:
+        """The loss as a function of the free weights, without the weights."""
         flat, treedef = jax.tree_util.tree_flatten_with_path(self.center)
         if not flat:
             raise ValueError("center has no arrays. Pass the trained parameters as a pytree of floating-point arrays.")
         masks = _leaf_masks(self.mask, flat, treedef)
         leaves = [_check_leaf("/".join(path_of(path)), leaf, m) for (path, leaf), m in zip(flat, masks, strict=True)]
-        if not any(_is_free(leaf) for leaf in leaves):
+        if not any(leaf.free for leaf in leaves):
             raise ValueError(f"the mask leaves no weight free: all {len(leaves)} leaves are frozen. Check the mask against {_names(leaves)}.")
-        if self.mask is not None and all(_is_free(leaf) and leaf.chosen is None for leaf in leaves):
+        if self.mask is not None and all(leaf.free and not leaf.cut for leaf in leaves):
             raise ValueError(f"the mask restricts nothing: it is true for all of {_names(leaves)}. Leave it out, or check the path it tests.")
-        return leaves
+        forward = None if self.forward_dtype is None else jnp.dtype(self.forward_dtype)
+        return LossProgram(self.loss_fn, treedef, tuple(leaves), forward)
 
     @property
     def free_names(self) -> list[str]:
-        """Path of each leaf that moves, in the order of ``split``'s first result."""
-        return [leaf.name for leaf in self._leaves if _is_free(leaf)]
+        """Path of each leaf that moves, in the order of ``program.split``'s first result."""
+        return [leaf.name for leaf in self.program.leaves if leaf.free]
 
     @property
     def num_free(self) -> int:
         """d, the number of weights that move."""
-        return sum(math.prod(leaf.shape) if leaf.chosen is None else leaf.chosen.size for leaf in self._leaves)
-
-    def split(self, params: PyTree) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-        """``params`` as (position, frozen): what moves, in its master type, and what does not.
-
-        A leaf that the mask cuts appears in both: its chosen entries as a vector in ``position``, whole in ``frozen``.
-        """
-        position, frozen = [], []
-        for leaf, value in zip(self._leaves, jax.tree.leaves(params), strict=True):
-            if not _is_free(leaf):
-                frozen.append(jnp.asarray(value))
-                continue
-            master = jnp.asarray(value, jnp.promote_types(leaf.dtype, jnp.float32))
-            if leaf.chosen is not None:
-                frozen.append(master)
-                master = master.reshape(-1)[leaf.chosen]
-            position.append(master)
-        return tuple(position), tuple(frozen)
-
-    def merge(self, position: tuple[jax.Array, ...], frozen: tuple[jax.Array, ...]) -> PyTree:
-        """The full parameters, in the types that ``loss_fn`` sees."""
-        free, rest, values = iter(position), iter(frozen), []
-        for leaf in self._leaves:
-            value = next(free) if _is_free(leaf) and leaf.chosen is None else next(rest)
-            if leaf.chosen is not None and leaf.chosen.size:
-                value = value.reshape(-1).at[leaf.chosen].set(next(free), unique_indices=True).reshape(leaf.shape)
-            floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-            values.append(value.astype(self.forward_dtype or leaf.dtype) if floating else value)
-        return jax.tree.unflatten(jax.tree.structure(self.center), values)
-
-    def losses(self, position: tuple, frozen: tuple, batch: PyTree) -> jax.Array:
-        """Per-example losses ``(m,)`` or their mean ``()``, in float32 at least. Raises ValueError on another shape."""
-        value = self.loss_fn(self.merge(position, frozen), batch)
-        size = jax.tree.leaves(batch)[0].shape[0]
-        shape = getattr(value, "shape", None)
-        if shape not in ((), (size,)):
-            found = f"shape {shape}" if shape is not None else f"a {type(value).__name__}"
-            raise ValueError(
-                f"loss_fn must return one loss per example, shape ({size},) for this batch, or a scalar; it returned {found}. "
-                f"Reduce over every other axis (a sum over outputs, a mean over tokens) inside loss_fn."
-            )
-        if not jnp.issubdtype(value.dtype, jnp.floating):
-            raise TypeError(f"loss_fn must return floating-point losses, it returned {value.dtype}.")
-        return value.astype(jnp.promote_types(value.dtype, jnp.float32))
-
-    def mean_loss(self, position: tuple, frozen: tuple, batch: PyTree) -> jax.Array:
-        """L_m(w), the mean over the batch."""
-        return jnp.mean(self.losses(position, frozen, batch))
+        return sum(leaf.indices.size if leaf.cut else math.prod(leaf.shape) for leaf in self.program.leaves if leaf.free)
 
     def fingerprint(self, batch: PyTree) -> dict[str, Any]:
         """Everything of the posterior that a result depends on; ``batch`` gives shapes only."""
-        position, frozen = jax.eval_shape(self.split, self.center)
-        closed = jax.make_jaxpr(self.mean_loss)(position, frozen, batch)
+        position, frozen = jax.eval_shape(self.program.split, self.center)
+        closed = jax.make_jaxpr(self.program.mean_loss)(position, frozen, batch)
         program = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "0x", str(closed.jaxpr)).encode())
         for constant in closed.consts:
             program.update(np.asarray(constant).tobytes())
         return {
             "loss_fn": program.hexdigest(),
             "center": tree_digest(self.center),
-            "mask": tree_digest([leaf.chosen if leaf.chosen is not None else np.zeros(0) for leaf in self._leaves]),
+            "mask": hashlib.sha256(repr([leaf.entries for leaf in self.program.leaves]).encode()).hexdigest(),
             "num_data": int(self.num_data),
             "nbeta": float(self.nbeta),  # type: ignore[arg-type]
             "localization": float(self.localization),
@@ -192,10 +216,6 @@ def tree_digest(tree: PyTree) -> str:
         digest.update(f"{path_of(path)} {value.dtype} {value.shape}".encode())
         digest.update(np.ascontiguousarray(value).view(np.uint8).data if value.size else b"")
     return digest.hexdigest()
-
-
-def _is_free(leaf: _Leaf) -> bool:
-    return leaf.chosen is None or leaf.chosen.size > 0
 
 
 def _names(leaves: list[_Leaf]) -> str:
@@ -217,10 +237,9 @@ def _leaf_masks(mask: Mask, flat: list, treedef) -> list:
 def _check_leaf(name: str, value: Any, mask: Any) -> _Leaf:
     if not hasattr(value, "dtype") or not hasattr(value, "shape"):
         raise TypeError(f"parameter '{name}' is {value!r}, not an array.")
-    chosen = _chosen(name, tuple(value.shape), mask)
-    leaf = _Leaf(name, tuple(value.shape), value.dtype, chosen)
+    leaf = _Leaf(name, tuple(value.shape), value.dtype, _entries(name, tuple(value.shape), mask))
     if not jnp.issubdtype(value.dtype, jnp.floating):
-        if _is_free(leaf):
+        if leaf.free:
             raise TypeError(f"parameter '{name}' has type {value.dtype}; only floating-point weights can be sampled. Freeze it with a mask, or keep it out of center.")
         return leaf
     bad = int(value.size - jnp.count_nonzero(jnp.isfinite(value)))
@@ -229,7 +248,7 @@ def _check_leaf(name: str, value: Any, mask: Any) -> _Leaf:
     return leaf
 
 
-def _chosen(name: str, shape: tuple[int, ...], mask: Any) -> np.ndarray | None:
+def _entries(name: str, shape: tuple[int, ...], mask: Any) -> bytes | None:
     array = np.asarray(mask)
     if array.dtype != np.bool_:
         raise TypeError(f"the mask for '{name}' must be boolean, got {mask!r} of type {array.dtype}.")
@@ -237,4 +256,6 @@ def _chosen(name: str, shape: tuple[int, ...], mask: Any) -> np.ndarray | None:
         raise ValueError(f"the mask for '{name}' has shape {array.shape}, the parameter has {shape}.")
     if array.all():
         return None
-    return np.flatnonzero(array).astype(np.int32) if array.ndim else np.zeros(0, np.int32)
+    if not array.ndim:
+        return b""
+    return np.flatnonzero(array).astype(np.int32).tobytes()
