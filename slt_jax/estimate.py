@@ -1,0 +1,219 @@
+"""The front door: losses of local chains into a learning coefficient with an error bar."""
+
+import math
+import os
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from slt_jax.batches import as_source, check_batch_size
+from slt_jax.checkpoint import RunStore, versions
+from slt_jax.engine import Engine, Run, Schedule, Trace
+from slt_jax.mesh import chain_mesh, check_mesh
+from slt_jax.posterior import LocalPosterior, check_count, check_positive
+from slt_jax.progress import Progress
+from slt_jax.results import LLCResult
+from slt_jax.samplers.base import Sampler
+from slt_jax.samplers.sgld import sgld
+
+
+def estimate_llc(
+    posterior: LocalPosterior,
+    data: Any,
+    *,
+    sampler: Sampler | None = None,
+    num_chains: int = 4,
+    num_draws: int = 500,
+    num_warmup: int | None = None,
+    thinning: int = 1,
+    batch_size: int | None = None,
+    key: Any = 0,
+    mesh: Mesh | None = None,
+    chain_batch: int | None = None,
+    checkpoint_dir: str | os.PathLike | None = None,
+    progress: bool = False,
+    micro_batches: int = 1,
+    baseline: str = "paired",
+    chunk_size: int = 512,
+    checkpoint_seconds: float = 60.0,
+) -> LLCResult:
+    """Estimate the local learning coefficient at ``posterior.center``.
+
+    The estimate is ``nbeta (E[L_m(w)] - L_m(w*))`` over chains and draws, after ``num_warmup`` steps from w*.
+
+    Args:
+        posterior: what is sampled.
+        data: a pytree of arrays with one row per example, or ``token_file(...)``, ``hf_dataset(...)``.
+        sampler: how one step moves; default ``sgld()``.
+        num_chains, num_draws, thinning: each chain keeps ``num_draws`` draws, one every ``thinning`` steps.
+        num_warmup: steps before the first draw; default ``num_draws``.
+        batch_size: examples in one step's minibatch, drawn with replacement, its own for each chain; default
+            ``min(256, num_data)``.
+        key: ``jax.random.key(...)`` or an integer seed.
+        mesh: devices, with an axis ``chain`` (and ``model``); default as many devices as divide ``num_chains``.
+        chain_batch: chains advanced together on one device; 1 uses least memory. Must divide the chains of a device.
+        checkpoint_dir: where to keep state and traces; the same call with the same directory resumes an interrupted run
+            and ends bit for bit equal to an unbroken one on the same mesh, versions and device kind.
+        progress: show a progress bar with steps/s and the running estimate.
+        micro_batches: parts in which a minibatch goes through the model, to save memory; must divide ``batch_size``.
+        baseline: ``"paired"`` subtracts L_m(w*) on the same batch at each draw (one more forward pass a draw, much less
+            variance); ``"full"`` subtracts L_n(w*) over all data, computed once.
+        chunk_size: most steps between two looks of the host. Changes no number.
+        checkpoint_seconds: least time between two saves.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be used; the text says which, its value, and what to do.
+        FloatingPointError: the loss is not finite at w*.
+
+    Error: see the sampler's docstring for its bias; the standard error counts sampling noise alone.
+
+    Source: Lau et al., arXiv:2308.12108, equation 14.
+    """
+    source = as_source(data)
+    sampler = sgld() if sampler is None else sampler
+    check_count("num_chains", num_chains, 1)
+    check_count("num_draws", num_draws, 1)
+    num_warmup = num_draws if num_warmup is None else num_warmup
+    check_count("num_warmup", num_warmup, 0)
+    for name, value in {"thinning": thinning, "chunk_size": chunk_size, "micro_batches": micro_batches}.items():
+        check_count(name, value, 1)
+    check_positive("checkpoint_seconds", checkpoint_seconds, "0 saves after every chunk.", zero=True)
+    batch_size = min(256, source.num_data) if batch_size is None else batch_size
+    check_batch_size(batch_size, source.num_data)
+    if batch_size % micro_batches:
+        raise ValueError(f"micro_batches = {micro_batches} does not divide batch_size = {batch_size}. Take a divisor.")
+    if baseline not in ("paired", "full"):
+        raise ValueError(f"baseline must be 'paired' or 'full', got {baseline!r}.")
+    key = check_key(key)
+    mesh = chain_mesh(num_chains) if mesh is None else check_mesh(mesh, num_chains)
+    group = _chain_batch(chain_batch, num_chains // mesh.shape["chain"], posterior.num_free)
+    plan = Schedule(
+        num_chains, num_draws, num_warmup, thinning, batch_size, micro_batches, baseline, group, chunk_size
+    )
+    engine = Engine(posterior, source, sampler, plan, key, mesh)
+    batch = engine.first_batch()
+    _check_center(engine, batch)
+    store = None
+    if checkpoint_dir is not None:
+        store = RunStore(checkpoint_dir, _identity(engine, key, batch))
+    run = _run(engine, store, progress, checkpoint_seconds)
+    full = engine.full_loss() if baseline == "full" else None
+    return _result(engine, run, full)
+
+
+def check_key(key: Any) -> jax.Array:
+    """A typed threefry key from a key or a whole number. Raises TypeError for old-style and ``rbg`` keys."""
+    if isinstance(key, int | np.integer) and not isinstance(key, bool):
+        return jax.random.key(int(key), impl="threefry2x32")
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        kind = f"an array of {key.dtype}" if hasattr(key, "dtype") else repr(key)
+        raise TypeError(f"key must be a jax.random.key(...) or a whole number, got {kind}. Old-style keys (jax.random.PRNGKey) go through jax.random.wrap_key_data(key).")
+    if key.shape != () or str(jax.random.key_impl(key)) not in ("fry", "threefry2x32"):
+        raise TypeError(f"key must be one threefry key, got shape {key.shape} of {jax.random.key_impl(key)}. Use jax.random.key(seed, impl='threefry2x32').")
+    return key
+
+
+def _chain_batch(chain_batch: int | None, local: int, num_free: int) -> int:
+    """Chains advanced together: as given, else all for small nets on an accelerator and one elsewhere."""
+    if chain_batch is None:
+        small = num_free * local <= 2**24 and jax.default_backend() != "cpu"
+        return local if small else 1
+    check_count("chain_batch", chain_batch, 1)
+    if local % chain_batch:
+        divisors = [k for k in range(1, local + 1) if local % k == 0]
+        raise ValueError(f"chain_batch = {chain_batch} does not divide the {local} chains of one device. Take one of {divisors}.")
+    return chain_batch
+
+
+def _check_center(engine: Engine, batch: Any) -> None:
+    program = engine.posterior.program
+    loss = float(jax.jit(program.mean_loss)(engine.center, engine.frozen, batch))
+    if not math.isfinite(loss):
+        whole = any(np.issubdtype(x.dtype, np.integer) for x in jax.tree.leaves(batch))
+        hint = " The data holds integers: are all token ids inside the model's vocabulary?" if whole else ""
+        raise FloatingPointError(f"the loss at w* is {loss} on the first batch; an LLC needs a finite loss at the center. Check the data for NaN, and that these weights belong to this loss.{hint}")
+
+
+def _identity(engine: Engine, key: jax.Array, batch: Any) -> dict[str, Any]:
+    plan, mesh = engine.plan, engine.mesh
+    return {
+        "posterior": engine.posterior.fingerprint(batch),
+        "data": {"fingerprint": engine.source.fingerprint(), "examples": engine.source.num_data},
+        "sampler": {"name": engine.sampler.name, "step_size": engine.sampler.step_size},
+        "schedule": {k: v for k, v in vars(plan).items() if k != "chunk_size"},
+        "key": jax.random.key_data(key).tolist(),
+        "mesh": {name: int(size) for name, size in mesh.shape.items()},
+        "device": mesh.devices.flat[0].device_kind,
+        "versions": versions(),
+    }
+
+
+def _run(engine: Engine, store: RunStore | None, progress: bool, every: float) -> Run:
+    run = engine.start()
+    if store is not None and (saved := store.restore(run.state, _host_part(run))):
+        run.step, run.state, host = saved
+        run.trace = Trace(*(host[name] for name in Trace._fields))
+        run.alive = jax.device_put(jnp.asarray(host["alive"]), engine.per_chain)
+    with Progress(engine, enabled=progress, every=every) as bar:
+        for _ in engine.steps(run):
+            bar.update(run)
+            if store is not None and (bar.save_due() or run.step == engine.plan.total_steps):
+                store = _save(store, run)
+    if store is not None:
+        _finish(store, run)
+    return run
+
+
+def _host_part(run: Run) -> dict[str, np.ndarray]:
+    return {**run.trace._asdict(), "alive": np.asarray(run.alive)}
+
+
+def _save(store: RunStore, run: Run) -> RunStore | None:
+    """Save; a directory that fails costs the durability of the run, not the run."""
+    try:
+        store.save(run.step, run.state, _host_part(run))
+    except Exception as error:
+        _forgo(store, run, error)
+        return None
+    return store
+
+
+def _finish(store: RunStore, run: Run) -> None:
+    try:
+        store.wait()
+        store.close()
+    except Exception as error:
+        _forgo(store, run, error)
+
+
+def _forgo(store: RunStore, run: Run, error: Exception) -> None:
+    note = f"checkpoints in {store.path} stopped at or before step {run.step} ({str(error)[:200]}); the estimate is complete."
+    run.notes.append(note)
+    warnings.warn(note, RuntimeWarning, stacklevel=2)
+
+
+def _result(engine: Engine, run: Run, full_loss: float | None) -> LLCResult:
+    plan, posterior = engine.plan, engine.posterior
+    kept = slice(plan.num_warmup + plan.thinning - 1, None, plan.thinning)
+    loss, baseline, drift_sq, virial = (t[:, kept] for t in run.trace)
+    if full_loss is not None:
+        baseline = np.full_like(loss, np.float32(full_loss), dtype=np.float64)
+    finite = np.isfinite(run.trace.loss) & np.isfinite(run.trace.drift_sq)
+    stopped = {c: int(np.argmin(ok)) for c, ok in enumerate(finite) if not ok.all()}
+    settings = {
+        **{k: v for k, v in vars(plan).items() if k != "chunk_size"},
+        "nbeta": float(posterior.nbeta),
+        "localization": float(posterior.localization),
+        "num_data": int(posterior.num_data),
+        "num_free": posterior.num_free,
+        "sampler": engine.sampler.name,
+        "step_size": engine.sampler.step_size,
+        "devices": f"{engine.mesh.devices.size} x {engine.mesh.devices.flat[0].device_kind}",
+        "versions": versions(),
+    }
+    warmup = run.trace.loss[:, : plan.num_warmup]
+    return LLCResult(loss, baseline, drift_sq, virial, warmup, stopped, settings, tuple(run.notes))

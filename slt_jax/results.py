@@ -1,0 +1,170 @@
+"""What a run gives back: the estimate, its error, its traces, on screen and on disk."""
+
+import functools
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from slt_jax.diagnostics import Health, assess, standard_error
+
+
+@dataclass(frozen=True)
+class LLCResult:
+    """A local learning coefficient with its error bar. All axes are (chain, draw).
+
+    ``loss_trace`` and ``baseline_trace``: L_m(w_t) and the loss at w* that is subtracted from it, nats per example.
+    ``drift_sq``, ``virial``: |G|^2 and <w - w*, G> at the same draws. ``warmup_loss``: L_m(w_t) before the draws.
+    ``stopped``: chain -> step at which it went non-finite; those chains are in the traces but not in the estimate.
+    ``settings``: everything the run was given, and the versions it ran with. ``notes``: what went wrong without
+    touching the numbers.
+    """
+
+    loss_trace: np.ndarray
+    baseline_trace: np.ndarray
+    drift_sq: np.ndarray
+    virial: np.ndarray
+    warmup_loss: np.ndarray
+    stopped: dict[int, int]
+    settings: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+    @functools.cached_property
+    def kept_chains(self) -> np.ndarray:
+        """Indices of the chains that stayed finite."""
+        return np.array([c for c in range(len(self.loss_trace)) if c not in self.stopped], dtype=int)
+
+    @functools.cached_property
+    def llc_draws(self) -> np.ndarray:
+        """nbeta (L_m(w_t) - L_m(w*)) of the chains that stayed finite, float64."""
+        gap = self.loss_trace.astype(np.float64) - self.baseline_trace.astype(np.float64)
+        return self.settings["nbeta"] * gap[self.kept_chains]
+
+    @property
+    def llc(self) -> float:
+        """nbeta (E[L_n(w)] - L_n(w*)): the mean over chains and draws; NaN when no chain stayed finite."""
+        return float(self.llc_draws.mean()) if self.llc_draws.size else math.nan
+
+    @functools.cached_property
+    def health(self) -> Health:
+        """Convergence numbers and the verdict."""
+        kept = self.kept_chains
+        ratio = math.nan
+        if kept.size:
+            right = self.settings["num_free"] + self.settings["step_size"] / 4 * self.drift_sq[kept].mean(dtype=np.float64)
+            ratio = float(self.virial[kept].mean(dtype=np.float64) / right)
+        return assess(self.llc_draws, ratio, len(self.stopped))
+
+    @property
+    def llc_stderr(self) -> float:
+        """Standard error of ``llc``: the pooled standard deviation over the square root of ``ess``."""
+        return standard_error(self.llc_draws, self.ess) if self.llc_draws.size else math.nan
+
+    @property
+    def ess(self) -> float:
+        return self.health.ess
+
+    @property
+    def rhat(self) -> float:
+        return self.health.rhat
+
+    @property
+    def verdict(self) -> str:
+        return self.health.verdict
+
+    @property
+    def init_loss(self) -> float:
+        """Mean of the loss at w* that was subtracted."""
+        kept = self.baseline_trace[self.kept_chains]
+        return float(kept.mean(dtype=np.float64)) if kept.size else math.nan
+
+    @property
+    def wbic(self) -> float:
+        """Watanabe's n E[L_n(w)], nats; NaN unless nbeta is num_data / log(num_data), where alone it is defined.
+
+        Source: Watanabe, JMLR 14 (2013), 867-897.
+        """
+        n, kept = self.settings["num_data"], self.loss_trace[self.kept_chains]
+        if not kept.size or not math.isclose(self.settings["nbeta"], n / math.log(n), rel_tol=1e-6):
+            return math.nan
+        return n * float(kept.mean(dtype=np.float64))
+
+    def __str__(self) -> str:
+        s, h = self.settings, self.health
+        chains, draws = self.loss_trace.shape
+        text = (
+            f"LLC {self.llc:.4g} +/- {self.llc_stderr:.2g}  ({len(self.kept_chains)} chains x {draws} draws, "
+            f"R-hat {h.rhat:.3f}, ESS {h.ess:.0f})\n"
+            f"Verdict: {h.verdict}: {h.reason}\n"
+            f"Loss {self.init_loss:.5g} at w*, {np.nanmean(self.loss_trace[self.kept_chains]) if len(self.kept_chains) else math.nan:.5g} "
+            f"around it (nats per example); trend {h.trend:+.2g}, virial ratio {h.virial:.3f}.\n"
+            f"{s['sampler']} with step_size {s['step_size']:.3g}, nbeta {s['nbeta']:.4g}, localization {s['localization']:.3g}; "
+            f"{s['num_free']:,} weights free, {s['num_warmup']} warm-up steps, thinning {s['thinning']}, batch {s['batch_size']} of {s['num_data']:,}."
+        )
+        if self.stopped:
+            where = ", ".join(f"chain {c} at step {t}" for c, t in sorted(self.stopped.items())[:8])
+            text += f"\nWent non-finite and left out: {where} ({len(self.stopped)} of {chains})."
+        return "\n".join([text, *(f"Note: {note}" for note in self.notes)])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers, the verdict and the settings, for JSON; NaN becomes None."""
+        h = self.health
+        numbers = {
+            "llc": self.llc, "llc_stderr": self.llc_stderr, "rhat": h.rhat, "ess": h.ess, "trend": h.trend,
+            "virial": h.virial, "init_loss": self.init_loss, "wbic": self.wbic,
+        }  # fmt: skip
+        plain = {k: (v if math.isfinite(v) else None) for k, v in numbers.items()}
+        stopped = {str(k): v for k, v in self.stopped.items()}
+        return {**plain, "verdict": h.verdict, "reason": h.reason, "stopped": stopped, "settings": self.settings}
+
+    def to_xarray(self) -> xr.DataTree:
+        """DataTree with groups ``sample_stats`` (chain, draw) and ``warmup_sample_stats`` (chain, step)."""
+        names = ("loss_trace", "baseline_trace", "drift_sq", "virial")
+        sample = xr.Dataset({name: (("chain", "draw"), getattr(self, name)) for name in names})
+        warm = xr.Dataset({"loss": (("chain", "step"), self.warmup_loss)})
+        tree = xr.DataTree.from_dict({"/sample_stats": sample, "/warmup_sample_stats": warm})
+        tree.attrs = {
+            "slt_jax_result": 1,
+            "settings": json.dumps(self.settings),
+            "stopped": json.dumps({str(k): v for k, v in self.stopped.items()}),
+            "notes": json.dumps(list(self.notes)),
+        }
+        return tree
+
+    def save(self, path: str | os.PathLike, *, overwrite: bool = False) -> Path:
+        """Write the traces and settings as zarr. Raises FileExistsError on an existing path, OSError when it cannot write."""
+        target = Path(path)
+        if target.exists() and not overwrite:
+            raise FileExistsError(f"{target} exists. Pass overwrite=True to replace it, or another path.")
+        try:
+            self.to_xarray().to_zarr(target, mode="w", consolidated=False)
+        except OSError as error:
+            raise OSError(f"could not write {target}: {error}. The result is still in memory: save it elsewhere.") from error
+        return target
+
+    def plot(self, path: str | os.PathLike | None = None):
+        """Loss traces by chain with the running estimate; written to ``path`` if given. Returns the matplotlib figure."""
+        from slt_jax.plots import plot_result
+
+        return plot_result(self, path)
+
+
+def load_result(path: str | os.PathLike) -> LLCResult:
+    """Read back what ``LLCResult.save`` wrote. Raises FileNotFoundError, or ValueError for a foreign or truncated file."""
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no result at {path}.")
+    try:
+        tree = xr.open_datatree(path, engine="zarr", consolidated=False)
+        tree.load()
+        settings, stopped, notes = (json.loads(tree.attrs[name]) for name in ("settings", "stopped", "notes"))
+        sample = tree["sample_stats"]
+        traces = [sample[name].values for name in ("loss_trace", "baseline_trace", "drift_sq", "virial")]
+        warm = tree["warmup_sample_stats"]["loss"].values
+    except Exception as error:
+        raise ValueError(f"{path} is not a result written by slt-jax, or it is truncated ({type(error).__name__}: {error}).") from error
+    return LLCResult(*traces, warm, {int(k): v for k, v in stopped.items()}, settings, tuple(notes))
