@@ -1,0 +1,165 @@
+"""The demo: one known truth, then the learning coefficient of a small transformer along its training."""
+
+import functools
+import json
+import math
+import sys
+import sysconfig
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from slt_jax.adapters import from_nnx
+from slt_jax.estimate import estimate_llc
+from slt_jax.models.decoder import Decoder, DecoderConfig
+from slt_jax.models.hub import load_decoder, save_decoder
+from slt_jax.plots import plot_training
+from slt_jax.posterior import LocalPosterior
+from slt_jax.results import LLCResult
+from slt_jax.samplers.sgld import sgld
+
+
+@dataclass(frozen=True)
+class DemoSize:
+    """How large the demo is. The default takes three to five minutes on two cores; ``SMOKE`` well under one."""
+
+    config: DecoderConfig
+    save_steps: tuple[int, ...]
+    num_warmup: int
+    num_draws: int
+    num_chains: int = 4
+    train_batch: int = 16
+    sample_batch: int = 16
+    num_files: int = 120
+    truth_draws: int = 3000
+
+
+FULL = DemoSize(DecoderConfig(256, 96, 128, 2, 4), (4, 9, 20, 43, 94, 205, 448, 980), 100, 150)
+SMOKE = DemoSize(DecoderConfig(256, 32, 32, 1, 2), (2, 8, 20), 20, 30, 2, 8, 8, 5, 300)
+
+
+def source_bytes(num_files: int, seq_len: int) -> np.ndarray:
+    """Bytes of the first ``num_files`` modules of Python's standard library, int32 ``(examples, seq_len)``."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:num_files]
+    if not files:
+        raise FileNotFoundError(f"no Python source in {sysconfig.get_path('stdlib')}; the demo trains on it.")
+    text = np.frombuffer(b"".join(f.read_bytes() for f in files), np.uint8)
+    return text[: len(text) // seq_len * seq_len].reshape(-1, seq_len).astype(np.int32)
+
+
+def known_truth(num_draws: int) -> tuple[LLCResult, float]:
+    """(estimate, exact value) for a full-rank deep linear network 4 -> 6 -> 3 at its teacher.
+
+    The teacher has rank 3, so the learning coefficient is 3 (4 + 3 - 3) / 2 = 6 with multiplicity 1 (Aoyagi, Neural
+    Networks 172 (2024) 106132). Label noise of unit variance; the loss is 0.5 |error|^2.
+    """
+    keys = jax.random.split(jax.random.key(7), 4)
+    n = 20_000
+    weights = {"first": jax.random.normal(keys[0], (4, 6)) / 2, "second": jax.random.normal(keys[1], (6, 3)) / 2}
+
+    def output(p, x):
+        return x @ p["first"] @ p["second"]
+
+    x = jax.random.normal(keys[2], (n, 4))
+    y = output(weights, x)  # no label noise: w* is the minimum itself
+
+    def loss_fn(p, batch):
+        return 0.5 * jnp.sum((output(p, batch[0]) - batch[1]) ** 2, axis=-1)
+
+    posterior = LocalPosterior(loss_fn, weights, num_data=n, localization=1.0)
+    result = estimate_llc(
+        posterior, (x, y), sampler=sgld(5e-5), num_chains=4, num_draws=num_draws, num_warmup=num_draws // 2,
+        thinning=4, batch_size=500, key=1,
+    )  # fmt: skip
+    return result, 6.0
+
+
+def train(size: DemoSize, data: np.ndarray, folder: Path, show: bool) -> list[Path]:
+    """Train with Adam and keep a checkpoint at each of ``size.save_steps``; those already on disk are reused."""
+    paths = [folder / f"step-{step:05d}" for step in size.save_steps]
+    if all((p / "config.json").exists() for p in paths):
+        return paths
+    model = Decoder(size.config, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.adamw(optax.warmup_cosine_decay_schedule(0, 3e-3, 50, size.save_steps[-1], 3e-4)), wrt=nnx.Param)
+    tokens = jnp.asarray(data)
+
+    @functools.partial(nnx.jit, donate_argnums=(0, 1))
+    def update(model, optimizer, key):
+        batch = tokens[jax.random.randint(key, (size.train_batch,), 0, len(tokens))]
+        loss, grads = nnx.value_and_grad(lambda m: m.losses(batch).mean())(model)
+        optimizer.update(model, grads)
+        return loss
+
+    console = Console(stderr=True)
+    steps = range(1, size.save_steps[-1] + 1)
+    for step in track(steps, "training  ", console=console, disable=not show, transient=True):
+        update(model, optimizer, jax.random.fold_in(jax.random.key(0), step))
+        if step in size.save_steps:
+            target = folder / f"step-{step:05d}"
+            if not (target / "config.json").exists():
+                _clear(target)
+                save_decoder(target, model, {"step": step})
+    return paths
+
+
+def _clear(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _model_loss(model: Decoder, batch: jax.Array) -> jax.Array:
+    return model.losses(batch)
+
+
+def run_demo(out: Path, *, smoke: bool = False, show: bool = True) -> list[dict]:
+    """Everything ``slt-jax demo`` does; returns the table's rows."""
+    size, console, began = SMOKE if smoke else FULL, Console(), time.monotonic()
+    folder = out / "smoke" if smoke else out
+    folder.mkdir(parents=True, exist_ok=True)
+    result, truth = known_truth(size.truth_draws)
+    console.print(f"Known truth: full-rank deep linear network 4-6-3: LLC {result.llc:.2f} ± {result.llc_stderr:.2f}, exact value {truth:g} ({result.verdict})")
+    data = source_bytes(size.num_files, size.config.context_length)
+    paths = train(size, data, folder / "checkpoints", show)
+    rows, results = [], []
+    loss_fn = None
+    for path in paths:
+        model, record = load_decoder(path)
+        # One loss function for all checkpoints: the sampler compiles once.
+        params, own_loss = from_nnx(model, _model_loss)
+        loss_fn = loss_fn or own_loss
+        posterior = LocalPosterior(loss_fn, params, num_data=len(data), nbeta=30.0, localization=300.0)
+        console.print(f"[dim]step {record['step']}: {size.num_chains} chains x ({size.num_warmup} + {size.num_draws}) steps[/dim]")
+        estimate = estimate_llc(
+            posterior, data, sampler=sgld(3e-4), num_chains=size.num_chains, num_draws=size.num_draws,
+            num_warmup=size.num_warmup, batch_size=size.sample_batch, key=record["step"], progress=show,
+        )  # fmt: skip
+        estimate.save(folder / "traces" / f"step-{record['step']:05d}.zarr", overwrite=True)
+        results.append(estimate)
+        rows.append({"step": record["step"], "loss": estimate.init_loss, **estimate.to_dict()})
+    plot_training([r["step"] for r in rows], [r["loss"] for r in rows], results, folder / "llc-over-training.png")
+    (folder / "table.json").write_text(json.dumps(rows, indent=1))
+    _print_table(console, rows)
+    console.print(f"Picture: {folder / 'llc-over-training.png'}   traces: {folder / 'traces'}   {time.monotonic() - began:.0f} s", soft_wrap=True)
+    return rows
+
+
+def _print_table(console: Console, rows: list[dict]) -> None:
+    table = Table(title="A byte-level transformer learning Python: LLC along training (nbeta 30, localization 300)")
+    for name in ("step", "loss", "LLC ± standard error", "R-hat", "ESS", "verdict"):
+        table.add_column(name, justify="left" if name == "verdict" else "right")
+    number = lambda x, form: format(math.nan if x is None else x, form)  # noqa: E731
+    for r in rows:
+        llc = f"{number(r['llc'], '.2f')} ± {number(r['llc_stderr'], '.2f')}"
+        table.add_row(str(r["step"]), f"{r['loss']:.3f}", llc, number(r["rhat"], ".3f"), number(r["ess"], ".0f"), r["verdict"])
+    console.print(table)
+    sys.stdout.flush()
