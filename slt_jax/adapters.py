@@ -7,10 +7,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.errors import InvalidRngError, ModifyScopeVariableError
 
 PyTree = Any
 Forward = Callable[..., Any]
 Loss = Callable[[Forward, PyTree], jax.Array]
+LossFn = Callable[[PyTree, PyTree], jax.Array]
 
 _STILL_RANDOM = (
     "the model is still random: {why}. Sampling needs a loss that depends on the weights and the batch alone. "
@@ -27,14 +29,22 @@ def next_token_loss(forward: Forward, tokens: jax.Array) -> jax.Array:
 
     Returns:
         float32 ``(m,)``, the mean over the ``T - 1`` predicted tokens. One example is one sequence.
+
+    Raises:
+        ValueError: ``tokens`` is not whole numbers of shape ``(m, T)`` with ``T >= 2``.
     """
+    if tokens.ndim != 2 or tokens.shape[1] < 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(
+            f"tokens must be whole numbers of shape (m, T) with T >= 2, got shape {tokens.shape} of {tokens.dtype}. "
+            f"One row is one sequence."
+        )
     logits = forward(tokens)[:, :-1].astype(jnp.float32)
-    targets = tokens[:, 1:, None]
+    targets = tokens[:, 1:, None].astype(jnp.int32)
     chosen = jnp.take_along_axis(logits, jnp.where(targets < 0, logits.shape[-1], targets), axis=-1, mode="fill")
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen[..., 0], axis=-1)
 
 
-def from_nnx(model: nnx.Module, loss: Loss) -> tuple[PyTree, Callable[[PyTree, PyTree], jax.Array]]:
+def from_nnx(model: nnx.Module, loss: Loss) -> tuple[PyTree, LossFn]:
     """A Flax NNX model as (params, loss_fn).
 
     Args:
@@ -50,26 +60,62 @@ def from_nnx(model: nnx.Module, loss: Loss) -> tuple[PyTree, Callable[[PyTree, P
     copy = nnx.clone(model)
     copy.eval()
     graphdef, params, rest = nnx.split(copy, nnx.Param, ...)
+    held = nnx.to_pure_dict(rest)
+
+    def run(weights: PyTree, held: PyTree, batch: PyTree) -> tuple[jax.Array, dict, dict]:
+        """The loss, and every other variable by path, before and after it."""
+        merged = nnx.merge(graphdef, _filled(params, weights), _filled(rest, held), copy=True)
+        before = _other_variables(merged)
+        return loss(merged, batch), before, _other_variables(merged)
 
     def loss_fn(weights: PyTree, batch: PyTree) -> jax.Array:
-        state = nnx.State(jax.tree.map(lambda x: x, params))
-        nnx.replace_by_pure_dict(state, weights)
-        merged = nnx.merge(graphdef, state, rest, copy=True)
-        before = dict(nnx.to_flat_state(nnx.state(merged, nnx.Not(nnx.Param))))
-        identity = {path: variable.get_value() for path, variable in before.items()}
-        value = loss(merged, batch)
-        for path, variable in nnx.to_flat_state(nnx.state(merged, nnx.Not(nnx.Param))):
-            if path not in identity or variable.get_value() is not identity[path]:
-                name = "/".join(map(str, path))
-                if issubclass(variable.type, nnx.RngState):
-                    raise ValueError(_STILL_RANDOM.format(why=f"the forward pass used the random stream '{name}'"))
-                raise ValueError(f"the forward pass changes '{name}' ({variable.type.__name__}). Freeze it: model.eval(), or use_running_average=True.")
+        value, before, after = run(weights, held, batch)
+        changed = [i for i, (path, x) in enumerate(after.items()) if x is not before.get(path)]
+        if changed:  # nnx.jit and nnx.remat write every variable back, the same or not
+            jaxpr = jax.make_jaxpr(lambda h: tuple(run(weights, h, batch)[2].values()))(held).jaxpr
+            changed = [i for i in changed if _copied_from(jaxpr, jaxpr.outvars[i]) is None]
+        if changed:
+            path = list(after)[changed[0]]
+            kind = dict(nnx.to_flat_state(rest)).get(path)
+            raise ValueError(_why("/".join(map(str, path)), None if kind is None else kind.type))
         return value
 
     return nnx.to_pure_dict(params), loss_fn
 
 
-def from_linen(module: nn.Module, variables: PyTree, loss: Loss) -> tuple[PyTree, Callable[[PyTree, PyTree], jax.Array]]:
+def _filled(like: nnx.State, values: PyTree) -> nnx.State:
+    state = jax.tree.map(lambda x: x, like)
+    nnx.replace_by_pure_dict(state, values)
+    return state
+
+
+def _other_variables(model: nnx.Module) -> dict[tuple, jax.Array]:
+    found = nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.Param)))
+    return {path: variable.get_value() for path, variable in found}
+
+
+def _copied_from(jaxpr: Any, var: Any) -> int | None:
+    """Which input of ``jaxpr`` the output ``var`` is, looking into jit and remat; None if it is computed."""
+    while var not in (inputs := list(jaxpr.invars)):
+        eqn = next((e for e in jaxpr.eqns if var in list(e.outvars)), None)
+        if eqn is None or eqn.primitive.name not in ("jit", "pjit", "remat2", "checkpoint"):
+            return None
+        inner = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
+        position = _copied_from(inner, inner.outvars[list(eqn.outvars).index(var)])
+        if position is None:
+            return None
+        var = eqn.invars[position]
+    return inputs.index(var)
+
+
+def _why(name: str, kind: type | None) -> str:
+    if kind is not None and issubclass(kind, nnx.RngState):
+        return _STILL_RANDOM.format(why=f"the forward pass used the random stream '{name}'")
+    label = "new" if kind is None else kind.__name__
+    return f"the forward pass changes '{name}' ({label}). Freeze it: model.eval(), or use_running_average=True."
+
+
+def from_linen(module: nn.Module, variables: PyTree, loss: Loss) -> tuple[PyTree, LossFn]:
     """A Flax Linen module and its variables as (params, loss_fn).
 
     Args:
@@ -89,13 +135,13 @@ def from_linen(module: nn.Module, variables: PyTree, loss: Loss) -> tuple[PyTree
         def forward(*args, **kwargs):
             return module.apply({"params": weights, **frozen}, *args, mutable=False, **kwargs)
 
-        from flax.errors import InvalidRngError, ModifyScopeVariableError
-
         try:
             return loss(forward, batch)
         except InvalidRngError as error:
             raise ValueError(_STILL_RANDOM.format(why=str(error).split(" (")[0])) from error
         except ModifyScopeVariableError as error:
-            raise ValueError(f"the forward pass changes a frozen variable: {error}. Use running averages (use_running_average=True).") from error
+            raise ValueError(
+                f"the forward pass changes a frozen variable: {error} Use running averages (use_running_average=True)."
+            ) from error
 
     return variables["params"], loss_fn

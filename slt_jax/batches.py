@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,11 @@ def draw_indices(key: jax.Array, num_data: int, batch_size: int) -> jax.Array:
 
 def check_batch_size(batch_size: Any, num_data: int) -> None:
     """Raise unless ``batch_size`` is a whole number between 1 and the number of examples."""
-    check_count("batch_size", batch_size, 1)
-    if batch_size > num_data:
-        raise ValueError(f"batch_size must be between 1 and the {num_data} examples of the data, got {batch_size}. Take a smaller batch.")
+    sentence = f"batch_size must be between 1 and num_data = {num_data}, got {batch_size!r}. A few hundred is usual."
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer):
+        raise TypeError(sentence)
+    if not 1 <= batch_size <= num_data:
+        raise ValueError(sentence)
 
 
 class ArrayData:
@@ -39,18 +42,18 @@ class ArrayData:
     def __init__(self, data: PyTree):
         flat = jax.tree_util.tree_flatten_with_path(data)[0]
         if not flat:
-            raise ValueError("the data has no arrays. Pass an array, or a tuple or dict of arrays with one row per example.")
-        sizes = {}
-        for path, leaf in flat:
-            name = "/".join(path_of(path)) or "data"
-            if not getattr(leaf, "shape", ()):
-                raise TypeError(f"data leaf '{name}' is {leaf!r}; every leaf must be an array with one row per example.")
-            sizes[name] = leaf.shape[0]
+            raise ValueError("the data has no arrays. Pass an array or a dict of arrays, one row per example.")
+        named = {"/".join(path_of(path)) or "data": leaf for path, leaf in flat}
+        for name, leaf in named.items():
+            _check_leaf(name, leaf)
+        sizes = {name: leaf.shape[0] for name, leaf in named.items()}
         if len(set(sizes.values())) > 1:
-            raise ValueError(f"the data's leaves must have one row per example each, but their first dimensions are {sizes}.")
+            raise ValueError(
+                f"the data's leaves must have one row per example, but their first dimensions are {sizes}. Cut some."
+            )
         self.num_data = next(iter(sizes.values()))
         if self.num_data == 0:
-            raise ValueError("the data has no examples: its first dimension is 0.")
+            raise ValueError("the data has no examples: its first dimension is 0. Pass at least one row.")
         self.arrays = jax.tree.map(jnp.asarray, data)
 
     def gather(self, arrays: PyTree, indices: jax.Array) -> PyTree:
@@ -66,32 +69,52 @@ class ArrayData:
         return tree_digest(self.arrays)
 
 
-class TokenFile:
-    """Examples of ``seq_len`` consecutive tokens from a memory-mapped file: example i starts at token i seq_len."""
+class HostData:
+    """A data set larger than memory, read by the host. Your own format: set ``num_data``, write both methods."""
 
     on_host = True
     arrays: PyTree = ()
+    num_data: int
+
+    def fetch(self, indices: np.ndarray) -> PyTree:
+        """The examples ``indices`` (any shape): a pytree of NumPy arrays of shape ``indices.shape + row shape``."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """A string that changes when the data do."""
+        raise NotImplementedError
+
+
+class TokenFile(HostData):
+    """Examples of ``seq_len`` consecutive tokens from a memory-mapped file: example i starts at token i seq_len."""
 
     def __init__(self, path: str | os.PathLike, seq_len: int, dtype: Any = None, vocab_size: int | None = None):
         self.path = Path(path)
         check_count("seq_len", seq_len, 2, "It is the number of tokens in one example.")
+        if vocab_size is not None:
+            check_count("vocab_size", vocab_size, 1)
         self.seq_len, self.vocab_size = int(seq_len), vocab_size
         self.tokens = _open_tokens(self.path, dtype)
         self.num_data = len(self.tokens) // self.seq_len
         if self.num_data == 0:
-            raise ValueError(f"{self.path} holds {len(self.tokens)} tokens, fewer than one example of seq_len = {seq_len}. Take a shorter seq_len or a longer file.")
-        if vocab_size is not None and len(self.tokens) <= _SCAN_LIMIT:
+            raise ValueError(f"{self.path} holds {len(self.tokens)} tokens, less than one seq_len = {seq_len}.")
+        if len(self.tokens) <= _SCAN_LIMIT:
             for start in range(0, len(self.tokens), _BLOCK):
                 self._check(np.asarray(self.tokens[start : start + _BLOCK]), lambda i, s=start: s + int(i))
 
     def fetch(self, indices: np.ndarray) -> np.ndarray:
         """Tokens of the examples ``indices``, int32, shape ``indices.shape + (seq_len,)``."""
-        rows = self.tokens[: self.num_data * self.seq_len].reshape(self.num_data, self.seq_len)[indices.reshape(-1)]
-        self._check(rows.reshape(-1), lambda i: int(indices.reshape(-1)[i // self.seq_len]) * self.seq_len + i % self.seq_len)
-        return rows.astype(np.int32).reshape(*indices.shape, self.seq_len)
+        wanted = np.asarray(indices).reshape(-1)
+        whole = self.tokens[: self.num_data * self.seq_len].reshape(self.num_data, self.seq_len)
+        rows = np.asarray(whole[wanted])
+        self._check(rows.reshape(-1), lambda i: int(wanted[i // self.seq_len]) * self.seq_len + int(i % self.seq_len))
+        return rows.astype(np.int32).reshape(*np.shape(indices), self.seq_len)
 
     def fingerprint(self) -> str:
-        """SHA-256 over the bytes; past 1 GiB over 64 evenly spaced 1-MiB blocks and the time of modification."""
+        """SHA-256 over type, length, ``seq_len`` and the bytes.
+
+        Past 1 GiB, instead of all bytes: 64 evenly spaced 1-MiB blocks and the time of modification.
+        """
         raw = self.tokens.view(np.uint8)
         digest = hashlib.sha256(f"{self.tokens.dtype} {len(self.tokens)} {self.seq_len}".encode())
         if raw.size <= _HASH_WHOLE:
@@ -103,22 +126,21 @@ class TokenFile:
             digest.update(raw[start : start + _BLOCK].tobytes())
         return digest.hexdigest()
 
-    def _check(self, tokens: np.ndarray, position) -> None:
-        if self.vocab_size is None:
+    def _check(self, tokens: np.ndarray, position: Callable[[Any], int]) -> None:
+        limit = 2**31 if self.vocab_size is None else self.vocab_size  # without a vocabulary: what int32 holds
+        kinds = np.iinfo(tokens.dtype)
+        if kinds.min >= 0 and kinds.max < limit:
             return
-        bad = np.flatnonzero((tokens >= self.vocab_size) | (tokens < 0))
-        if bad.size:
+        if (bad := np.flatnonzero((tokens >= limit) | (tokens < 0))).size:
+            size = "the range of int32" if self.vocab_size is None else f"the vocabulary of {self.vocab_size}"
             raise ValueError(
-                f"token id {int(tokens[bad[0]])} at position {position(bad[0])} of {self.path} is outside the vocabulary of "
-                f"{self.vocab_size}. Is this the right tokenizer, and the right dtype for the file?"
+                f"token id {int(tokens[bad[0]])} at position {position(bad[0])} of {self.path} is outside {size}. "
+                f"Is this the right tokenizer, and the right dtype for the file?"
             )
 
 
-class HFDataset:
+class HFDataset(HostData):
     """A Hugging Face data set saved on disk with ``save_to_disk``; one row is one example."""
-
-    on_host = True
-    arrays: PyTree = ()
 
     def __init__(self, path: str | os.PathLike, columns: list[str] | None = None):
         try:
@@ -127,29 +149,44 @@ class HFDataset:
             raise ImportError('reading a Hugging Face data set needs the extra: pip install "slt-jax[hf]"') from None
         try:
             table = datasets.load_from_disk(str(path))
-        except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-            raise ValueError(f"{path} is not a data set written by save_to_disk: {error}") from None
+        except (FileNotFoundError, NotADirectoryError, ValueError, IndexError) as error:  # IndexError: zero shards
+            raise ValueError(f"{path} is not a data set with rows, written by save_to_disk: {error}") from None
         if not isinstance(table, datasets.Dataset):
-            raise ValueError(f"{path} holds the splits {list(table)}; pass the folder of one of them, e.g. {path}/{next(iter(table))}.")
+            raise ValueError(f"{path} holds the splits {list(table)}; pass the folder of one of them.")
         self.columns = list(columns or table.column_names)
-        missing = set(self.columns) - set(table.column_names)
-        if missing:
+        if missing := set(self.columns) - set(table.column_names):
             raise ValueError(f"columns {sorted(missing)} are not in {path}, which has {table.column_names}.")
-        self.table, self.num_data = table.with_format("numpy", columns=self.columns), len(table)
+        if not len(table):
+            raise ValueError(f"{path} has no rows.")
+        self.path, self.num_data = Path(path), len(table)
+        self.table = table.with_format("numpy", columns=self.columns)
+        self.fetch(np.zeros(1, np.int64))
 
     def fetch(self, indices: np.ndarray) -> PyTree:
         """Rows as a dict column -> array of shape ``indices.shape + row shape``; the array itself for one column."""
-        unique, inverse = np.unique(indices.reshape(-1), return_inverse=True)
-        rows = {name: np.stack(list(value))[inverse] for name, value in self.table[unique.tolist()].items()}
-        rows = {name: value.reshape(*indices.shape, *value.shape[1:]) for name, value in rows.items()}
+        unique, inverse = np.unique(np.asarray(indices).reshape(-1), return_inverse=True)
+        rows = {name: self._stack(name, value)[inverse] for name, value in self.table[unique.tolist()].items()}
+        rows = {name: value.reshape(*np.shape(indices), *value.shape[1:]) for name, value in rows.items()}
         return rows[self.columns[0]] if len(self.columns) == 1 else rows
+
+    def _stack(self, name: str, values: Any) -> np.ndarray:
+        shapes = sorted({np.shape(v) for v in values})
+        if len(shapes) > 1:
+            raise ValueError(
+                f"column '{name}' of {self.path} has rows of different shapes, {shapes[0]} and {shapes[-1]}. "
+                f"Cut them to one length before saving, or leave the column out."
+            )
+        stacked = np.stack(list(values))
+        if stacked.dtype.kind not in "biuf":
+            raise ValueError(f"column '{name}' of {self.path} holds {stacked.dtype}, not numbers.")
+        return stacked
 
     def fingerprint(self) -> str:
         """The data set's own content fingerprint, and the columns read."""
         return f"{self.table._fingerprint}:{','.join(self.columns)}"
 
 
-Source = ArrayData | TokenFile | HFDataset
+Source = ArrayData | HostData
 
 
 def token_file(path: str | os.PathLike, seq_len: int, *, dtype: Any = None, vocab_size: int | None = None) -> TokenFile:
@@ -158,19 +195,38 @@ def token_file(path: str | os.PathLike, seq_len: int, *, dtype: Any = None, voca
     Args:
         path: ``.npy`` (one-dimensional, integer), or raw little-endian ``.bin``.
         seq_len: tokens in one example; a shorter remainder at the end of the file is left out.
-        dtype: of a ``.bin`` file, uint16 (default) or uint32.
-        vocab_size: when given, ids outside it raise ValueError, at opening (up to 2**28 tokens) and at every fetch.
+        dtype: of a raw file, uint16 (default) or uint32. A ``.npy`` file states its own.
+        vocab_size: the ids must lie below it.
+
+    Raises:
+        FileNotFoundError: no file there.
+        ValueError: no token file of this kind, or shorter than one example; an id that is negative, outside
+            ``vocab_size`` or beyond int32 (seen at opening, past 2**28 tokens only when fetched).
     """
     return TokenFile(path, seq_len, dtype, vocab_size)
 
 
 def hf_dataset(path: str | os.PathLike, columns: list[str] | None = None) -> HFDataset:
-    """A Hugging Face data set saved on disk; needs the extra ``hf``."""
+    """A Hugging Face data set saved on disk with ``save_to_disk``; needs the extra ``hf``.
+
+    Args:
+        path: the folder of one split.
+        columns: those a batch holds, default all. A batch is a dict column -> array, for one column the array itself.
+
+    Raises:
+        ImportError: ``datasets`` is not installed.
+        ValueError: no such folder, no rows, an unknown column, or rows that are not numbers of one shape.
+    """
     return HFDataset(path, columns)
 
 
 def as_source(data: Any) -> Source:
-    """``data`` itself if it is a source, else a pytree of arrays as one."""
+    """``data`` itself if it is a source, else a pytree of arrays as one.
+
+    Raises:
+        TypeError: a leaf that is not an array of numbers with one row per example.
+        ValueError: no leaves, no rows, leaves with different numbers of rows, or whole numbers beyond 32 bits.
+    """
     return data if isinstance(data, Source) else ArrayData(data)
 
 
@@ -182,12 +238,17 @@ class Prefetcher:
         self._pending: Future | None = None
 
     def submit(self, indices: Any) -> None:
+        """Start fetching the examples ``indices``."""
+        if self._pending is not None:
+            raise RuntimeError("a fetch is under way: take its result() before submitting the next.")
         self._pending = self._pool.submit(lambda: self._source.fetch(np.asarray(indices)))
 
     def result(self) -> PyTree:
+        """The examples last submitted; waits for them, and raises what the fetch raised."""
         if self._pending is None:
-            raise RuntimeError("submit indices before asking for the result.")
-        return self._pending.result()
+            raise RuntimeError("nothing was submitted: submit(indices) before asking for the result.")
+        pending, self._pending = self._pending, None
+        return pending.result()
 
     def __enter__(self) -> "Prefetcher":
         return self
@@ -196,21 +257,44 @@ class Prefetcher:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _check_leaf(name: str, leaf: Any) -> None:
+    if not getattr(leaf, "shape", ()):
+        raise TypeError(f"data leaf '{name}' is {leaf!r}; every leaf must be an array with one row per example.")
+    if isinstance(leaf, jax.Array):
+        return
+    kind = np.asarray(leaf).dtype
+    if not (jnp.issubdtype(kind, jnp.number) or kind == np.bool_):
+        raise TypeError(f"data leaf '{name}' is an array of {kind}; every leaf must hold numbers. Encode it first.")
+    narrow = jax.dtypes.canonicalize_dtype(kind)
+    if kind.kind in "iu" and narrow != kind and np.size(leaf):
+        least, most, holds = int(np.min(leaf)), int(np.max(leaf)), np.iinfo(narrow)
+        if least < holds.min or most > holds.max:
+            raise ValueError(f"data leaf '{name}' has values from {least} to {most}, which do not fit {narrow}.")
+
+
 def _open_tokens(path: Path, dtype: Any) -> np.ndarray:
     if not path.is_file():
         raise FileNotFoundError(f"no token file at {path}.")
-    if path.suffix == ".npy":
-        try:
-            tokens = np.load(path, mmap_mode="r")
-        except (ValueError, EOFError, OSError) as error:
-            raise ValueError(f"{path} is not a readable .npy file (truncated or foreign): {error}") from None
-        if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-            raise ValueError(f"{path} must hold a one-dimensional array of integers, it holds shape {tokens.shape} of {tokens.dtype}.")
-        return tokens
+    return _open_npy(path, dtype) if path.suffix == ".npy" else _open_raw(path, dtype)
+
+
+def _open_npy(path: Path, dtype: Any) -> np.ndarray:
+    try:
+        tokens = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # a damaged header can fail in many ways inside NumPy
+        raise ValueError(f"{path} is not a readable .npy file (truncated or foreign): {error}") from None
+    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"{path} must hold a 1-D array of integers, it holds shape {tokens.shape} of {tokens.dtype}.")
+    if dtype is not None and np.dtype(dtype) != tokens.dtype:
+        raise ValueError(f"{path} holds {tokens.dtype}, but dtype = {np.dtype(dtype)} was asked for. Leave dtype out.")
+    return tokens
+
+
+def _open_raw(path: Path, dtype: Any) -> np.ndarray:
     kind = np.dtype(np.uint16 if dtype is None else dtype).newbyteorder("<")
     if kind not in (np.dtype("<u2"), np.dtype("<u4")):
         raise ValueError(f"dtype of a raw token file must be uint16 or uint32, got {dtype!r}.")
     size = path.stat().st_size
     if size == 0 or size % kind.itemsize:
-        raise ValueError(f"{path} has {size} bytes, not a positive multiple of the {kind.itemsize} of {kind.name}: truncated, or another dtype?")
+        raise ValueError(f"{path} has {size} bytes, not a positive multiple of {kind.itemsize}. Is it truncated?")
     return np.memmap(path, dtype=kind, mode="r")

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import shutil
 import sys
 import sysconfig
 import time
@@ -60,7 +61,7 @@ def known_truth(num_draws: int) -> tuple[LLCResult, float]:
     """(estimate, exact value) for a full-rank deep linear network 4 -> 6 -> 3 at its teacher.
 
     The teacher has rank 3, so the learning coefficient is 3 (4 + 3 - 3) / 2 = 6 with multiplicity 1 (Aoyagi, Neural
-    Networks 172 (2024) 106132). Label noise of unit variance; the loss is 0.5 |error|^2.
+    Networks 172 (2024) 106132). No label noise, so that w* is the minimum itself; the loss is 0.5 |error|^2.
     """
     keys = jax.random.split(jax.random.key(7), 4)
     n = 20_000
@@ -70,15 +71,15 @@ def known_truth(num_draws: int) -> tuple[LLCResult, float]:
         return x @ p["first"] @ p["second"]
 
     x = jax.random.normal(keys[2], (n, 4))
-    y = output(weights, x)  # no label noise: w* is the minimum itself
+    y = output(weights, x)
 
     def loss_fn(p, batch):
         return 0.5 * jnp.sum((output(p, batch[0]) - batch[1]) ** 2, axis=-1)
 
     posterior = LocalPosterior(loss_fn, weights, num_data=n, localization=1.0)
     result = estimate_llc(
-        posterior, (x, y), sampler=sgld(5e-5), num_chains=4, num_draws=num_draws, num_warmup=num_draws // 2,
-        thinning=4, batch_size=500, key=1,
+        posterior, (x, y), sampler=sgld(2e-6), num_chains=4, num_draws=num_draws, num_warmup=4 * num_draws,
+        thinning=32, batch_size=200, key=1,
     )  # fmt: skip
     return result, 6.0
 
@@ -89,7 +90,9 @@ def train(size: DemoSize, data: np.ndarray, folder: Path, show: bool) -> list[Pa
     if all((p / "config.json").exists() for p in paths):
         return paths
     model = Decoder(size.config, rngs=nnx.Rngs(0))
-    optimizer = nnx.Optimizer(model, optax.adamw(optax.warmup_cosine_decay_schedule(0, 3e-3, 50, size.save_steps[-1], 3e-4)), wrt=nnx.Param)
+    last = size.save_steps[-1]
+    rate = optax.warmup_cosine_decay_schedule(0, 3e-3, min(50, last // 2), last, 3e-4)
+    optimizer = nnx.Optimizer(model, optax.adamw(rate), wrt=nnx.Param)
     tokens = jnp.asarray(data)
 
     @functools.partial(nnx.jit, donate_argnums=(0, 1))
@@ -100,21 +103,15 @@ def train(size: DemoSize, data: np.ndarray, folder: Path, show: bool) -> list[Pa
         return loss
 
     console = Console(stderr=True)
-    steps = range(1, size.save_steps[-1] + 1)
+    steps = range(1, last + 1)
     for step in track(steps, "training  ", console=console, disable=not show, transient=True):
         update(model, optimizer, jax.random.fold_in(jax.random.key(0), step))
         if step in size.save_steps:
             target = folder / f"step-{step:05d}"
             if not (target / "config.json").exists():
-                _clear(target)
+                shutil.rmtree(target, ignore_errors=True)
                 save_decoder(target, model, {"step": step})
     return paths
-
-
-def _clear(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _model_loss(model: Decoder, batch: jax.Array) -> jax.Array:
@@ -127,7 +124,7 @@ def run_demo(out: Path, *, smoke: bool = False, show: bool = True) -> list[dict]
     folder = out / "smoke" if smoke else out
     folder.mkdir(parents=True, exist_ok=True)
     result, truth = known_truth(size.truth_draws)
-    console.print(f"Known truth: full-rank deep linear network 4-6-3: LLC {result.llc:.2f} ± {result.llc_stderr:.2f}, exact value {truth:g} ({result.verdict})")
+    console.print(f"Known truth: full-rank deep linear network 4-6-3: LLC {result.llc:.2f} ± {result.llc_stderr:.2f}, exact value {truth:g} ({result.verdict})", soft_wrap=True)
     data = source_bytes(size.num_files, size.config.context_length)
     paths = train(size, data, folder / "checkpoints", show)
     rows, results = [], []

@@ -1,0 +1,16 @@
+"""Eight virtual devices for every test, so that the chain axis is real even on one CPU."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import slt_jax as slt
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture
+def regression():
+    """(posterior, data): a ten-parameter linear model without label noise; w* = 0 is its minimum."""
+    data = jax.random.normal(jax.random.key(1), (400, 10))
+    return slt.LocalPosterior(lambda p, x: 0.5 * (x @ p["w"]) ** 2, {"w": jnp.zeros(10)}, num_data=400), data
