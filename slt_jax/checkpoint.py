@@ -44,7 +44,9 @@ class RunStore:
         else:
             foreign = [p.name for p in self.path.iterdir() if not p.name.startswith(MANIFEST)]
             if foreign:
-                raise ValueError(f"checkpoint_dir {self.path} is not empty and holds no {MANIFEST}, so it is not a run of slt-jax (it has {foreign[0]}). Give an empty or new directory.")
+                raise ValueError(
+                    f"checkpoint_dir {self.path} is not empty and holds no {MANIFEST}, so it is not a run of slt-jax (it has {foreign[0]}). Give an empty or new directory."
+                )
             if jax.process_index() == 0:
                 partial = self.path / f"{MANIFEST}.{os.getpid()}"
                 partial.write_text(json.dumps(identity, indent=1, sort_keys=True))
@@ -60,10 +62,13 @@ class RunStore:
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         try:
             saved = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), host=ocp.args.StandardRestore(host))
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardRestore(target), host=ocp.args.StandardRestore(host)),
             )
         except Exception as error:
-            raise ValueError(f"the checkpoint of step {step} in {self.path} is truncated or foreign ({type(error).__name__}: {str(error)[:200]}). Remove {self.path / 'steps' / str(step)} to go back to the save before it.") from error
+            raise ValueError(
+                f"the checkpoint of step {step} in {self.path} is truncated or foreign ({type(error).__name__}: {str(error)[:200]}). Remove {self.path / 'steps' / str(step)} to go back to the save before it."
+            ) from error
         return step, saved["state"], {k: np.array(v) for k, v in saved["host"].items()}
 
     def save(self, step: int, state: Any, host: dict[str, np.ndarray]) -> None:
@@ -86,7 +91,9 @@ class RunStore:
             if isinstance(here, dict) and isinstance(there, dict):
                 self._compare(there, here, f"{prefix}{name}.")
             elif here != there:
-                raise ValueError(f"checkpoint_dir {self.path} holds a run with another {prefix}{name}: {there!r} there, {here!r} now. Give the same value to resume it, or another directory to start anew.")
+                raise ValueError(
+                    f"checkpoint_dir {self.path} holds a run with another {prefix}{name}: {there!r} there, {here!r} now. Give the same value to resume it, or another directory to start anew."
+                )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

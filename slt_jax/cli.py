@@ -128,7 +128,10 @@ def _llc(command: Llc) -> int:
         mask=None if command.only is None else lambda path: command.only in "/".join(path),
         forward_dtype=jnp.bfloat16 if command.bfloat16 else None,
     )  # fmt: skip
-    print(f"{posterior.num_free:,} weights free, {data.num_data:,} examples of {length} tokens, {command.chains} chains", file=sys.stderr)
+    print(
+        f"{posterior.num_free:,} weights free, {data.num_data:,} examples of {length} tokens, {command.chains} chains",
+        file=sys.stderr,
+    )
     result = slt.estimate_llc(
         posterior, data, sampler=slt.sgld(command.step_size), num_chains=command.chains, num_draws=command.draws,
         num_warmup=command.warmup, thinning=command.thinning, batch_size=command.batch_size,

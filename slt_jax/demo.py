@@ -124,7 +124,10 @@ def run_demo(out: Path, *, smoke: bool = False, show: bool = True) -> list[dict]
     folder = out / "smoke" if smoke else out
     folder.mkdir(parents=True, exist_ok=True)
     result, truth = known_truth(size.truth_draws)
-    console.print(f"Known truth: full-rank deep linear network 4-6-3: LLC {result.llc:.2f} ± {result.llc_stderr:.2f}, exact value {truth:g} ({result.verdict})", soft_wrap=True)
+    console.print(
+        f"Known truth: full-rank deep linear network 4-6-3: LLC {result.llc:.2f} ± {result.llc_stderr:.2f}, exact value {truth:g} ({result.verdict})",
+        soft_wrap=True,
+    )
     data = source_bytes(size.num_files, size.config.context_length)
     paths = train(size, data, folder / "checkpoints", show)
     rows, results = [], []
@@ -135,7 +138,9 @@ def run_demo(out: Path, *, smoke: bool = False, show: bool = True) -> list[dict]
         params, own_loss = from_nnx(model, _model_loss)
         loss_fn = loss_fn or own_loss
         posterior = LocalPosterior(loss_fn, params, num_data=len(data), nbeta=30.0, localization=300.0)
-        console.print(f"[dim]step {record['step']}: {size.num_chains} chains x ({size.num_warmup} + {size.num_draws}) steps[/dim]")
+        console.print(
+            f"[dim]step {record['step']}: {size.num_chains} chains x ({size.num_warmup} + {size.num_draws}) steps[/dim]"
+        )
         estimate = estimate_llc(
             posterior, data, sampler=sgld(3e-4), num_chains=size.num_chains, num_draws=size.num_draws,
             num_warmup=size.num_warmup, batch_size=size.sample_batch, key=record["step"], progress=show,
@@ -146,7 +151,10 @@ def run_demo(out: Path, *, smoke: bool = False, show: bool = True) -> list[dict]
     plot_training([r["step"] for r in rows], [r["loss"] for r in rows], results, folder / "llc-over-training.png")
     (folder / "table.json").write_text(json.dumps(rows, indent=1))
     _print_table(console, rows)
-    console.print(f"Picture: {folder / 'llc-over-training.png'}   traces: {folder / 'traces'}   {time.monotonic() - began:.0f} s", soft_wrap=True)
+    console.print(
+        f"Picture: {folder / 'llc-over-training.png'}   traces: {folder / 'traces'}   {time.monotonic() - began:.0f} s",
+        soft_wrap=True,
+    )
     return rows
 
 
@@ -157,6 +165,8 @@ def _print_table(console: Console, rows: list[dict]) -> None:
     number = lambda x, form: format(math.nan if x is None else x, form)  # noqa: E731
     for r in rows:
         llc = f"{number(r['llc'], '.2f')} ± {number(r['llc_stderr'], '.2f')}"
-        table.add_row(str(r["step"]), f"{r['loss']:.3f}", llc, number(r["rhat"], ".3f"), number(r["ess"], ".0f"), r["verdict"])
+        table.add_row(
+            str(r["step"]), f"{r['loss']:.3f}", llc, number(r["rhat"], ".3f"), number(r["ess"], ".0f"), r["verdict"]
+        )
     console.print(table)
     sys.stdout.flush()

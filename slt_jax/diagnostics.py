@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from blackjax.diagnostics import effective_sample_size, potential_scale_reduction
 
 _RHAT_LIMIT = 1.05
 _TREND_SIGMA = 3.0
@@ -39,6 +38,9 @@ def ess_and_rhat(draws: np.ndarray) -> tuple[float, float]:
 
     Source: Vehtari, Gelman, Simpson, Carpenter, Buerkner, arXiv:1903.08008, as implemented in BlackJAX.
     """
+    # blackjax runs JAX at its import, which would fix the number of devices before the user can.
+    from blackjax.diagnostics import effective_sample_size, potential_scale_reduction
+
     if draws.shape[0] == 0 or draws.shape[1] < 4:
         return math.nan, math.nan
     halves = split_chains(draws - draws.mean())
@@ -85,9 +87,15 @@ def _judge(draws, ess, rhat, trend, trend_z, num_stopped) -> tuple[str, str]:
         return "not a minimum", "the chains found lower loss than w*; train further, or raise localization."
     if abs(trend_z) > _TREND_SIGMA and abs(trend) > 0.02 * abs(mean):
         word = "still rising" if trend > 0 else "still falling"
-        return word, f"the second half of the draws is {trend:+.3g} from the first ({trend_z:+.1f} standard errors); raise num_warmup."
+        return (
+            word,
+            f"the second half of the draws is {trend:+.3g} from the first ({trend_z:+.1f} standard errors); raise num_warmup.",
+        )
     if rhat > _RHAT_LIMIT:
         return "chains disagree", f"R-hat {rhat:.3f} is above {_RHAT_LIMIT}; draw more, or raise num_warmup."
     if ess < 100 and error > 0.1 * abs(mean):
         return "too few draws", f"{ess:.0f} effective draws leave an error of {error:.2g}; draw more."
-    return "converged", "no sign of trouble in trend, R-hat or divergence. Step-size bias is not checked: halve step_size and compare."
+    return (
+        "converged",
+        "no sign of trouble in trend, R-hat or divergence. Step-size bias is not checked: halve step_size and compare.",
+    )

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from slt_jax.batches import ArrayData, Prefetcher, Source, draw_indices
+from slt_jax.batches import Prefetcher, Source, draw_indices
 from slt_jax.mesh import chain_sharding, shared_sharding
 from slt_jax.posterior import LocalPosterior, LossProgram
 from slt_jax.samplers.base import Hyper, Sampler
@@ -220,8 +220,16 @@ class Engine:
         self.keys = fold(key, chains)
         self.hyper = Hyper(*(jnp.float32(x) for x in (posterior.nbeta, posterior.localization, sampler.step_size)))
         self.static = _Static(
-            posterior.program, sampler.step, source.num_data, plan.batch_size, plan.micro_batches, plan.chain_batch,
-            self._length(), plan.baseline == "paired", None if source.on_host else _gather, mesh,
+            posterior.program,
+            sampler.step,
+            source.num_data,
+            plan.batch_size,
+            plan.micro_batches,
+            plan.chain_batch,
+            self._length(),
+            plan.baseline == "paired",
+            None if source.on_host else _gather,
+            mesh,
         )
 
     def _length(self) -> int:

@@ -91,9 +91,7 @@ def estimate_llc(
     key = check_key(key)
     mesh = chain_mesh(num_chains) if mesh is None else check_mesh(mesh, num_chains)
     group = _chain_batch(chain_batch, num_chains // mesh.shape["chain"], posterior.num_free)
-    plan = Schedule(
-        num_chains, num_draws, num_warmup, thinning, batch_size, micro_batches, baseline, group, chunk_size
-    )
+    plan = Schedule(num_chains, num_draws, num_warmup, thinning, batch_size, micro_batches, baseline, group, chunk_size)
     engine = Engine(posterior, source, sampler, plan, key, mesh)
     batch = engine.first_batch()
     _check_center(engine, batch)
@@ -111,9 +109,13 @@ def check_key(key: Any) -> jax.Array:
         return jax.random.key(int(key), impl="threefry2x32")
     if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         kind = f"an array of {key.dtype}" if hasattr(key, "dtype") else repr(key)
-        raise TypeError(f"key must be a jax.random.key(...) or a whole number, got {kind}. Old-style keys (jax.random.PRNGKey) go through jax.random.wrap_key_data(key).")
+        raise TypeError(
+            f"key must be a jax.random.key(...) or a whole number, got {kind}. Old-style keys (jax.random.PRNGKey) go through jax.random.wrap_key_data(key)."
+        )
     if key.shape != () or str(jax.random.key_impl(key)) not in ("fry", "threefry2x32"):
-        raise TypeError(f"key must be one threefry key, got shape {key.shape} of {jax.random.key_impl(key)}. Use jax.random.key(seed, impl='threefry2x32').")
+        raise TypeError(
+            f"key must be one threefry key, got shape {key.shape} of {jax.random.key_impl(key)}. Use jax.random.key(seed, impl='threefry2x32')."
+        )
     return key
 
 
@@ -125,7 +127,9 @@ def _chain_batch(chain_batch: int | None, local: int, num_free: int) -> int:
     check_count("chain_batch", chain_batch, 1)
     if local % chain_batch:
         divisors = [k for k in range(1, local + 1) if local % k == 0]
-        raise ValueError(f"chain_batch = {chain_batch} does not divide the {local} chains of one device. Take one of {divisors}.")
+        raise ValueError(
+            f"chain_batch = {chain_batch} does not divide the {local} chains of one device. Take one of {divisors}."
+        )
     return chain_batch
 
 
@@ -135,7 +139,9 @@ def _check_center(engine: Engine, batch: Any) -> None:
     if not math.isfinite(loss):
         whole = any(np.issubdtype(x.dtype, np.integer) for x in jax.tree.leaves(batch))
         hint = " The data holds integers: are all token ids inside the model's vocabulary?" if whole else ""
-        raise FloatingPointError(f"the loss at w* is {loss} on the first batch; an LLC needs a finite loss at the center. Check the data for NaN, and that these weights belong to this loss.{hint}")
+        raise FloatingPointError(
+            f"the loss at w* is {loss} on the first batch; an LLC needs a finite loss at the center. Check the data for NaN, and that these weights belong to this loss.{hint}"
+        )
 
 
 def _identity(engine: Engine, key: jax.Array, batch: Any) -> dict[str, Any]:

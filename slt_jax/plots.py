@@ -48,7 +48,9 @@ def plot_result(result: Any, path: str | os.PathLike | None = None) -> Figure:
     return _figure((7.0, 5.5), path, draw)
 
 
-def plot_training(steps: list[int], losses: list[float], results: list[Any], path: str | os.PathLike | None = None) -> Figure:
+def plot_training(
+    steps: list[int], losses: list[float], results: list[Any], path: str | os.PathLike | None = None
+) -> Figure:
     """LLC with error bars and loss over training steps; hollow markers are estimates not called converged."""
 
     def draw(figure: Figure) -> None:

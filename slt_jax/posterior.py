@@ -175,9 +175,13 @@ class LocalPosterior:
         masks = _leaf_masks(self.mask, flat, treedef)
         leaves = [_check_leaf("/".join(path_of(path)), leaf, m) for (path, leaf), m in zip(flat, masks, strict=True)]
         if not any(leaf.free for leaf in leaves):
-            raise ValueError(f"the mask leaves no weight free: all {len(leaves)} leaves are frozen. Check the mask against {_names(leaves)}.")
+            raise ValueError(
+                f"the mask leaves no weight free: all {len(leaves)} leaves are frozen. Check the mask against {_names(leaves)}."
+            )
         if self.mask is not None and all(leaf.free and not leaf.cut for leaf in leaves):
-            raise ValueError(f"the mask restricts nothing: it is true for all of {_names(leaves)}. Leave it out, or check the path it tests.")
+            raise ValueError(
+                f"the mask restricts nothing: it is true for all of {_names(leaves)}. Leave it out, or check the path it tests."
+            )
         forward = None if self.forward_dtype is None else jnp.dtype(self.forward_dtype)
         return LossProgram(self.loss_fn, treedef, tuple(leaves), forward)
 
@@ -189,7 +193,9 @@ class LocalPosterior:
     @property
     def num_free(self) -> int:
         """d, the number of weights that move."""
-        return sum(leaf.indices.size if leaf.cut else math.prod(leaf.shape) for leaf in self.program.leaves if leaf.free)
+        return sum(
+            leaf.indices.size if leaf.cut else math.prod(leaf.shape) for leaf in self.program.leaves if leaf.free
+        )
 
     def fingerprint(self, batch: PyTree) -> dict[str, Any]:
         """Everything of the posterior that a result depends on; ``batch`` gives shapes only."""
@@ -230,7 +236,9 @@ def _leaf_masks(mask: Mask, flat: list, treedef) -> list:
         return [mask(path_of(path)) for path, _ in flat]
     found = jax.tree.structure(mask)
     if found != treedef:
-        raise ValueError(f"the mask does not match center: it has structure {found}, center has {treedef}. Give one boolean (or boolean array) for each leaf, or a function of the leaf's path.")
+        raise ValueError(
+            f"the mask does not match center: it has structure {found}, center has {treedef}. Give one boolean (or boolean array) for each leaf, or a function of the leaf's path."
+        )
     return jax.tree.leaves(mask)
 
 
@@ -240,11 +248,15 @@ def _check_leaf(name: str, value: Any, mask: Any) -> _Leaf:
     leaf = _Leaf(name, tuple(value.shape), value.dtype, _entries(name, tuple(value.shape), mask))
     if not jnp.issubdtype(value.dtype, jnp.floating):
         if leaf.free:
-            raise TypeError(f"parameter '{name}' has type {value.dtype}; only floating-point weights can be sampled. Freeze it with a mask, or keep it out of center.")
+            raise TypeError(
+                f"parameter '{name}' has type {value.dtype}; only floating-point weights can be sampled. Freeze it with a mask, or keep it out of center."
+            )
         return leaf
     bad = int(value.size - jnp.count_nonzero(jnp.isfinite(value)))
     if bad:
-        raise ValueError(f"parameter '{name}' has {bad} entries of {value.size} that are NaN or infinite; center must be finite.")
+        raise ValueError(
+            f"parameter '{name}' has {bad} entries of {value.size} that are NaN or infinite; center must be finite."
+        )
     return leaf
 
 

@@ -18,7 +18,12 @@ class Progress:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
         console = Console(stderr=True)
         self._bar = RichProgress(
-            *columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console, disable=not enabled, transient=True
+            *columns,
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not enabled,
+            transient=True,
         )
         self._task = self._bar.add_task("compiling", total=engine.plan.total_steps, note="")
 

@@ -56,7 +56,9 @@ class LLCResult:
         kept = self.kept_chains
         ratio = math.nan
         if kept.size:
-            right = self.settings["num_free"] + self.settings["step_size"] / 4 * self.drift_sq[kept].mean(dtype=np.float64)
+            right = self.settings["num_free"] + self.settings["step_size"] / 4 * self.drift_sq[kept].mean(
+                dtype=np.float64
+            )
             ratio = float(self.virial[kept].mean(dtype=np.float64) / right)
         return assess(self.llc_draws, ratio, len(self.stopped))
 
@@ -144,7 +146,9 @@ class LLCResult:
         try:
             self.to_xarray().to_zarr(target, mode="w", consolidated=False)
         except OSError as error:
-            raise OSError(f"could not write {target}: {error}. The result is still in memory: save it elsewhere.") from error
+            raise OSError(
+                f"could not write {target}: {error}. The result is still in memory: save it elsewhere."
+            ) from error
         return target
 
     def plot(self, path: str | os.PathLike | None = None):
@@ -166,5 +170,7 @@ def load_result(path: str | os.PathLike) -> LLCResult:
         traces = [sample[name].values for name in ("loss_trace", "baseline_trace", "drift_sq", "virial")]
         warm = tree["warmup_sample_stats"]["loss"].values
     except Exception as error:
-        raise ValueError(f"{path} is not a result written by slt-jax, or it is truncated ({type(error).__name__}: {error}).") from error
+        raise ValueError(
+            f"{path} is not a result written by slt-jax, or it is truncated ({type(error).__name__}: {error})."
+        ) from error
     return LLCResult(*traces, warm, {int(k): v for k, v in stopped.items()}, settings, tuple(notes))

@@ -5,7 +5,6 @@ AR(1) process per direction with variance 1 / (a (1 - eps a / 4)). Minibatches o
 L(w; z) = sum h_i w_i^2 / 2 + w.z, z ~ N(0, C), give [1 + eps nbeta^2 C / (4 B)] / [a (1 - eps a / 4)].
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest

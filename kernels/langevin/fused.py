@@ -35,7 +35,9 @@ def _threefry(key_words: jax.Array, x0: jax.Array, x1: jax.Array) -> tuple[jax.A
 def random_words(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Two independent uint32 words for each element of ``shape``; their XOR is ``jax.random.bits(key, shape)``."""
     if math.prod(shape) >= 2**32:
-        raise ValueError(f"one array of shape {shape} has {math.prod(shape)} elements; the counter holds at most 2**32 - 1.")
+        raise ValueError(
+            f"one array of shape {shape} has {math.prod(shape)} elements; the counter holds at most 2**32 - 1."
+        )
     counter = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
     return _threefry(jax.random.key_data(key), jnp.zeros_like(counter), counter)
 

@@ -67,7 +67,9 @@ class Decoder(nnx.Module):
     def hidden(self, tokens: jax.Array) -> jax.Array:
         """What the head sees: ``(m, T, width)``. Raises ValueError when T is past the context length."""
         if tokens.shape[1] > self.config.context_length:
-            raise ValueError(f"sequences of {tokens.shape[1]} tokens do not fit context_length = {self.config.context_length}.")
+            raise ValueError(
+                f"sequences of {tokens.shape[1]} tokens do not fit context_length = {self.config.context_length}."
+            )
         x = self.embedding(tokens) + self.positions(jnp.arange(tokens.shape[1]))
         for block in self.blocks:
             x = block(x)

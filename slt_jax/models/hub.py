@@ -35,13 +35,13 @@ def load_decoder(path: str | os.PathLike) -> tuple[Decoder, dict[str, Any]]:
     abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
     graphdef, state = nnx.split(abstract)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), nnx.to_pure_dict(state)
-    )
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), nnx.to_pure_dict(state))
     try:
         with ocp.StandardCheckpointer() as reader:
             params = reader.restore(folder / "params", target)
     except Exception as error:
-        raise ValueError(f"{folder / 'params'} is truncated or does not match its config.json ({type(error).__name__}: {str(error)[:300]}).") from error
+        raise ValueError(
+            f"{folder / 'params'} is truncated or does not match its config.json ({type(error).__name__}: {str(error)[:300]})."
+        ) from error
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state), record

@@ -49,9 +49,7 @@ class Sampler(NamedTuple):
 
 def drift(grad: Position, position: Position, center: Position, hyper: Hyper) -> Position:
     """G = nbeta grad L_m(w) + localization (w - w*), leaf by leaf."""
-    return tuple(
-        hyper.nbeta * g + hyper.localization * (w - c) for g, w, c in zip(grad, position, center, strict=True)
-    )
+    return tuple(hyper.nbeta * g + hyper.localization * (w - c) for g, w, c in zip(grad, position, center, strict=True))
 
 
 def inner(a: Position, b: Position) -> jax.Array:
