@@ -51,7 +51,7 @@ class ArrayData:
             raise ValueError(
                 f"the data's leaves must have one row per example, but their first dimensions are {sizes}. Cut some."
             )
-        self.num_data = next(iter(sizes.values()))
+        self.num_data = int(next(iter(sizes.values())))
         if self.num_data == 0:
             raise ValueError("the data has no examples: its first dimension is 0. Pass at least one row.")
         self.arrays = jax.tree.map(jnp.asarray, data)

@@ -45,7 +45,8 @@ class RunStore:
             foreign = [p.name for p in self.path.iterdir() if not p.name.startswith(MANIFEST)]
             if foreign:
                 raise ValueError(
-                    f"checkpoint_dir {self.path} is not empty and holds no {MANIFEST}, so it is not a run of slt-jax (it has {foreign[0]}). Give an empty or new directory."
+                    f"checkpoint_dir {self.path} is not empty and holds no {MANIFEST}, so it is not a run of slt-jax "
+                    f"(it has {foreign[0]}). Give an empty or new directory."
                 )
             if jax.process_index() == 0:
                 partial = self.path / f"{MANIFEST}.{os.getpid()}"
@@ -55,7 +56,7 @@ class RunStore:
         self._manager = ocp.CheckpointManager(self.path / "steps", options=options)
 
     def restore(self, state: Any, host: dict[str, np.ndarray]) -> tuple[int, Any, dict[str, np.ndarray]] | None:
-        """(step, state, host arrays) of the newest complete save, laid out like the arguments; None if there is none."""
+        """(step, state, host arrays) of the newest complete save, laid out like the arguments; None without one."""
         step = self._manager.latest_step()
         if step is None:
             return None
@@ -67,7 +68,8 @@ class RunStore:
             )
         except Exception as error:
             raise ValueError(
-                f"the checkpoint of step {step} in {self.path} is truncated or foreign ({type(error).__name__}: {str(error)[:200]}). Remove {self.path / 'steps' / str(step)} to go back to the save before it."
+                f"the checkpoint of step {step} in {self.path} is truncated or foreign ({type(error).__name__}: "
+                f"{str(error)[:200]}). Remove {self.path / 'steps' / str(step)} to go back to the save before it."
             ) from error
         return step, saved["state"], {k: np.array(v) for k, v in saved["host"].items()}
 
@@ -92,7 +94,8 @@ class RunStore:
                 self._compare(there, here, f"{prefix}{name}.")
             elif here != there:
                 raise ValueError(
-                    f"checkpoint_dir {self.path} holds a run with another {prefix}{name}: {there!r} there, {here!r} now. Give the same value to resume it, or another directory to start anew."
+                    f"checkpoint_dir {self.path} holds a run with another {prefix}{name}: {there!r} there, {here!r} "
+                    "now. Give the same value to resume it, or another directory to start anew."
                 )
 
 

@@ -125,7 +125,7 @@ def _llc(command: Llc) -> int:
     params, loss_fn = slt.from_nnx(model, lambda m, batch: m.losses(batch))
     posterior = slt.LocalPosterior(
         loss_fn, params, num_data=data.num_data, nbeta=command.nbeta, localization=command.localization,
-        mask=None if command.only is None else lambda path: command.only in "/".join(path),
+        mask=None if (only := command.only) is None else lambda path: only in "/".join(path),
         forward_dtype=jnp.bfloat16 if command.bfloat16 else None,
     )  # fmt: skip
     print(

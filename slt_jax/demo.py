@@ -125,7 +125,8 @@ def run_demo(out: Path, *, smoke: bool = False, show: bool = True) -> list[dict]
     folder.mkdir(parents=True, exist_ok=True)
     result, truth = known_truth(size.truth_draws)
     console.print(
-        f"Known truth: full-rank deep linear network 4-6-3: LLC {result.llc:.2f} ± {result.llc_stderr:.2f}, exact value {truth:g} ({result.verdict})",
+        f"Known truth: full-rank deep linear network 4-6-3: LLC {result.llc:.2f} ± {result.llc_stderr:.2f}, exact "
+        f"value {truth:g} ({result.verdict})",
         soft_wrap=True,
     )
     data = source_bytes(size.num_files, size.config.context_length)

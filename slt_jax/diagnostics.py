@@ -89,7 +89,8 @@ def _judge(draws, ess, rhat, trend, trend_z, num_stopped) -> tuple[str, str]:
         word = "still rising" if trend > 0 else "still falling"
         return (
             word,
-            f"the second half of the draws is {trend:+.3g} from the first ({trend_z:+.1f} standard errors); raise num_warmup.",
+            f"the second half of the draws is {trend:+.3g} from the first ({trend_z:+.1f} standard errors); "
+            "raise num_warmup.",
         )
     if rhat > _RHAT_LIMIT:
         return "chains disagree", f"R-hat {rhat:.3f} is above {_RHAT_LIMIT}; draw more, or raise num_warmup."

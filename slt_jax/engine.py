@@ -1,7 +1,7 @@
 """The only loop: a host loop over compiled chunks of steps, with all chains on the device.
 
 Inside a chunk each device runs its chains in groups of ``chain_batch`` (vmap within a group, one group after another),
-each through all the chunk's steps. Chains never talk to each other, so the program has no collectives on the chain axis.
+each through all the chunk's steps. Chains never talk to each other: the program has no collectives on the chain axis.
 Every random number comes from ``fold_in(chain key, global step)``: results do not depend on how steps fall into chunks.
 """
 

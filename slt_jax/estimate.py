@@ -82,7 +82,8 @@ def estimate_llc(
     for name, value in {"thinning": thinning, "chunk_size": chunk_size, "micro_batches": micro_batches}.items():
         check_count(name, value, 1)
     check_positive("checkpoint_seconds", checkpoint_seconds, "0 saves after every chunk.", zero=True)
-    batch_size = min(256, source.num_data) if batch_size is None else batch_size
+    if batch_size is None:
+        batch_size = min(256, source.num_data)
     check_batch_size(batch_size, source.num_data)
     if batch_size % micro_batches:
         raise ValueError(f"micro_batches = {micro_batches} does not divide batch_size = {batch_size}. Take a divisor.")
@@ -110,11 +111,13 @@ def check_key(key: Any) -> jax.Array:
     if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         kind = f"an array of {key.dtype}" if hasattr(key, "dtype") else repr(key)
         raise TypeError(
-            f"key must be a jax.random.key(...) or a whole number, got {kind}. Old-style keys (jax.random.PRNGKey) go through jax.random.wrap_key_data(key)."
+            f"key must be a jax.random.key(...) or a whole number, got {kind}. "
+            "Old-style keys (jax.random.PRNGKey) go through jax.random.wrap_key_data(key)."
         )
     if key.shape != () or str(jax.random.key_impl(key)) not in ("fry", "threefry2x32"):
         raise TypeError(
-            f"key must be one threefry key, got shape {key.shape} of {jax.random.key_impl(key)}. Use jax.random.key(seed, impl='threefry2x32')."
+            f"key must be one threefry key, got shape {key.shape} of {jax.random.key_impl(key)}. "
+            "Use jax.random.key(seed, impl='threefry2x32')."
         )
     return key
 
@@ -140,7 +143,8 @@ def _check_center(engine: Engine, batch: Any) -> None:
         whole = any(np.issubdtype(x.dtype, np.integer) for x in jax.tree.leaves(batch))
         hint = " The data holds integers: are all token ids inside the model's vocabulary?" if whole else ""
         raise FloatingPointError(
-            f"the loss at w* is {loss} on the first batch; an LLC needs a finite loss at the center. Check the data for NaN, and that these weights belong to this loss.{hint}"
+            f"the loss at w* is {loss} on the first batch; an LLC needs a finite loss at the center. "
+            f"Check the data for NaN, and that these weights belong to this loss.{hint}"
         )
 
 
@@ -197,7 +201,10 @@ def _finish(store: RunStore, run: Run) -> None:
 
 
 def _forgo(store: RunStore, run: Run, error: Exception) -> None:
-    note = f"checkpoints in {store.path} stopped at or before step {run.step} ({str(error)[:200]}); the estimate is complete."
+    note = (
+        f"checkpoints in {store.path} stopped at or before step {run.step} ({str(error)[:200]}); "
+        f"the estimate is complete."
+    )
     run.notes.append(note)
     warnings.warn(note, RuntimeWarning, stacklevel=2)
 

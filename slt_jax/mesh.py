@@ -14,7 +14,7 @@ def chain_mesh(num_chains: int, devices: list | None = None) -> Mesh:
 
 
 def check_mesh(mesh: Mesh, num_chains: int) -> Mesh:
-    """Raise ValueError unless the mesh has a ``chain`` axis that divides ``num_chains``, and at most ``model`` beside."""
+    """Raise ValueError unless ``mesh`` has an axis ``chain`` that divides ``num_chains``, and at most ``model`` too."""
     if "chain" not in mesh.axis_names or set(mesh.axis_names) - {"chain", "model"}:
         raise ValueError(f"mesh must have an axis 'chain' and may have an axis 'model', got {mesh.axis_names}.")
     if num_chains % mesh.shape["chain"]:
@@ -26,7 +26,7 @@ def check_mesh(mesh: Mesh, num_chains: int) -> Mesh:
 
 
 def chain_sharding(mesh: Mesh, leaf: Any) -> NamedSharding:
-    """Sharding of ``leaf`` stacked over chains: ``chain`` first, then the leaf's own ``model`` sharding if it has one."""
+    """Sharding of ``leaf`` stacked over chains: ``chain`` first, then the leaf's own ``model`` sharding if any."""
     return NamedSharding(mesh, PartitionSpec("chain", *_model_spec(mesh, leaf)))
 
 

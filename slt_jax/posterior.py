@@ -107,7 +107,8 @@ class LossProgram:
         if shape not in ((), (size,)):
             found = f"shape {shape}" if shape is not None else f"a {type(value).__name__}"
             raise ValueError(
-                f"loss_fn must return one loss per example, shape ({size},) for this batch, or a scalar; it returned {found}. "
+                f"loss_fn must return one loss per example, shape ({size},) for this batch, or a scalar; "
+                f"it returned {found}. "
                 f"Reduce over every other axis (a sum over outputs, a mean over tokens) inside loss_fn."
             )
         if not jnp.issubdtype(value.dtype, jnp.floating):
@@ -176,11 +177,13 @@ class LocalPosterior:
         leaves = [_check_leaf("/".join(path_of(path)), leaf, m) for (path, leaf), m in zip(flat, masks, strict=True)]
         if not any(leaf.free for leaf in leaves):
             raise ValueError(
-                f"the mask leaves no weight free: all {len(leaves)} leaves are frozen. Check the mask against {_names(leaves)}."
+                f"the mask leaves no weight free: all {len(leaves)} leaves are frozen. "
+                f"Check the mask against {_names(leaves)}."
             )
         if self.mask is not None and all(leaf.free and not leaf.cut for leaf in leaves):
             raise ValueError(
-                f"the mask restricts nothing: it is true for all of {_names(leaves)}. Leave it out, or check the path it tests."
+                f"the mask restricts nothing: it is true for all of {_names(leaves)}. "
+                "Leave it out, or check the path it tests."
             )
         forward = None if self.forward_dtype is None else jnp.dtype(self.forward_dtype)
         return LossProgram(self.loss_fn, treedef, tuple(leaves), forward)
@@ -237,7 +240,8 @@ def _leaf_masks(mask: Mask, flat: list, treedef) -> list:
     found = jax.tree.structure(mask)
     if found != treedef:
         raise ValueError(
-            f"the mask does not match center: it has structure {found}, center has {treedef}. Give one boolean (or boolean array) for each leaf, or a function of the leaf's path."
+            f"the mask does not match center: it has structure {found}, center has {treedef}. "
+            "Give one boolean (or boolean array) for each leaf, or a function of the leaf's path."
         )
     return jax.tree.leaves(mask)
 
@@ -249,7 +253,8 @@ def _check_leaf(name: str, value: Any, mask: Any) -> _Leaf:
     if not jnp.issubdtype(value.dtype, jnp.floating):
         if leaf.free:
             raise TypeError(
-                f"parameter '{name}' has type {value.dtype}; only floating-point weights can be sampled. Freeze it with a mask, or keep it out of center."
+                f"parameter '{name}' has type {value.dtype}; only floating-point weights can be sampled. "
+                "Freeze it with a mask, or keep it out of center."
             )
         return leaf
     bad = int(value.size - jnp.count_nonzero(jnp.isfinite(value)))

@@ -103,10 +103,13 @@ class LLCResult:
             f"LLC {self.llc:.4g} +/- {self.llc_stderr:.2g}  ({len(self.kept_chains)} chains x {draws} draws, "
             f"R-hat {h.rhat:.3f}, ESS {h.ess:.0f})\n"
             f"Verdict: {h.verdict}: {h.reason}\n"
-            f"Loss {self.init_loss:.5g} at w*, {np.nanmean(self.loss_trace[self.kept_chains]) if len(self.kept_chains) else math.nan:.5g} "
+            f"Loss {self.init_loss:.5g} at w*, "
+            f"{np.nanmean(self.loss_trace[self.kept_chains]) if len(self.kept_chains) else math.nan:.5g} "
             f"around it (nats per example); trend {h.trend:+.2g}, virial ratio {h.virial:.3f}.\n"
-            f"{s['sampler']} with step_size {s['step_size']:.3g}, nbeta {s['nbeta']:.4g}, localization {s['localization']:.3g}; "
-            f"{s['num_free']:,} weights free, {s['num_warmup']} warm-up steps, thinning {s['thinning']}, batch {s['batch_size']} of {s['num_data']:,}."
+            f"{s['sampler']} with step_size {s['step_size']:.3g}, nbeta {s['nbeta']:.4g}, localization "
+            f"{s['localization']:.3g}; "
+            f"{s['num_free']:,} weights free, {s['num_warmup']} warm-up steps, thinning {s['thinning']}, batch "
+            f"{s['batch_size']} of {s['num_data']:,}."
         )
         if self.stopped:
             where = ", ".join(f"chain {c} at step {t}" for c, t in sorted(self.stopped.items())[:8])
@@ -139,7 +142,7 @@ class LLCResult:
         return tree
 
     def save(self, path: str | os.PathLike, *, overwrite: bool = False) -> Path:
-        """Write the traces and settings as zarr. Raises FileExistsError on an existing path, OSError when it cannot write."""
+        """Write the traces and settings as zarr. Raises FileExistsError on an existing path, and OSError."""
         target = Path(path)
         if target.exists() and not overwrite:
             raise FileExistsError(f"{target} exists. Pass overwrite=True to replace it, or another path.")
@@ -152,14 +155,14 @@ class LLCResult:
         return target
 
     def plot(self, path: str | os.PathLike | None = None):
-        """Loss traces by chain with the running estimate; written to ``path`` if given. Returns the matplotlib figure."""
+        """Loss traces by chain and the running estimate; written to ``path`` if given. Returns the figure."""
         from slt_jax.plots import plot_result
 
         return plot_result(self, path)
 
 
 def load_result(path: str | os.PathLike) -> LLCResult:
-    """Read back what ``LLCResult.save`` wrote. Raises FileNotFoundError, or ValueError for a foreign or truncated file."""
+    """Read what ``LLCResult.save`` wrote. Raises FileNotFoundError, or ValueError for a foreign or truncated file."""
     if not Path(path).exists():
         raise FileNotFoundError(f"no result at {path}.")
     try:

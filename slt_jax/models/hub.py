@@ -23,7 +23,7 @@ def save_decoder(path: str | os.PathLike, model: Decoder, extra: dict[str, Any] 
 
 
 def load_decoder(path: str | os.PathLike) -> tuple[Decoder, dict[str, Any]]:
-    """(model, everything in config.json). Raises FileNotFoundError, or ValueError naming what is foreign or truncated."""
+    """(model, all of config.json). Raises FileNotFoundError, or ValueError naming what is foreign or truncated."""
     folder = Path(path).absolute()
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json, so it is not a whole decoder checkpoint of slt-jax.")
@@ -41,7 +41,8 @@ def load_decoder(path: str | os.PathLike) -> tuple[Decoder, dict[str, Any]]:
             params = reader.restore(folder / "params", target)
     except Exception as error:
         raise ValueError(
-            f"{folder / 'params'} is truncated or does not match its config.json ({type(error).__name__}: {str(error)[:300]})."
+            f"{folder / 'params'} is truncated or does not match its config.json ({type(error).__name__}: "
+            f"{str(error)[:300]})."
         ) from error
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state), record
