@@ -1,5 +1,6 @@
 """A run on disk: what it depends on, and where it got to. Orbax writes the state; a manifest guards it."""
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -35,9 +36,20 @@ class RunStore:
     """
 
     def __init__(self, directory: str | os.PathLike, identity: dict[str, Any]):
+        if not isinstance(directory, str | os.PathLike):
+            raise TypeError(f"checkpoint_dir must be a path, got {directory!r}. Give a directory of its own.")
         self.path = Path(directory).absolute()
+        try:
+            self._open({"format": FORMAT, **identity})
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"checkpoint_dir {self.path} cannot be written to as a directory ({type(error).__name__}: {error}). "
+                "Give another directory, or leave checkpoint_dir out",
+            ) from error
+
+    def _open(self, identity: dict[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        identity = {"format": FORMAT, **identity}
         manifest = self.path / MANIFEST
         if manifest.exists():
             self._compare(_read_json(manifest), identity)
@@ -52,8 +64,11 @@ class RunStore:
                 partial = self.path / f"{MANIFEST}.{os.getpid()}"
                 partial.write_text(json.dumps(identity, indent=1, sort_keys=True))
                 partial.replace(manifest)
+        steps = self.path / "steps"
+        if steps.exists() and not steps.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{steps} is a file: remove it")
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True, create=True)
-        self._manager = ocp.CheckpointManager(self.path / "steps", options=options)
+        self._manager = ocp.CheckpointManager(steps, options=options)
 
     def restore(self, state: Any, host: dict[str, np.ndarray]) -> tuple[int, Any, dict[str, np.ndarray]] | None:
         """(step, state, host arrays) of the newest complete save, laid out like the arguments; None without one."""
@@ -67,9 +82,11 @@ class RunStore:
                 args=ocp.args.Composite(state=ocp.args.StandardRestore(target), host=ocp.args.StandardRestore(host)),
             )
         except Exception as error:
+            self.close()
             raise ValueError(
                 f"the checkpoint of step {step} in {self.path} is truncated or foreign ({type(error).__name__}: "
-                f"{str(error)[:200]}). Remove {self.path / 'steps' / str(step)} to go back to the save before it."
+                f"{str(error)[:200]}). Remove {self.path / 'steps' / str(step)} to go back to the save before it, "
+                "or to the start."
             ) from error
         return step, saved["state"], {k: np.array(v) for k, v in saved["host"].items()}
 

@@ -63,6 +63,7 @@ class Run:
     alive: Any
     trace: Trace
     step: int = 0
+    cost: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -184,6 +185,20 @@ def _chunk(static: _Static, state, alive, keys, batches, shared, window):
     return mapped(state, alive, keys, batches, shared, window)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _chain_keys(key, num, sharding):
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num))
+    return jax.lax.with_sharding_constraint(keys, sharding)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _spread(init, num, shardings, center):
+    """The sampler's first state at ``center``, once for each chain."""
+    leaves, treedef = jax.tree.flatten(init(center))
+    copies = [jnp.broadcast_to(x, (num, *x.shape)) for x in leaves]
+    return jax.tree.unflatten(treedef, [*map(jax.lax.with_sharding_constraint, copies, shardings)])
+
+
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
 def _chunk_indices(keys, start, length, num_data, batch_size):
     """Indices ``(num_chains, length, batch_size)`` that the device would draw for these steps."""
@@ -215,9 +230,7 @@ class Engine:
         put = lambda tree: jax.device_put(tree, jax.tree.map(lambda x: shared_sharding(mesh, x), tree))  # noqa: E731
         self.center, self.frozen, self.arrays = put(center), put(frozen), put(source.arrays)
         self.per_chain = NamedSharding(mesh, PartitionSpec("chain"))
-        chains = jnp.arange(plan.num_chains)
-        fold = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)), out_shardings=self.per_chain)
-        self.keys = fold(key, chains)
+        self.keys = _chain_keys(jax.device_put(key, shared_sharding(mesh, key)), plan.num_chains, self.per_chain)
         self.hyper = Hyper(*(jnp.float32(x) for x in (posterior.nbeta, posterior.localization, sampler.step_size)))
         self.static = _Static(
             posterior.program,
@@ -240,21 +253,12 @@ class Engine:
         one = sum(x.nbytes for x in jax.tree.leaves(self.source.fetch(np.zeros(1, np.int64))))
         return max(1, min(length, _HOST_BATCH_BYTES // (one * self.plan.batch_size * self.plan.num_chains)))
 
-    def first_batch(self) -> PyTree:
-        """The batch of the first chain's first step."""
-        indices = _chunk_indices(self.keys[:1], 0, 1, self.source.num_data, self.plan.batch_size)
-        return self.source.fetch(np.asarray(to_host(indices))[0, 0])
-
     def start(self) -> Run:
         """Every chain at the center."""
         num, shape = self.plan.num_chains, (self.plan.num_chains, self.plan.total_steps)
 
-        def spread(center):
-            return jax.tree.map(lambda x: jnp.broadcast_to(x, (num, *x.shape)), self.sampler.init(center))
-
-        like = self.sampler.init(self.center)
-        shardings = jax.tree.map(lambda x: chain_sharding(self.mesh, x), like)
-        state = jax.jit(spread, out_shardings=shardings)(self.center)
+        shardings = jax.tree.map(lambda x: chain_sharding(self.mesh, x), self.sampler.init(self.center))
+        state = _spread(self.sampler.init, num, tuple(jax.tree.leaves(shardings)), self.center)
         alive = jax.device_put(jnp.ones(num, bool), self.per_chain)
         return Run(state, alive, Trace(*(np.full(shape, np.nan, np.float32) for _ in Trace._fields)))
 

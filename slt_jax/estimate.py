@@ -1,5 +1,6 @@
 """The front door: losses of local chains into a learning coefficient with an error bar."""
 
+import contextlib
 import math
 import os
 import warnings
@@ -8,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 
 from slt_jax.batches import as_source, check_batch_size
 from slt_jax.checkpoint import RunStore, versions
@@ -73,8 +74,15 @@ def estimate_llc(
 
     Source: Lau et al., arXiv:2308.12108, equation 14.
     """
+    if not isinstance(posterior, LocalPosterior):
+        raise TypeError(
+            f"posterior must be a LocalPosterior, got a {type(posterior).__name__}. "
+            "Pass slt_jax.LocalPosterior(loss_fn, center, num_data) first, then the data."
+        )
     source = as_source(data)
     sampler = sgld() if sampler is None else sampler
+    if not isinstance(sampler, Sampler):
+        raise TypeError(f"sampler must be a Sampler, got {sampler!r}. Call its constructor: slt_jax.sgld(step_size).")
     check_count("num_chains", num_chains, 1)
     check_count("num_draws", num_draws, 1)
     num_warmup = num_draws if num_warmup is None else num_warmup
@@ -87,26 +95,27 @@ def estimate_llc(
     check_batch_size(batch_size, source.num_data)
     if batch_size % micro_batches:
         raise ValueError(f"micro_batches = {micro_batches} does not divide batch_size = {batch_size}. Take a divisor.")
-    if baseline not in ("paired", "full"):
-        raise ValueError(f"baseline must be 'paired' or 'full', got {baseline!r}.")
+    if not isinstance(baseline, str) or baseline not in ("paired", "full"):
+        raise ValueError(f"baseline must be 'paired' or 'full', got {baseline!r}. 'paired' has less variance.")
     key = check_key(key)
-    mesh = chain_mesh(num_chains) if mesh is None else check_mesh(mesh, num_chains)
+    mesh = chain_mesh(num_chains) if mesh is None else check_mesh(_auto_mesh(mesh), num_chains)
     group = _chain_batch(chain_batch, num_chains // mesh.shape["chain"], posterior.num_free)
-    plan = Schedule(num_chains, num_draws, num_warmup, thinning, batch_size, micro_batches, baseline, group, chunk_size)
+    counts = (int(x) for x in (num_chains, num_draws, num_warmup, thinning, batch_size, micro_batches))  # off NumPy
+    plan = Schedule(*counts, baseline, int(group), int(chunk_size))
     engine = Engine(posterior, source, sampler, plan, key, mesh)
-    batch = engine.first_batch()
-    _check_center(engine, batch)
+    full = _full_loss(engine) if baseline == "full" else None
     store = None
     if checkpoint_dir is not None:
-        store = RunStore(checkpoint_dir, _identity(engine, key, batch))
+        store = RunStore(checkpoint_dir, _identity(engine, key))
     run = _run(engine, store, progress, checkpoint_seconds)
-    full = engine.full_loss() if baseline == "full" else None
     return _result(engine, run, full)
 
 
 def check_key(key: Any) -> jax.Array:
     """A typed threefry key from a key or a whole number. Raises TypeError for old-style and ``rbg`` keys."""
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
+        if not -(2**63) <= key < 2**63:
+            raise ValueError(f"key must fit 64 bits as a seed, got {key}. Take a smaller number.")
         return jax.random.key(int(key), impl="threefry2x32")
     if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         kind = f"an array of {key.dtype}" if hasattr(key, "dtype") else repr(key)
@@ -120,6 +129,16 @@ def check_key(key: Any) -> jax.Array:
             "Use jax.random.key(seed, impl='threefry2x32')."
         )
     return key
+
+
+def _auto_mesh(mesh: Any) -> Mesh:
+    """The same devices with automatic axes: ``jax.make_mesh`` gives explicit ones unless told otherwise."""
+    if not isinstance(mesh, Mesh):
+        raise TypeError(
+            f"mesh must be a jax.sharding.Mesh with an axis 'chain', got {mesh!r}. "
+            "Use jax.make_mesh((num_devices,), ('chain',))."
+        )
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def _chain_batch(chain_batch: int | None, local: int, num_free: int) -> int:
@@ -136,20 +155,34 @@ def _chain_batch(chain_batch: int | None, local: int, num_free: int) -> int:
     return chain_batch
 
 
-def _check_center(engine: Engine, batch: Any) -> None:
-    program = engine.posterior.program
-    loss = float(jax.jit(program.mean_loss)(engine.center, engine.frozen, batch))
+def _check_center(engine: Engine, run: Run) -> None:
+    """The first step's loss is taken at w* itself."""
+    first = run.trace.loss[:, 0]
+    if not np.isfinite(first).all():
+        chain = int(np.argmin(np.isfinite(first)))
+        _check_finite(engine, float(first[chain]), f"on the first batch of chain {chain}")
+
+
+def _full_loss(engine: Engine) -> float:
+    loss = engine.full_loss()
+    _check_finite(engine, loss, "over the whole data set")
+    return loss
+
+
+def _check_finite(engine: Engine, loss: float, where: str) -> None:
     if not math.isfinite(loss):
-        whole = any(np.issubdtype(x.dtype, np.integer) for x in jax.tree.leaves(batch))
+        example = engine.source.fetch(np.zeros(1, np.int64))
+        whole = any(np.issubdtype(x.dtype, np.integer) for x in jax.tree.leaves(example))
         hint = " The data holds integers: are all token ids inside the model's vocabulary?" if whole else ""
         raise FloatingPointError(
-            f"the loss at w* is {loss} on the first batch; an LLC needs a finite loss at the center. "
+            f"the loss at w* is {loss} {where}; an LLC needs a finite loss at the center. "
             f"Check the data for NaN, and that these weights belong to this loss.{hint}"
         )
 
 
-def _identity(engine: Engine, key: jax.Array, batch: Any) -> dict[str, Any]:
+def _identity(engine: Engine, key: jax.Array) -> dict[str, Any]:
     plan, mesh = engine.plan, engine.mesh
+    batch = engine.source.fetch(np.zeros(plan.batch_size, np.int64))
     return {
         "posterior": engine.posterior.fingerprint(batch),
         "data": {"fingerprint": engine.source.fingerprint(), "examples": engine.source.num_data},
@@ -168,11 +201,18 @@ def _run(engine: Engine, store: RunStore | None, progress: bool, every: float) -
         run.step, run.state, host = saved
         run.trace = Trace(*(host[name] for name in Trace._fields))
         run.alive = jax.device_put(jnp.asarray(host["alive"]), engine.per_chain)
-    with Progress(engine, enabled=progress, every=every) as bar:
-        for _ in engine.steps(run):
-            bar.update(run)
-            if store is not None and (bar.save_due() or run.step == engine.plan.total_steps):
-                store = _save(store, run)
+    try:
+        with Progress(engine, enabled=progress, every=every) as bar:
+            for _ in engine.steps(run):
+                if bar.first_chunk:
+                    _check_center(engine, run)
+                bar.update(run)
+                if store is not None and (bar.save_due() or run.step == engine.plan.total_steps):
+                    store = _save(store, run)
+    except BaseException:
+        _abandon(store)
+        raise
+    run.cost = bar.cost(run)
     if store is not None:
         _finish(store, run)
     return run
@@ -188,6 +228,7 @@ def _save(store: RunStore, run: Run) -> RunStore | None:
         store.save(run.step, run.state, _host_part(run))
     except Exception as error:
         _forgo(store, run, error)
+        _abandon(store)
         return None
     return store
 
@@ -195,9 +236,16 @@ def _save(store: RunStore, run: Run) -> RunStore | None:
 def _finish(store: RunStore, run: Run) -> None:
     try:
         store.wait()
-        store.close()
     except Exception as error:
         _forgo(store, run, error)
+    _abandon(store)
+
+
+def _abandon(store: RunStore | None) -> None:
+    """End the background writer, after what it has in hand; what it met was told, or an error is under way."""
+    if store is not None:
+        with contextlib.suppress(Exception):
+            store.close()
 
 
 def _forgo(store: RunStore, run: Run, error: Exception) -> None:
@@ -216,17 +264,19 @@ def _result(engine: Engine, run: Run, full_loss: float | None) -> LLCResult:
     if full_loss is not None:
         baseline = np.full_like(loss, np.float32(full_loss), dtype=np.float64)
     finite = np.isfinite(run.trace.loss) & np.isfinite(run.trace.drift_sq)
+    finite[:, kept] &= np.isfinite(baseline)
     stopped = {c: int(np.argmin(ok)) for c, ok in enumerate(finite) if not ok.all()}
     settings = {
         **{k: v for k, v in vars(plan).items() if k != "chunk_size"},
-        "nbeta": float(posterior.nbeta),
-        "localization": float(posterior.localization),
-        "num_data": int(posterior.num_data),
+        "nbeta": posterior.nbeta,
+        "localization": posterior.localization,
+        "num_data": posterior.num_data,
         "num_free": posterior.num_free,
         "sampler": engine.sampler.name,
         "step_size": engine.sampler.step_size,
         "devices": f"{engine.mesh.devices.size} x {engine.mesh.devices.flat[0].device_kind}",
         "versions": versions(),
+        "cost": run.cost,
     }
     warmup = run.trace.loss[:, : plan.num_warmup]
     return LLCResult(loss, baseline, drift_sq, virial, warmup, stopped, settings, tuple(run.notes))

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import numbers
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 PyTree = Any
 Mask = PyTree | Callable[[tuple[str, ...]], Any] | None
@@ -38,14 +40,20 @@ class _Leaf(NamedTuple):
 def check_positive(name: str, value: Any, remedy: str, *, zero: bool = False) -> None:
     """Raise unless ``value`` is a finite real number above zero (or, with ``zero``, at least zero)."""
     allowed = f"{name} must be a finite number {'>=' if zero else '>'} 0, got {value!r}. {remedy}"
+    kind = getattr(value, "dtype", type(value))
+    scalar = isinstance(value, numbers.Real) or (hasattr(value, "dtype") and np.ndim(value) == 0)
+    if not scalar or kind in (bool, np.bool_) or not (isinstance(value, numbers.Real) or _is_real(kind)):
+        raise TypeError(allowed)
     try:
         number = float(value)
-    except (TypeError, ValueError):
-        raise TypeError(allowed) from None
-    if isinstance(value, bool | str):
-        raise TypeError(allowed)
+    except OverflowError:
+        raise ValueError(allowed) from None
     if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
         raise ValueError(allowed)
+
+
+def _is_real(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
 def check_count(name: str, value: Any, least: int, remedy: str = "") -> None:
@@ -156,6 +164,15 @@ class LocalPosterior:
     forward_dtype: Any = None
 
     def __post_init__(self):
+        if not callable(self.loss_fn):
+            raise TypeError(
+                f"loss_fn must be a function loss_fn(params, batch), got {_brief(self.loss_fn)}. "
+                "It comes before center."
+            )
+        try:
+            hash(self.loss_fn)
+        except TypeError as error:
+            raise TypeError(f"loss_fn must be hashable ({error}). Wrap it: lambda p, batch: f(p, batch).") from None
         check_count("num_data", self.num_data, 2, "It is the size of the data set, not of the batch.")
         if self.nbeta is None:
             object.__setattr__(self, "nbeta", self.num_data / math.log(self.num_data))
@@ -165,6 +182,8 @@ class LocalPosterior:
         check_positive(
             "localization", self.localization, "It is gamma in (gamma/2)|w - w*|^2; 1 to 300 are common values."
         )
+        for name, kind in {"num_data": int, "nbeta": float, "localization": float}.items():
+            object.__setattr__(self, name, kind(getattr(self, name)))
         self.program  # noqa: B018  (checks the center and the mask now, not at the first step)
 
     @cached_property
@@ -185,8 +204,7 @@ class LocalPosterior:
                 f"the mask restricts nothing: it is true for all of {_names(leaves)}. "
                 "Leave it out, or check the path it tests."
             )
-        forward = None if self.forward_dtype is None else jnp.dtype(self.forward_dtype)
-        return LossProgram(self.loss_fn, treedef, tuple(leaves), forward)
+        return LossProgram(self.loss_fn, treedef, tuple(leaves), _check_forward(self.forward_dtype))
 
     @property
     def free_names(self) -> list[str]:
@@ -203,17 +221,17 @@ class LocalPosterior:
     def fingerprint(self, batch: PyTree) -> dict[str, Any]:
         """Everything of the posterior that a result depends on; ``batch`` gives shapes only."""
         position, frozen = jax.eval_shape(self.program.split, self.center)
-        closed = jax.make_jaxpr(self.program.mean_loss)(position, frozen, batch)
+        # With its gradient: a custom derivative is not in the forward program.
+        closed = jax.make_jaxpr(jax.value_and_grad(self.program.mean_loss))(position, frozen, batch)
         program = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "0x", str(closed.jaxpr)).encode())
-        for constant in closed.consts:
-            program.update(np.asarray(constant).tobytes())
+        _digest_constants(program, closed)
         return {
             "loss_fn": program.hexdigest(),
             "center": tree_digest(self.center),
             "mask": hashlib.sha256(repr([leaf.entries for leaf in self.program.leaves]).encode()).hexdigest(),
-            "num_data": int(self.num_data),
-            "nbeta": float(self.nbeta),  # type: ignore[arg-type]
-            "localization": float(self.localization),
+            "num_data": self.num_data,
+            "nbeta": self.nbeta,
+            "localization": self.localization,
         }
 
 
@@ -221,10 +239,46 @@ def tree_digest(tree: PyTree) -> str:
     """SHA-256 over structure, types, shapes and bytes of a pytree of arrays."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        if jnp.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
         value = np.asarray(leaf)
         digest.update(f"{path_of(path)} {value.dtype} {value.shape}".encode())
         digest.update(np.ascontiguousarray(value).view(np.uint8).data if value.size else b"")
     return digest.hexdigest()
+
+
+def _digest_constants(digest: Any, value: Any) -> None:
+    """Bytes of all arrays in a jaxpr, also inside nested jits, whose text abbreviates them."""
+    if isinstance(value, ClosedJaxpr):
+        _digest_constants(digest, [*value.consts, value.jaxpr])
+    elif isinstance(value, Jaxpr):
+        for equation in value.eqns:
+            _digest_constants(digest, [v.val for v in equation.invars if isinstance(v, Literal)])
+            _digest_constants(digest, list(equation.params.values()))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _digest_constants(digest, item)
+    elif isinstance(value, np.ndarray | np.generic | jax.Array) or hasattr(value, "__array__"):
+        digest.update(tree_digest(value).encode())
+
+
+def _brief(value: Any) -> str:
+    return f"{str(value)[:60]!r} of type {type(value).__name__}"
+
+
+def _check_forward(dtype: Any) -> Any:
+    """``forward_dtype`` as a floating-point dtype or None. Raises TypeError."""
+    if dtype is None:
+        return None
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise TypeError(
+            f"forward_dtype must be a floating-point type, got {dtype!r}. jnp.bfloat16 is the usual choice."
+        )
+    return found
 
 
 def _names(leaves: list[_Leaf]) -> str:
@@ -248,9 +302,12 @@ def _leaf_masks(mask: Mask, flat: list, treedef) -> list:
 
 def _check_leaf(name: str, value: Any, mask: Any) -> _Leaf:
     if not hasattr(value, "dtype") or not hasattr(value, "shape"):
-        raise TypeError(f"parameter '{name}' is {value!r}, not an array.")
-    leaf = _Leaf(name, tuple(value.shape), value.dtype, _entries(name, tuple(value.shape), mask))
-    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(f"parameter '{name}' is {_brief(value)}, not an array. Wrap a number in jnp.asarray.")
+    floating = jnp.issubdtype(value.dtype, jnp.floating)
+    # Without x64 a NumPy float64 leaf becomes float32 on the device.
+    dtype = jax.dtypes.canonicalize_dtype(value.dtype) if floating else value.dtype
+    leaf = _Leaf(name, tuple(value.shape), dtype, _entries(name, tuple(value.shape), mask))
+    if not floating:
         if leaf.free:
             raise TypeError(
                 f"parameter '{name}' has type {value.dtype}; only floating-point weights can be sampled. "
@@ -268,9 +325,14 @@ def _check_leaf(name: str, value: Any, mask: Any) -> _Leaf:
 def _entries(name: str, shape: tuple[int, ...], mask: Any) -> bytes | None:
     array = np.asarray(mask)
     if array.dtype != np.bool_:
-        raise TypeError(f"the mask for '{name}' must be boolean, got {mask!r} of type {array.dtype}.")
+        raise TypeError(
+            f"the mask for '{name}' must be boolean, got {_brief(mask)}. Give True, False or such an array."
+        )
     if array.ndim and array.shape != shape:
-        raise ValueError(f"the mask for '{name}' has shape {array.shape}, the parameter has {shape}.")
+        raise ValueError(
+            f"the mask for '{name}' has shape {array.shape}, the parameter has {shape}. "
+            "Give an array of that shape, or one boolean."
+        )
     if array.all():
         return None
     if not array.ndim:

@@ -1,7 +1,10 @@
 """What a person sees while the chains run: one line with speed and the running estimate."""
 
+import sys
 import time
+from typing import Any
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
@@ -13,7 +16,7 @@ class Progress:
 
     def __init__(self, engine, *, enabled: bool, every: float):
         self._engine, self._every = engine, every
-        self._saved = self._began = time.monotonic()
+        self._saved = self._began = self._started = time.monotonic()
         self._first: int | None = None
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
         console = Console(stderr=True)
@@ -34,14 +37,28 @@ class Progress:
     def __exit__(self, *details) -> None:
         self._bar.__exit__(*details)
 
+    @property
+    def first_chunk(self) -> bool:
+        """Whether ``update`` has not been called yet."""
+        return self._first is None
+
+    def cost(self, run) -> dict[str, Any]:
+        """What it took: seconds with compilation, steps/s of all chains after the first chunk, peak memory in MiB."""
+        memory, where = peak_memory()
+        return {"seconds": time.monotonic() - self._started, "steps_per_s": self._speed(run), where: memory}
+
+    def _speed(self, run) -> float | None:
+        if self._first is None or run.step == self._first:
+            return None
+        return (run.step - self._first) * self._engine.plan.num_chains / (time.monotonic() - self._began)
+
     def update(self, run) -> None:
         """Show where ``run`` is. Speed is counted after the first chunk, which compiles."""
         if self._first is None:
             self._first, self._began = run.step, time.monotonic()
-        plan, elapsed = self._engine.plan, time.monotonic() - self._began
-        speed = (run.step - self._first) * plan.num_chains / elapsed if run.step > self._first else float("nan")
+        plan, speed = self._engine.plan, self._speed(run)
         phase = "warm-up" if run.step <= plan.num_warmup else "drawing"
-        note = f"{speed:,.1f} steps/s"
+        note = "" if speed is None else f"{speed:,.1f} steps/s"
         if phase == "drawing" and plan.baseline == "paired":
             gap = (run.trace.loss - run.trace.baseline)[:, plan.num_warmup : run.step]
             if np.isfinite(gap).any():
@@ -54,3 +71,16 @@ class Progress:
         if due:
             self._saved = time.monotonic()
         return due
+
+
+def peak_memory() -> tuple[int | None, str]:
+    """(MiB, what it is of): of one device where it tells, else of this process; both since the process began."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"] // 2**20, "device_peak_mib"
+    if sys.platform == "win32":
+        return None, "process_peak_mib"
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak // (2**20 if sys.platform == "darwin" else 2**10), "process_peak_mib"

@@ -6,12 +6,14 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import xarray as xr
 
 from slt_jax.diagnostics import Health, assess, standard_error
+
+if TYPE_CHECKING:
+    import xarray as xr
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class LLCResult:
             f"{s['num_free']:,} weights free, {s['num_warmup']} warm-up steps, thinning {s['thinning']}, batch "
             f"{s['batch_size']} of {s['num_data']:,}."
         )
+        text += _cost_line(s.get("cost", {}))
         if self.stopped:
             where = ", ".join(f"chain {c} at step {t}" for c, t in sorted(self.stopped.items())[:8])
             text += f"\nWent non-finite and left out: {where} ({len(self.stopped)} of {chains})."
@@ -127,8 +130,10 @@ class LLCResult:
         stopped = {str(k): v for k, v in self.stopped.items()}
         return {**plain, "verdict": h.verdict, "reason": h.reason, "stopped": stopped, "settings": self.settings}
 
-    def to_xarray(self) -> xr.DataTree:
+    def to_xarray(self) -> "xr.DataTree":
         """DataTree with groups ``sample_stats`` (chain, draw) and ``warmup_sample_stats`` (chain, step)."""
+        import xarray as xr  # 70 MB of memory, for whoever asks
+
         names = ("loss_trace", "baseline_trace", "drift_sq", "virial")
         sample = xr.Dataset({name: (("chain", "draw"), getattr(self, name)) for name in names})
         warm = xr.Dataset({"loss": (("chain", "step"), self.warmup_loss)})
@@ -161,8 +166,19 @@ class LLCResult:
         return plot_result(self, path)
 
 
+def _cost_line(cost: dict[str, Any]) -> str:
+    if not cost:
+        return ""
+    speed = "" if cost["steps_per_s"] is None else f", {cost['steps_per_s']:,.4g} steps/s over all chains"
+    peaks = {"device_peak_mib": "of a device", "process_peak_mib": "of the process"}
+    memory = [f"; peak memory {of} {cost[name]:,} MiB" for name, of in peaks.items() if cost.get(name)]
+    return f"\nTook {cost['seconds']:.3g} s{speed}{''.join(memory)}."
+
+
 def load_result(path: str | os.PathLike) -> LLCResult:
     """Read what ``LLCResult.save`` wrote. Raises FileNotFoundError, or ValueError for a foreign or truncated file."""
+    import xarray as xr
+
     if not Path(path).exists():
         raise FileNotFoundError(f"no result at {path}.")
     try:

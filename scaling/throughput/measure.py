@@ -1,0 +1,136 @@
+"""One measurement in one fresh process: ``python -m scaling.throughput.measure CASE``; prints ``RESULT {json}``.
+
+deep_linear, gpt    a warm call of estimate_llc, with everything it does but compiling (as peers are timed)
+overhead            on the GPT work, engine steps against a bare jitted value_and_grad loop, turn by turn
+gpt2_small          124M weights: 2 chains x 3 draws, with the compilation
+floor               float32 matrix products and memory copies per second on this machine
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def peak_mb() -> int:
+    """Most resident memory of this process so far, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
+def whole_call(case: str, folder: Path, baseline: str) -> dict[str, Any]:
+    """steps/s of a whole ``estimate_llc`` call, compiled before by a call of the same shape."""
+    from scaling.throughput import work as bench
+
+    work = bench.deep_linear() if case == "deep_linear" else bench.gpt(folder)
+    begin = time.perf_counter()
+    bench.run(work, baseline=baseline, key=0)
+    first = time.perf_counter() - begin
+    begin, cpu = time.perf_counter(), time.process_time()
+    result = bench.run(work, baseline=baseline, key=1)
+    wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
+    peak = peak_mb()  # before the diagnostics, which load BlackJAX
+    steps, sampling = work.num_chains * (work.num_warmup + work.num_draws), result.settings["cost"]["seconds"]
+    return {
+        "steps": steps, "wall_s": wall, "cpu_s": cpu, "first_call_s": first, "sampling_s": sampling,
+        "steps_per_s_call": steps / wall, "steps_per_s": steps / sampling, "baseline": baseline,
+        "peak_rss_mb": peak, "gflop_per_step": work.flops / 1e9,
+        "llc": result.llc, "llc_stderr": result.llc_stderr,
+    }  # fmt: skip
+
+
+def overhead(folder: Path, rounds: int = 5, steps: int = 10) -> dict[str, Any]:
+    """Seconds a step of the engine (one device, one chain, no baseline in the step) over those of the bare loop."""
+    import slt_jax as slt
+    from scaling.throughput import work as bench
+    from slt_jax.batches import as_source
+    from slt_jax.engine import Engine, Schedule
+    from slt_jax.mesh import chain_mesh
+
+    work = bench.gpt(folder)
+    batches = [jnp.asarray(work.data[i : i + work.batch_size]) for i in range(0, 80, work.batch_size)]
+    bare = jax.jit(jax.value_and_grad(lambda p, batch: work.posterior.loss_fn(p, batch).mean()))
+    plan = Schedule(1, rounds * steps + 1, 0, 1, work.batch_size, 1, "full", 1, 512)
+    mesh = chain_mesh(1, jax.devices()[:1])
+    engine = Engine(work.posterior, as_source(work.data), slt.sgld(work.step_size), plan, jax.random.key(0), mesh)
+    run = engine.start()
+    engine.advance(run, 1)
+    jax.block_until_ready(bare(work.posterior.center, batches[0]))
+    seconds: dict[str, list[float]] = {"bare": [], "engine": []}
+    for _ in range(rounds):
+        begin = time.perf_counter()
+        for i in range(steps):
+            out = bare(work.posterior.center, batches[i % len(batches)])
+        jax.block_until_ready(out)
+        seconds["bare"].append((time.perf_counter() - begin) / steps)
+        begin = time.perf_counter()
+        engine.advance(run, steps)
+        seconds["engine"].append((time.perf_counter() - begin) / steps)
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
+    return {**seconds, "overhead": middle["engine"] / middle["bare"] - 1, "peak_rss_mb": peak_mb()}
+
+
+def gpt2_small() -> dict[str, Any]:
+    """Seconds and peak memory of a whole first call."""
+    from scaling.throughput import work as bench
+
+    work = bench.gpt2_small()
+    begin = time.perf_counter()
+    result = bench.run(work, key=0, progress=True)
+    wall = time.perf_counter() - begin
+    print(result)
+    steps = work.num_chains * work.num_draws
+    return {"weights": work.posterior.num_free, "steps": steps, "first_call_s": wall, "peak_rss_mb": peak_mb()}
+
+
+def floor(size: int = 1024, repeats: int = 10) -> dict[str, Any]:
+    """GFLOP/s of float32 matrix products and GB/s of copies, on one JAX device with all cores."""
+    a = jnp.ones((size, size)) / size
+    product = jax.jit(lambda x: jax.lax.fori_loop(0, repeats, lambda _, y: y @ x, x))
+    big = jnp.ones(2**26)
+    copy = jax.jit(lambda x: x + 1)
+    best = {}
+    for name, call, argument in (("product", product, a), ("copy", copy, big)):
+        jax.block_until_ready(call(argument))
+        times = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            jax.block_until_ready(call(argument))
+            times.append(time.perf_counter() - begin)
+        best[name] = min(times)
+    gflops = 2 * size**3 * repeats / best["product"] / 1e9
+    return {"sgemm_gflop_per_s": gflops, "copy_gb_per_s": 2 * 4 * big.size / best["copy"] / 1e9}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("case", choices=["deep_linear", "gpt", "overhead", "gpt2_small", "floor", "train"])
+    parser.add_argument("--folder", type=Path, default=Path("gpt"), help="the GPT's checkpoint, written by train")
+    parser.add_argument("--baseline", choices=["full", "paired"], default="full")
+    parser.add_argument("--devices", type=int, default=None, help="JAX devices on a CPU; default one per core")
+    args = parser.parse_args()
+    one = args.case in ("overhead", "floor", "gpt2_small", "train")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jax.config.update("jax_num_cpu_devices", args.devices or (1 if one else cores))
+    if args.case == "train":
+        from scaling.throughput.work import train_gpt
+
+        train_gpt(args.folder)
+        return
+    if args.case in ("deep_linear", "gpt"):
+        found = whole_call(args.case, args.folder, args.baseline)
+    else:
+        found = {"overhead": lambda: overhead(args.folder), "gpt2_small": gpt2_small, "floor": floor}[args.case]()
+    record = {"case": args.case, "devices": jax.device_count(), "cores": cores, **found}
+    print("RESULT", json.dumps({k: float(v) if isinstance(v, np.floating) else v for k, v in record.items()}))
+
+
+if __name__ == "__main__":
+    main()
