@@ -28,7 +28,7 @@ class RunStore:
 
     Args:
         directory: created if missing; may hold an earlier, interrupted run of the same thing.
-        identity: nested dict of strings and numbers: everything the result depends on.
+        identity: nested dict of strings and numbers: everything the result depends on, causes before what they change.
 
     Raises:
         ValueError: the directory holds something else, or a run that differs; the text names the first field.
@@ -105,7 +105,7 @@ class RunStore:
         self._manager.close()
 
     def _compare(self, found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> None:
-        for name in sorted(set(found) | set(wanted)):
+        for name in [*wanted, *(name for name in found if name not in wanted)]:
             here, there = wanted.get(name), found.get(name)
             if isinstance(here, dict) and isinstance(there, dict):
                 self._compare(there, here, f"{prefix}{name}.")

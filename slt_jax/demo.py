@@ -39,12 +39,12 @@ class DemoSize:
     num_draws: int
     num_chains: int = 4
     train_batch: int = 16
-    sample_batch: int = 16
+    sample_batch: int = 8
     num_files: int = 120
     truth_draws: int = 3000
 
 
-FULL = DemoSize(DecoderConfig(256, 96, 128, 2, 4), (4, 9, 20, 43, 94, 205, 448, 980), 100, 150)
+FULL = DemoSize(DecoderConfig(256, 64, 128, 2, 4), (4, 9, 20, 43, 94, 205, 448, 980), 60, 150)
 SMOKE = DemoSize(DecoderConfig(256, 32, 32, 1, 2), (2, 8, 20), 20, 30, 2, 8, 8, 5, 300)
 
 
@@ -143,7 +143,7 @@ def run_demo(out: Path, *, smoke: bool = False, show: bool = True) -> list[dict]
             f"[dim]step {record['step']}: {size.num_chains} chains x ({size.num_warmup} + {size.num_draws}) steps[/dim]"
         )
         estimate = estimate_llc(
-            posterior, data, sampler=sgld(3e-4), num_chains=size.num_chains, num_draws=size.num_draws,
+            posterior, data, sampler=sgld(5e-4), num_chains=size.num_chains, num_draws=size.num_draws,
             num_warmup=size.num_warmup, batch_size=size.sample_batch, key=record["step"], progress=show,
         )  # fmt: skip
         estimate.save(folder / "traces" / f"step-{record['step']:05d}.zarr", overwrite=True)

@@ -183,15 +183,16 @@ def _check_finite(engine: Engine, loss: float, where: str) -> None:
 def _identity(engine: Engine, key: jax.Array) -> dict[str, Any]:
     plan, mesh = engine.plan, engine.mesh
     batch = engine.source.fetch(np.zeros(plan.batch_size, np.int64))
+    # In this order a refusal names what was changed: the traced loss_fn, last, changes with most of the others.
     return {
-        "posterior": engine.posterior.fingerprint(batch),
-        "data": {"fingerprint": engine.source.fingerprint(), "examples": engine.source.num_data},
+        "versions": versions(),
         "sampler": {"name": engine.sampler.name, "step_size": engine.sampler.step_size},
         "schedule": {k: v for k, v in vars(plan).items() if k != "chunk_size"},
         "key": jax.random.key_data(key).tolist(),
         "mesh": {name: int(size) for name, size in mesh.shape.items()},
         "device": mesh.devices.flat[0].device_kind,
-        "versions": versions(),
+        "data": {"examples": engine.source.num_data, "fingerprint": engine.source.fingerprint()},
+        "posterior": engine.posterior.fingerprint(batch),
     }
 
 
@@ -249,10 +250,9 @@ def _abandon(store: RunStore | None) -> None:
 
 
 def _forgo(store: RunStore, run: Run, error: Exception) -> None:
-    note = (
-        f"checkpoints in {store.path} stopped at or before step {run.step} ({str(error)[:200]}); "
-        f"the estimate is complete."
-    )
+    why = str(error)
+    why = why if len(why) <= 300 else f"{why[:100]} ... {why[-200:]}"  # the system's reason comes last
+    note = f"checkpoints in {store.path} stopped at or before step {run.step} ({why}); the estimate is complete."
     run.notes.append(note)
     warnings.warn(note, RuntimeWarning, stacklevel=2)
 

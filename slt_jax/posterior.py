@@ -225,13 +225,15 @@ class LocalPosterior:
         closed = jax.make_jaxpr(jax.value_and_grad(self.program.mean_loss))(position, frozen, batch)
         program = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "0x", str(closed.jaxpr)).encode())
         _digest_constants(program, closed)
+        forward = self.program.forward_dtype
         return {
-            "loss_fn": program.hexdigest(),
-            "center": tree_digest(self.center),
-            "mask": hashlib.sha256(repr([leaf.entries for leaf in self.program.leaves]).encode()).hexdigest(),
             "num_data": self.num_data,
             "nbeta": self.nbeta,
             "localization": self.localization,
+            "forward_dtype": None if forward is None else forward.name,
+            "mask": hashlib.sha256(repr([leaf.entries for leaf in self.program.leaves]).encode()).hexdigest(),
+            "center": tree_digest(self.center),
+            "loss_fn": program.hexdigest(),
         }
 
 

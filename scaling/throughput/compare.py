@@ -5,8 +5,8 @@
         --peer gpt:torch-loop="PYTHON bench_peers.py raw_gpt"
 
 A peer's command does the work described in ``work.py`` on as many threads as there are cores, and prints lines
-``RESULT {json}`` with ``case`` and ``steps_per_s_call``; the last line counts. Its loss at w* is computed outside the timed
-part, so ours is timed without it too (``steps_per_s``; the whole call is beside it). Nothing else should run meanwhile.
+``RESULT {json}`` with ``case`` and ``steps_per_s_call``; the last line counts. Its loss at w* is computed outside the
+timed part, so ours is timed without it too (``steps_per_s``; the whole call is beside it). Run nothing else meanwhile.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from typing import Any
 
 
 def result_of(command: list[str], name: str) -> dict[str, Any]:
-    """The last ``RESULT`` line that a command prints. Raises RuntimeError with the end of its output if there is none."""
+    """The last ``RESULT`` line of a command. Raises RuntimeError with the end of its output if there is none."""
     done = subprocess.run(command, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if done.returncode or not lines:
