@@ -104,7 +104,7 @@ def train(size: DemoSize, data: np.ndarray, folder: Path, show: bool) -> list[Pa
 
     console = Console(stderr=True)
     steps = range(1, last + 1)
-    for step in track(steps, "training  ", console=console, disable=not show, transient=True):
+    for step in track(steps, "training  ", console=console, disable=not (show and console.is_terminal), transient=True):
         update(model, optimizer, jax.random.fold_in(jax.random.key(0), step))
         if step in size.save_steps:
             target = folder / f"step-{step:05d}"
@@ -160,7 +160,7 @@ def run_demo(out: Path, *, smoke: bool = False, show: bool = True) -> list[dict]
 
 
 def _print_table(console: Console, rows: list[dict]) -> None:
-    table = Table(title="A byte-level transformer learning Python: LLC along training (nbeta 30, localization 300)")
+    table = Table(title="A byte-level transformer learning Python (nbeta 30, localization 300)")
     for name in ("step", "loss", "LLC ± standard error", "R-hat", "ESS", "verdict"):
         table.add_column(name, justify="left" if name == "verdict" else "right")
     number = lambda x, form: format(math.nan if x is None else x, form)  # noqa: E731

@@ -69,6 +69,6 @@ def plot_training(
         right.set_ylabel("loss (nats per byte)", color=_COLORS[1])
         handles = [h for a in (axis, right) for h in a.get_legend_handles_labels()[0]]
         labels = [t for a in (axis, right) for t in a.get_legend_handles_labels()[1]]
-        axis.legend(handles, labels, frameon=False, loc="center right")
+        axis.legend(handles, labels, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
     return _figure((7.0, 4.2), path, draw)

@@ -251,9 +251,8 @@ def tree_digest(tree: PyTree) -> str:
 
 def _digest_constants(digest: Any, value: Any) -> None:
     """Bytes of all arrays in a jaxpr, also inside nested jits, whose text abbreviates them."""
-    if isinstance(value, ClosedJaxpr):
-        _digest_constants(digest, [*value.consts, value.jaxpr])
-    elif isinstance(value, Jaxpr):
+    if isinstance(value, ClosedJaxpr | Jaxpr):  # from JAX 0.11 on one type
+        _digest_constants(digest, list(getattr(value, "consts", ())))
         for equation in value.eqns:
             _digest_constants(digest, [v.val for v in equation.invars if isinstance(v, Literal)])
             _digest_constants(digest, list(equation.params.values()))

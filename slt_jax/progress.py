@@ -25,7 +25,7 @@ class Progress:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
             console=console,
-            disable=not enabled,
+            disable=not (enabled and (console.is_terminal or console.is_jupyter)),  # a log needs no bars
             transient=True,
         )
         self._task = self._bar.add_task("compiling", total=engine.plan.total_steps, note="")

@@ -45,7 +45,6 @@ NOT_POSITIVE = [0, -1.0, float("nan"), float("inf"), np.float32(-2), 10**400]
 NOT_NUMBERS = ["3", "many", True, np.True_, [3.0], (1,), 3j, np.complex64(1), b"3", np.ones(1), jnp.ones(2), {}, {1: 2}]
 
 
-@pytest.mark.quick
 @pytest.mark.parametrize("name", ["nbeta", "localization", "step_size"])
 @pytest.mark.parametrize("value", [*NOT_POSITIVE, *NOT_NUMBERS, None], ids=lambda v: str(v)[:12])
 def test_positive_numbers(name, value):
@@ -225,7 +224,6 @@ CENTERS = {
 }
 
 
-@pytest.mark.quick
 @pytest.mark.filterwarnings("ignore:overflow encountered in cast")
 @pytest.mark.parametrize("case", CENTERS)
 def test_centers(case):

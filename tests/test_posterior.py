@@ -214,7 +214,10 @@ import json, jax, jax.numpy as jnp, numpy as np
 import slt_jax as slt
 weights = np.linspace(0, 1, 2000, dtype=np.float32)
 inner = jax.jit(lambda p, x: jnp.tanh(x @ p["w"]) * jnp.asarray(weights).sum())
-loss_fn = jax.checkpoint(lambda p, x: jax.nn.relu(inner(p, x)))
+remat = jax.checkpoint(lambda p, x: jax.nn.relu(inner(p, x)))
+def loss_fn(p, x):
+    jax.debug.callback(lambda total: None, x.sum())  # printed with its address
+    return remat(p, x)
 center = {name: jnp.arange(2.0) for name in ("w", "v", "u")}
 target = slt.LocalPosterior(loss_fn, center, 100, mask=lambda path: path[0] in {"w", "v"})
 print(json.dumps(target.fingerprint(np.ones((3, 2), np.float32))))
