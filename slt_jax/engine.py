@@ -139,7 +139,7 @@ def _one_chain(static: _Static, shared: tuple, window: tuple, state, key, alive,
                 kept, lambda: _center_loss(static, center, frozen, batch).astype(jnp.float32), lambda: baseline
             )
         row = Trace(info.loss, baseline, info.drift_sq, info.virial)
-        trace = jax.tree.map(lambda t, x: t.at[i].set(x.astype(t.dtype)), trace, row)
+        trace = jax.tree.map(lambda t, x: t.at[i].set(jnp.where(still, x, jnp.nan).astype(t.dtype)), trace, row)
         return i + 1, state, still & jnp.isfinite(info.loss) & jnp.isfinite(info.drift_sq), trace
 
     empty = Trace(*(jnp.full(static.length, jnp.nan, jnp.float32) for _ in Trace._fields))

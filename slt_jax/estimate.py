@@ -156,11 +156,17 @@ def _chain_batch(chain_batch: int | None, local: int, num_free: int) -> int:
 
 
 def _check_center(engine: Engine, run: Run) -> None:
-    """The first step's loss is taken at w* itself."""
-    first = run.trace.loss[:, 0]
+    """The first step's loss and gradient are taken at w* itself."""
+    first, drift_sq = run.trace.loss[:, 0], run.trace.drift_sq[:, 0]
     if not np.isfinite(first).all():
         chain = int(np.argmin(np.isfinite(first)))
         _check_finite(engine, float(first[chain]), f"on the first batch of chain {chain}")
+    if not np.isfinite(drift_sq).all():
+        chain = int(np.argmin(np.isfinite(drift_sq)))
+        raise FloatingPointError(
+            f"the gradient of the loss at w* is not finite on the first batch of chain {chain}, though the loss "
+            f"{first[chain]:.4g} is. Look for a square root, logarithm or norm of zero in loss_fn."
+        )
 
 
 def _full_loss(engine: Engine) -> float:
