@@ -13,7 +13,7 @@ test: $(VENV)/.installed-test
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # The install is editable: only a changed pyproject.toml asks for a new one.
 $(VENV)/.installed: pyproject.toml
