@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from slt_jax.kernels.langevin import random_words, reference, uniform_index
 
 from slt_jax import batches
 from slt_jax.batches import (
@@ -21,6 +20,7 @@ from slt_jax.batches import (
     hf_dataset,
     token_file,
 )
+from slt_jax.kernels.langevin import random_words, reference, uniform_index
 
 TOKENS = np.random.default_rng(0).integers(0, 50, 1003)
 INDICES = np.array([[[0, 3], [99, 7]], [[3, 3], [50, 0]], [[1, 2], [98, 97]]])  # (chains, steps, batch)

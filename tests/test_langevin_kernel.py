@@ -1,0 +1,62 @@
+"""The written-out generator gives JAX's own bits, and indices that are exactly uniform."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from slt_jax.kernels.langevin import normal, random_words, reference, uniform_index
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (3, 5, 2), (1000, 1001)])
+def test_normal_is_bit_equal_to_the_reference(shape):
+    key = jax.random.key(42)
+    np.testing.assert_array_equal(normal(key, shape), reference.normal(key, shape, jnp.float32))
+    fused = jax.jit(lambda k: normal(k, shape) * 1)(key)
+    np.testing.assert_array_equal(fused, reference.normal(key, shape, jnp.float32))
+
+
+def test_normal_under_vmap_is_a_loop():
+    keys = jax.random.split(jax.random.key(0), 5)
+    together = jax.vmap(lambda k: normal(k, (11,)))(keys)
+    np.testing.assert_array_equal(together, np.stack([normal(k, (11,)) for k in keys]))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_other_types_go_to_the_reference(dtype):
+    key = jax.random.key(1)
+    np.testing.assert_array_equal(normal(key, (9,), dtype), reference.normal(key, (9,), dtype))
+
+
+def test_words_are_the_bits_of_jax():
+    high, low = random_words(jax.random.key(3), (100,))
+    np.testing.assert_array_equal(high ^ low, jax.random.bits(jax.random.key(3), (100,)))
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("num", [1, 2, 7, 50257, 2**16, 2**31 - 1])
+def test_indices_are_those_of_integer_arithmetic(num):
+    key = jax.random.key(num)
+    high, low = random_words(key, (2000,))
+    exact = [reference.uniform_index(h, w, num) for h, w in zip(np.asarray(high), np.asarray(low), strict=True)]
+    np.testing.assert_array_equal(uniform_index(key, 2000, num), exact)
+
+
+def test_indices_are_uniform():
+    count, num = 200_000, 50
+    seen = np.bincount(uniform_index(jax.random.key(0), count, num), minlength=num)
+    chi = np.sum((seen - count / num) ** 2) / (count / num)
+    assert len(seen) == num
+    assert abs(chi - (num - 1)) / np.sqrt(2 * (num - 1)) < 4
+
+
+@pytest.mark.parametrize("num", [0, -1, 2**31])
+def test_a_range_that_does_not_fit_is_refused(num):
+    with pytest.raises(ValueError, match=f"num must be between 1 and .* got {num}"):
+        uniform_index(jax.random.key(0), 3, num)
+
+
+def test_an_array_past_the_counter_is_refused():
+    with pytest.raises(ValueError, match="counter"):
+        jax.eval_shape(lambda k: random_words(k, (2**16, 2**16)), jax.random.key(0))
