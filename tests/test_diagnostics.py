@@ -1,0 +1,96 @@
+"""Effective sample size, error bars and verdicts on series whose truth is known."""
+
+import math
+
+import numpy as np
+import pytest
+
+from slt_jax.diagnostics import assess, ess_and_rhat, standard_error, trend_of
+
+RHO = 0.8
+SHRINK = (1 - RHO) / (1 + RHO)  # effective draws per draw of an AR(1) series
+
+
+def series(rng, chains=4, draws=1000, rho=RHO, mean=0.0):
+    """Stationary AR(1) chains of unit variance."""
+    out = np.empty((chains, draws))
+    out[:, 0] = rng.normal(size=chains)
+    for t in range(1, draws):
+        out[:, t] = rho * out[:, t - 1] + math.sqrt(1 - rho**2) * rng.normal(size=chains)
+    return out + mean
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("rho", [0.0, RHO])
+def test_ess_is_that_of_the_process(rho):
+    exact = 4000 * (1 - rho) / (1 + rho)
+    found = [ess_and_rhat(series(np.random.default_rng(i), rho=rho))[0] for i in range(10)]
+    spread = np.std(found, ddof=1) / math.sqrt(10)
+    # up to 5 % is the estimator's own: it truncates the sum of autocorrelations, and caps at the number of draws
+    assert abs(np.mean(found) - exact) < 4 * spread + 0.05 * exact
+
+
+def test_standard_errors_are_calibrated():
+    """Kills: the spread of the draws given as the error of their mean; autocorrelation ignored."""
+    scores = []
+    for i in range(200):
+        draws = series(np.random.default_rng(i), draws=400, mean=3.0)
+        scores.append((draws.mean() - 3.0) / standard_error(draws, ess_and_rhat(draws)[0]))
+    # 200 squared z-scores have mean 1 and a mean's error of sqrt(2 / 200) = 0.1
+    assert abs(np.mean(np.square(scores)) - 1) < 0.4
+    assert abs(np.mean(scores)) < 4 / math.sqrt(200)
+
+
+def test_trend_is_calibrated_and_sees_a_drift():
+    still = [trend_of(series(np.random.default_rng(i), draws=400))[1] for i in range(100)]
+    assert np.mean(np.abs(still) > 3) < 0.05
+    drifting = series(np.random.default_rng(0), draws=400) + np.linspace(0, 2, 400)
+    change, z = trend_of(drifting)
+    assert change == pytest.approx(1.0, abs=0.5)
+    assert z > 3
+
+
+def test_rhat_sees_a_shifted_chain():
+    draws = series(np.random.default_rng(0))
+    assert abs(ess_and_rhat(draws)[1] - 1) < 0.03
+    draws[2] += 2
+    assert ess_and_rhat(draws)[1] > 1.2
+
+
+GOOD = series(np.random.default_rng(3), mean=30.0)
+CASES = {
+    "converged": (GOOD, 0),
+    "still rising": (GOOD + np.linspace(0, 10, 1000), 0),
+    "still falling": (GOOD - np.linspace(0, 10, 1000), 0),
+    "chains disagree": (GOOD + np.array([[0.0], [0.0], [3.0], [0.0]]), 0),
+    "not a minimum": (GOOD - 60, 0),
+    "too few draws": (GOOD[:, :3], 0),
+    "diverged": (GOOD, 1),
+}
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("verdict", CASES)
+def test_every_verdict_has_its_case(verdict):
+    draws, stopped = CASES[verdict]
+    health = assess(draws, 1.0, stopped)
+    assert health.verdict == verdict
+    assert len(health.reason) > 20
+
+
+def test_an_error_bar_as_large_as_the_estimate_is_too_few_draws():
+    draws = series(np.random.default_rng(1), draws=40, rho=0.0)[:, :20] * 30 + 5
+    assert assess(draws, 1.0, 0).verdict == "too few draws"
+
+
+@pytest.mark.parametrize("shape", [(0, 10), (1, 1), (4, 1), (4, 3)])
+def test_too_little_to_say_is_nan(shape):
+    draws = np.random.default_rng(0).normal(size=shape)
+    assert math.isnan(ess_and_rhat(draws)[0])
+    assert assess(draws, math.nan, 0 if shape[0] else 4).verdict in ("too few draws", "diverged")
+
+
+def test_draws_that_do_not_move_have_no_error_bar():
+    health = assess(np.full((4, 50), 2.0), 1.0, 0)
+    assert math.isnan(health.ess)
+    assert health.verdict != "converged"
