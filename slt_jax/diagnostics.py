@@ -1,8 +1,10 @@
 """Is this estimate to be believed? Effective sample size, R-hat, trend, and the verdict."""
 
+import functools
 import math
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 _RHAT_LIMIT = 1.05
@@ -38,17 +40,21 @@ def ess_and_rhat(draws: np.ndarray) -> tuple[float, float]:
 
     Source: Vehtari, Gelman, Simpson, Carpenter, Buerkner, arXiv:1903.08008, as implemented in BlackJAX.
     """
-    # blackjax runs JAX at its import, which would fix the number of devices before the user can.
-    from blackjax.diagnostics import effective_sample_size, potential_scale_reduction
-
     if draws.shape[0] == 0 or draws.shape[1] < 4:
         return math.nan, math.nan
     halves = split_chains(draws - draws.mean())
     if halves.std() == 0:
         return math.nan, math.nan
-    ess = float(effective_sample_size(halves.astype(np.float32), chain_axis=0, sample_axis=1))
-    rhat = float(potential_scale_reduction(halves.astype(np.float32), chain_axis=0, sample_axis=1))
+    ess, rhat = (float(x) for x in _ess_and_rhat()(halves.astype(np.float32)))
     return min(max(ess, 1.0), float(draws.size)), rhat
+
+
+@functools.cache
+def _ess_and_rhat():
+    # blackjax runs JAX at its import, which would fix the number of devices before the user can.
+    from blackjax.diagnostics import effective_sample_size, potential_scale_reduction
+
+    return jax.jit(lambda x: (effective_sample_size(x, 0, 1), potential_scale_reduction(x, 0, 1)))
 
 
 def standard_error(draws: np.ndarray, ess: float) -> float:
