@@ -35,7 +35,7 @@ def plot_result(result: Any, path: str | os.PathLike | None = None) -> Figure:
             upper.axvspan(0, warm, color="0.9", zorder=0, label="warm-up")
         upper.axhline(result.init_loss, color="black", ls="--", lw=1, label="loss at w*")
         upper.set(ylabel="minibatch loss (nats per example)", xlabel="step")
-        upper.set_title(f"LLC {result.llc:.4g} ± {result.llc_stderr:.2g}: {result.verdict}")
+        upper.set_title(f"LLC {result.estimate_text('±')}: {result.verdict}")
         upper.legend(frameon=False, loc="upper right")
         if result.llc_draws.size:
             mean = result.llc_draws.mean(0)

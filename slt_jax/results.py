@@ -1,9 +1,11 @@
 """What a run gives back: the estimate, its error, its traces, on screen and on disk."""
 
 import functools
+import hashlib
 import json
 import math
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,9 @@ from slt_jax.diagnostics import Health, assess, standard_error
 
 if TYPE_CHECKING:
     import xarray as xr
+
+
+_TRACES = ("loss_trace", "baseline_trace", "drift_sq", "virial")
 
 
 @dataclass(frozen=True)
@@ -98,11 +103,17 @@ class LLCResult:
             return math.nan
         return n * float(kept.mean(dtype=np.float64))
 
+    def estimate_text(self, sign: str) -> str:
+        """Estimate and error bar in words."""
+        if math.isnan(self.llc):
+            return "unknown"
+        return f"{self.llc:.4g} " + ("without an error bar" if math.isnan(e := self.llc_stderr) else f"{sign} {e:.2g}")
+
     def __str__(self) -> str:
         s, h = self.settings, self.health
         chains, draws = self.loss_trace.shape
         text = (
-            f"LLC {self.llc:.4g} +/- {self.llc_stderr:.2g}  ({len(self.kept_chains)} chains x {draws} draws, "
+            f"LLC {self.estimate_text('+/-')}  ({len(self.kept_chains)} chains x {draws} draws, "
             f"R-hat {h.rhat:.3f}, ESS {h.ess:.0f})\n"
             f"Verdict: {h.verdict}: {h.reason}\n"
             f"Loss {self.init_loss:.5g} at w*, "
@@ -134,8 +145,7 @@ class LLCResult:
         """DataTree with groups ``sample_stats`` (chain, draw) and ``warmup_sample_stats`` (chain, step)."""
         import xarray as xr  # 70 MB of memory, for whoever asks
 
-        names = ("loss_trace", "baseline_trace", "drift_sq", "virial")
-        sample = xr.Dataset({name: (("chain", "draw"), getattr(self, name)) for name in names})
+        sample = xr.Dataset({name: (("chain", "draw"), getattr(self, name)) for name in _TRACES})
         warm = xr.Dataset({"loss": (("chain", "step"), self.warmup_loss)})
         tree = xr.DataTree.from_dict({"/sample_stats": sample, "/warmup_sample_stats": warm})
         tree.attrs = {
@@ -143,6 +153,7 @@ class LLCResult:
             "settings": json.dumps(self.settings),
             "stopped": json.dumps({str(k): v for k, v in self.stopped.items()}),
             "notes": json.dumps(list(self.notes)),
+            "sha256": _digest([getattr(self, name) for name in (*_TRACES, "warmup_loss")]),
         }
         return tree
 
@@ -151,9 +162,15 @@ class LLCResult:
         target = Path(path)
         if target.exists() and not overwrite:
             raise FileExistsError(f"{target} exists. Pass overwrite=True to replace it, or another path.")
+        if target.exists() and not _is_result(target):
+            raise FileExistsError(f"{target} exists and is not a result of slt-jax, so it is kept. Give another path.")
+        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")  # a save cut short leaves target as it was
         try:
-            self.to_xarray().to_zarr(target, mode="w", consolidated=False)
+            self.to_xarray().to_zarr(partial, mode="w", consolidated=False)
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
         except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
             raise OSError(
                 f"could not write {target}: {error}. The result is still in memory: save it elsewhere."
             ) from error
@@ -175,6 +192,19 @@ def _cost_line(cost: dict[str, Any]) -> str:
     return f"\nTook {cost['seconds']:.3g} s{speed}{''.join(memory)}."
 
 
+def _digest(arrays: list[np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _is_result(path: Path) -> bool:
+    record = path / "zarr.json"
+    return record.is_file() and "slt_jax_result" in record.read_text(errors="replace")
+
+
 def load_result(path: str | os.PathLike) -> LLCResult:
     """Read what ``LLCResult.save`` wrote. Raises FileNotFoundError, or ValueError for a foreign or truncated file."""
     import xarray as xr
@@ -186,8 +216,10 @@ def load_result(path: str | os.PathLike) -> LLCResult:
         tree.load()
         settings, stopped, notes = (json.loads(tree.attrs[name]) for name in ("settings", "stopped", "notes"))
         sample = tree["sample_stats"]
-        traces = [sample[name].values for name in ("loss_trace", "baseline_trace", "drift_sq", "virial")]
+        traces = [sample[name].values for name in _TRACES]
         warm = tree["warmup_sample_stats"]["loss"].values
+        if _digest([*traces, warm]) != tree.attrs["sha256"]:  # zarr fills a missing chunk without a word
+            raise ValueError("its traces are not those that were saved")
     except Exception as error:
         raise ValueError(
             f"{path} is not a result written by slt-jax, or it is truncated ({type(error).__name__}: {error})."

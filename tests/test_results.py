@@ -117,3 +117,34 @@ def test_training_is_drawn(tmp_path):
     assert (tmp_path / "t.png").stat().st_size > 10_000
     assert {"training step", "local learning coefficient", "loss (nats per byte)"} <= set(labels(figure))
     assert {t.get_text() for t in figure.axes[0].get_legend().get_texts()} >= {"LLC, not called converged", "loss"}
+
+
+def test_only_a_result_is_replaced(tmp_path):
+    """Kills: overwrite=True empties somebody's folder."""
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "precious").write_text("mine")
+    with pytest.raises(FileExistsError, match="not a result of slt-jax"):
+        result().save(tmp_path / "notes", overwrite=True)
+    assert (tmp_path / "notes" / "precious").read_text() == "mine"
+
+
+def test_a_save_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    path = result().save(tmp_path / "r.zarr")
+    import xarray
+
+    def full(self, target, **_):
+        target.mkdir()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(xarray.DataTree, "to_zarr", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        result(draws=20).save(path, overwrite=True)
+    monkeypatch.undo()
+    assert slt.load_result(path).loss_trace.shape == (3, 40)
+    assert [p.name for p in tmp_path.iterdir()] == ["r.zarr"]
+
+
+def test_no_error_bar_is_said_in_words():
+    assert "without an error bar" in str(result(draws=1))
+    assert "nan" not in str(result(draws=1)).partition("\n")[0].replace("R-hat nan, ESS nan", "")
+    assert str(result(stopped={0: 5, 1: 5, 2: 5})).startswith("LLC unknown")

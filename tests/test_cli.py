@@ -1,0 +1,188 @@
+"""The command line, as a user types it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from flax import nnx
+
+import slt_jax as slt
+from slt_jax.cli import main
+from slt_jax.models import Decoder, DecoderConfig
+from slt_jax.models.hub import save_decoder
+
+CONFIG = DecoderConfig(64, 8, 16, 1, 2)
+TOKENS = np.random.default_rng(0).integers(0, 64, 800).astype(np.uint16)
+SHORT = ["--chains", "2", "--draws", "6", "--warmup", "2", "--batch-size", "4", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A folder with a checkpoint ``model`` and the same tokens as .npy and as .bin."""
+    folder = tmp_path_factory.mktemp("cli")
+    save_decoder(folder / "model", Decoder(CONFIG, rngs=nnx.Rngs(0)))
+    np.save(folder / "t.npy", TOKENS)
+    TOKENS.tofile(folder / "t.bin")
+    TOKENS.astype(np.uint32).tofile(folder / "t32.bin")
+    return folder
+
+
+def llc(files, *options, tokens="t.npy"):
+    return main(["llc", str(files / "model"), "--tokens", str(files / tokens), *SHORT, *options])
+
+
+@pytest.mark.quick
+def test_llc_is_the_librarys_own_call(files, capsys):
+    assert llc(files, "--json", "--step-size", "1e-5", "--seed", "3") == 0
+    printed = json.loads(capsys.readouterr().out)
+    model = Decoder(CONFIG, rngs=nnx.Rngs(0))
+    params, loss_fn = slt.from_nnx(model, lambda m, batch: m.losses(batch))
+    posterior = slt.LocalPosterior(loss_fn, params, num_data=100, nbeta=30.0, localization=300.0)
+    own = slt.estimate_llc(
+        posterior, TOKENS.reshape(100, 8).astype(np.int32), sampler=slt.sgld(1e-5), num_chains=2, num_draws=6,
+        num_warmup=2, batch_size=4, key=3,
+    )  # fmt: skip
+    assert printed["llc"] == pytest.approx(own.llc, rel=1e-5)
+    assert printed["settings"]["num_free"] == sum(x.size for x in nnx.to_flat_state(nnx.state(model)).leaves)
+
+
+def test_every_kind_of_token_file_gives_the_same(files, capsys):
+    found = []
+    for tokens, more in (("t.npy", []), ("t.bin", []), ("t32.bin", ["--dtype", "uint32"])):
+        assert llc(files, "--json", *more, tokens=tokens) == 0
+        found.append(json.loads(capsys.readouterr().out)["llc"])
+    assert found[0] == found[1] == found[2]
+
+
+def test_traces_and_picture_are_written(files, tmp_path, capsys):
+    assert llc(files, "--out", str(tmp_path / "r.zarr"), "--plot", str(tmp_path / "r.png")) == 0
+    result = slt.load_result(tmp_path / "r.zarr")
+    out = capsys.readouterr().out
+    assert out.startswith(str(result).partition("\nTook")[0])
+    assert result.loss_trace.shape == (2, 6)
+    assert (tmp_path / "r.png").stat().st_size > 10_000
+    # not sampled again only to be refused at the end
+    assert llc(files, "--out", str(tmp_path / "r.zarr")) == 2
+    told = capsys.readouterr()
+    assert "exists" in told.err and not told.out
+
+
+def test_options_reach_the_sampler(files, capsys):
+    options = ["--nbeta", "7", "--localization", "9", "--step-size", "2e-5", "--thinning", "3", "--micro-batches", "2"]
+    assert llc(files, "--json", "--only", "blocks/0", "--seq-len", "4", "--bfloat16", *options) == 0
+    told = capsys.readouterr()
+    settings = json.loads(told.out)["settings"]
+    wanted = {
+        "nbeta": 7.0, "localization": 9.0, "step_size": 2e-5, "thinning": 3, "num_data": 200, "num_chains": 2,
+        "num_draws": 6, "num_warmup": 2, "batch_size": 4, "micro_batches": 2,
+    }  # fmt: skip
+    assert {name: settings.get(name) for name in wanted} == wanted
+    block = nnx.state(Decoder(CONFIG, rngs=nnx.Rngs(0)).blocks[0], nnx.Param)
+    assert settings["num_free"] == sum(x.size for x in nnx.to_flat_state(block).leaves)
+    assert f"{settings['num_free']:,} weights free, 200 examples of 4 tokens, 2 chains" in told.err
+
+
+def test_the_same_command_resumes(files, tmp_path, capsys):
+    found = []
+    for _ in range(2):
+        assert llc(files, "--json", "--checkpoint-dir", str(tmp_path / "run")) == 0
+        found.append(json.loads(capsys.readouterr().out)["llc"])
+    assert found[0] == found[1]
+    assert llc(files, "--checkpoint-dir", str(tmp_path / "run"), "--nbeta", "31") == 2
+    assert "nbeta" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["llc", "{0}/no", "--tokens", "{0}/t.npy"], "no config.json"),
+        (["llc", "{0}/model", "--tokens", "{0}/no.npy"], "no.npy"),
+        (["llc", "{0}/model", "--tokens", "{0}/t.npy", "--step-size", "-1"], "step_size must be a finite number > 0"),
+        (["llc", "{0}/model", "--tokens", "{0}/t.npy", "--only", "nothing"], "mask"),
+        (["llc", "{0}/model", "--tokens", "{0}/t.npy", "--seq-len", "9"], "9"),
+        (["llc", "{0}/model", "--tokens", "{0}/t.npy", "--batch-size", "1000"], "1000"),
+        (["llc", "{0}/model", "--tokens", "{0}/t.npy", "--out", "{0}/no/r.zarr"], "{0}/no"),
+        (["llc", "{0}/model", "--tokens", "{0}/t.npy", "--plot", "{0}/t.npy"], "{0}/t.npy exists"),
+        (["demo", "--out", "{0}/t.npy"], "{0}/t.npy"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(files, capsys, arguments, words):
+    assert main([a.format(files) for a in arguments]) == 2
+    told = capsys.readouterr()
+    assert told.err.splitlines()[-1].startswith("error: ")
+    assert words.format(files) in told.err
+    assert not told.out
+
+
+def test_no_chain_left_is_exit_code_3(files, capsys):
+    assert llc(files, "--step-size", "1e10") == 3
+    out = capsys.readouterr().out
+    assert out.startswith("LLC unknown")
+    assert "every chain went non-finite" in out
+
+
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [
+        ([], ["demo", "llc"]),
+        (["demo"], ["--out", "--smoke", "--quiet"]),
+        (["llc"], [
+            "CHECKPOINT", "--tokens", "--dtype", "--seq-len", "--nbeta", "--localization", "--step-size", "--chains",
+            "--draws", "--warmup", "--thinning", "--batch-size", "--micro-batches", "--only", "--bfloat16", "--seed",
+            "--out", "--plot", "--checkpoint-dir", "--json", "--quiet",
+        ]),
+    ],
+)  # fmt: skip
+def test_help_lists_everything(capsys, command, names):
+    with pytest.raises(SystemExit) as leaving:
+        main([*command, "--help"])
+    assert leaving.value.code == 0
+    text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert not [name for name in names if name not in text]
+
+
+def test_an_interrupted_run_says_how_to_go_on(files, tmp_path):
+    """Ctrl-C once the chains are running: exit code 130, and the same command then ends like an unbroken one."""
+    command = [
+        sys.executable, "-m", "slt_jax.cli", "llc", str(files / "model"), "--tokens", str(files / "t.npy"), "--chains",
+        "2", "--warmup", "2", "--batch-size", "4", "--quiet", "--json", "--checkpoint-dir", str(tmp_path / "run"),
+        "--draws", "200000",
+    ]  # fmt: skip
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while not (tmp_path / "run").exists() and child.poll() is None and time.monotonic() < until:
+        time.sleep(0.1)
+    time.sleep(3)
+    os.kill(child.pid, signal.SIGINT)
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == 130, err[-2000:]
+    assert err.splitlines()[-1] == "interrupted. The same command resumes it."
+    assert not out
+
+
+def test_the_demo_small(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert main(["demo", "--smoke", "--quiet", "--out", str(folder)]) == 0
+    first = capsys.readouterr().out
+    assert first.startswith("Known truth: full-rank deep linear network 4-6-3: LLC")
+    checkpoints = sorted((folder / "smoke" / "checkpoints").glob("step-*"))
+    written = [p.stat().st_mtime_ns for c in checkpoints for p in sorted(c.rglob("*"))]
+    rows = json.loads((folder / "smoke" / "table.json").read_text())
+    assert [r["step"] for r in rows] == [2, 8, 20] and len(checkpoints) == 3
+    assert rows[0]["loss"] > rows[-1]["loss"]
+    for row in rows:
+        assert f"{row['loss']:.3f}" in first
+        saved = slt.load_result(folder / "smoke" / "traces" / f"step-{row['step']:05d}.zarr")
+        assert saved.llc == pytest.approx(row["llc"], rel=1e-12)
+    assert (folder / "smoke" / "llc-over-training.png").stat().st_size > 10_000
+
+    assert main(["demo", "--smoke", "--quiet", "--out", str(folder)]) == 0
+    assert [p.stat().st_mtime_ns for c in checkpoints for p in sorted(c.rglob("*"))] == written
+    again = json.loads((folder / "smoke" / "table.json").read_text())
+    assert [r["llc"] for r in again] == [r["llc"] for r in rows]
