@@ -29,7 +29,7 @@ class Demo:
 class Llc:
     """Estimate the LLC of a decoder checkpoint (a folder with config.json and an Orbax tree) on a token file."""
 
-    checkpoint: tyro.conf.Positional[Path]
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """The checkpoint folder, e.g. demo-run/checkpoints/step-00980."""
     tokens: Path
     """Token ids: a one-dimensional .npy file, or raw little-endian .bin."""
@@ -44,11 +44,15 @@ class Llc:
     step_size: float = 1e-4
     """SGLD's epsilon. Halve it and compare: the estimate should stand still."""
     chains: int = 4
+    """Independent chains, all started at the checkpoint."""
     draws: int = 200
+    """Losses recorded in each chain."""
     warmup: int | None = None
     """Steps before the first draw; default as many as draws."""
     thinning: int = 1
+    """Steps from one draw to the next."""
     batch_size: int = 32
+    """Examples in a step's batch, drawn with replacement, other ones for each chain."""
     micro_batches: int = 1
     """Parts in which a batch goes through the model, to save memory."""
     only: str | None = None
@@ -56,6 +60,7 @@ class Llc:
     bfloat16: bool = False
     """Run the model in bfloat16; the chains keep float32 weights."""
     seed: int = 0
+    """The same seed gives the same numbers."""
     out: Path | None = None
     """Write the traces here (zarr)."""
     plot: Path | None = None
@@ -76,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     command = tyro.cli(
         Command, args=argv, prog="slt-jax",
         description="Local learning coefficients of neural networks, with error bars.",
+        config=(tyro.conf.FlagCreatePairsOff,),
     )  # fmt: skip
     _use_all_cores()
     try:
