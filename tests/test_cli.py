@@ -70,7 +70,8 @@ def test_traces_and_picture_are_written(files, tmp_path, capsys):
     # not sampled again only to be refused at the end
     assert llc(files, "--out", str(tmp_path / "r.zarr")) == 2
     told = capsys.readouterr()
-    assert "exists" in told.err and not told.out
+    assert "exists" in told.err
+    assert not told.out
 
 
 def test_options_reach_the_sampler(files, capsys):
@@ -174,7 +175,8 @@ def test_the_demo_small(tmp_path, capsys):
     checkpoints = sorted((folder / "smoke" / "checkpoints").glob("step-*"))
     written = [p.stat().st_mtime_ns for c in checkpoints for p in sorted(c.rglob("*"))]
     rows = json.loads((folder / "smoke" / "table.json").read_text())
-    assert [r["step"] for r in rows] == [2, 8, 20] and len(checkpoints) == 3
+    assert [r["step"] for r in rows] == [2, 8, 20]
+    assert len(checkpoints) == 3
     assert rows[0]["loss"] > rows[-1]["loss"]
     for row in rows:
         assert f"{row['loss']:.3f}" in first
