@@ -70,6 +70,23 @@ class RunStore:
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True, create=True)
         self._manager = ocp.CheckpointManager(steps, options=options)
 
+    def read_note(self, name: str) -> dict[str, Any] | None:
+        """What ``write_note`` kept under this name; None when nothing was. Raises ValueError for a truncated file."""
+        path = self.path / f"{name}.json"
+        if not path.exists():
+            return None
+        try:
+            return json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is truncated or foreign: {error}. Remove it to have it computed again.") from None
+
+    def write_note(self, name: str, value: dict[str, Any]) -> None:
+        """Keep plain JSON beside the run."""
+        if jax.process_index() == 0:
+            partial = self.path / f"{name}.json.{os.getpid()}"
+            partial.write_text(json.dumps(value, indent=1))
+            partial.replace(self.path / f"{name}.json")
+
     def restore(self, state: Any, host: dict[str, np.ndarray]) -> tuple[int, Any, dict[str, np.ndarray]] | None:
         """(step, state, host arrays) of the newest complete save, laid out like the arguments; None without one."""
         step = self._manager.latest_step()

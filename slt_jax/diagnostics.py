@@ -1,14 +1,49 @@
-"""Is this estimate to be believed? Effective sample size, R-hat, trend, and the verdict."""
+"""Is this estimate to be believed? Effective sample size, R-hat, trend, sensitivities, and the verdict."""
 
 import functools
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from slt_jax.corrections import Bias
+
 _RHAT_LIMIT = 1.05
 _TREND_SIGMA = 3.0
+_BIAS_LIMIT = 0.15
+_SLOPE_LIMIT = 0.1
+
+
+class Slope(NamedTuple):
+    """A derivative of the LLC by the logarithm of a hyperparameter, and its standard error."""
+
+    value: float
+    stderr: float
+
+
+_UNKNOWN = Slope(math.nan, math.nan)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the verdict rests on beside the draws. NaN where unknown.
+
+    ``virial``: mean <w - w*, G> over d + (step_size / 4) mean G'PG, 1 when stationary. ``kinetic``: mean kinetic
+    temperature, 1 when right. ``acceptance``: Metropolis acceptance of one Euler-Maruyama step of this step_size.
+    ``bias``: of the raw estimate. ``nbeta_slope``, ``localization_slope``: d LLC / d log nbeta, d LLC / d log
+    localization. ``hot``: which of the chains started hot.
+    """
+
+    virial: float = math.nan
+    kinetic: float = math.nan
+    acceptance: float = math.nan
+    bias: Bias | None = None
+    nbeta_slope: Slope = _UNKNOWN
+    localization_slope: Slope = _UNKNOWN
+    hot: np.ndarray | None = None
+    num_stopped: int = 0
 
 
 @dataclass(frozen=True)
@@ -16,17 +51,24 @@ class Health:
     """Convergence numbers of the draws ``nbeta (L_m(w_t) - L_m(w*))``.
 
     ``ess``: effective number of independent draws over all chains. ``rhat``: split R-hat. ``trend``: mean of the second
-    half less mean of the first, in units of the LLC; ``trend_z``: the same over its standard error. ``virial``: mean
-    <w - w*, G> over d + (step_size / 4) mean |G|^2, 1 when stationary. ``verdict``: few words; ``reason``: a sentence.
+    half less mean of the first, in units of the LLC; ``trend_z``: the same over its standard error. ``bracket``: means of
+    the chains started at w* and of those started hot, NaN without such. ``verdict``: few words; ``reason``: why, and
+    what to do. ``extrapolated``: where a rising or falling estimate would end, NaN otherwise.
     """
 
     ess: float
     rhat: float
     trend: float
     trend_z: float
-    virial: float
+    evidence: Evidence
+    bracket: tuple[float, float]
     verdict: str
     reason: str
+    extrapolated: float = math.nan
+
+    @property
+    def virial(self) -> float:
+        return self.evidence.virial
 
 
 def split_chains(draws: np.ndarray) -> np.ndarray:
@@ -73,36 +115,149 @@ def trend_of(draws: np.ndarray) -> tuple[float, float]:
     return change, change / max(math.hypot(*errors), 1e-30)
 
 
-def assess(draws: np.ndarray, virial: float, num_stopped: int) -> Health:
-    """The Health of ``draws`` (chain, draw), from finite chains alone; ``num_stopped`` others went non-finite."""
+def extrapolate(draws: np.ndarray, blocks: int = 12) -> float:
+    """Where the draws would end: the a of a + b exp(-t / tau), by least squares over block means.
+
+    NaN when no tau up to twice the run explains them, that is when they go on in a straight line or faster.
+    """
+    length = draws.shape[1] // blocks
+    if length < 1 or draws.shape[0] == 0:
+        return math.nan
+    means = draws[:, : blocks * length].reshape(len(draws), blocks, length).mean((0, 2), dtype=np.float64)
+    t, fits = np.arange(blocks) + 0.5, []
+    for tau in np.geomspace(1.0, 2.0 * blocks, 25):
+        basis = np.stack([np.ones(blocks), np.exp(-t / tau)], 1)
+        (end, _), *_ = np.linalg.lstsq(basis, means, rcond=None)
+        fits.append((float(np.sum((basis @ np.linalg.lstsq(basis, means, rcond=None)[0] - means) ** 2)), tau, end))
+    _, tau, end = min(fits)
+    return float(end) if tau < 1.9 * blocks else math.nan
+
+
+def slopes(draws: np.ndarray, gap_var: np.ndarray, distance_sq: np.ndarray, nbeta: float, localization: float):
+    """(d LLC / d log nbeta, d LLC / d log localization), from the draws alone.
+
+    Derivation: with p proportional to exp(-nbeta L - localization D), D = |w - w*|^2 / 2, the derivative of E[L] by nbeta
+    is -Var(L) and by localization -Cov(L, D). So LLC = nbeta (E[L] - L(w*)) has the slopes LLC - nbeta^2 Var(L) and
+    -localization nbeta Cov(L, D). Var(L) is that of the whole loss: ``gap_var``, the variance of a minibatch's mean, is
+    subtracted from what the draws show. Standard errors from the spread over eighths of the chains.
+
+    Args:
+        draws: nbeta (L_m(w) - L_m(w*)), (chain, draw). gap_var: per draw, of L_m(w) - L_m(w*). distance_sq: |w - w*|^2.
+    """
+    count = draws.shape[1] // 4
+    if draws.shape[0] == 0 or count < 8:
+        return _UNKNOWN, _UNKNOWN
+    parts = [x[:, : 4 * count].reshape(-1, count) for x in (draws, nbeta**2 * gap_var, localization / 2 * distance_sq)]
+    energy, noise, pull = (x.astype(np.float64) for x in parts)
+    # Around the grand mean: an eighth's own would hide what moves slowly.
+    by_nbeta = energy - ((energy - energy.mean()) ** 2 - noise)
+    by_pull = -(energy - energy.mean()) * (pull - pull.mean())
+    found = []
+    for values in (by_nbeta, by_pull):
+        means = values.mean(1)
+        found.append(Slope(float(means.mean()), float(means.std(ddof=1) / math.sqrt(len(means)))))
+    return found[0], found[1]
+
+
+def assess(draws: np.ndarray, evidence: Evidence) -> Health:
+    """The Health of ``draws`` (chain, draw), of the chains that stayed finite."""
     ess, rhat = ess_and_rhat(draws)
     trend, trend_z = trend_of(draws)
-    verdict, reason = _judge(draws, ess, rhat, trend, trend_z, num_stopped)
-    return Health(ess, rhat, trend, trend_z, virial, verdict, reason)
+    bracket = (math.nan, math.nan)
+    if evidence.hot is not None and evidence.hot.any() and not evidence.hot.all():
+        bracket = (float(draws[~evidence.hot].mean()), float(draws[evidence.hot].mean()))
+    facts = Health(ess, rhat, trend, trend_z, evidence, bracket, "", "")
+    verdict, reason, end = _judge(draws, facts)
+    return Health(ess, rhat, trend, trend_z, evidence, bracket, verdict, reason, end)
 
 
-def _judge(draws, ess, rhat, trend, trend_z, num_stopped) -> tuple[str, str]:
+def _judge(draws: np.ndarray, facts: Health) -> tuple[str, str, float]:
+    """(verdict, reason and remedy, extrapolated end)."""
+    for rule in (_diverged, _too_short, _no_minimum, _moving, _apart, _unsure, _biased, _dependent):
+        if found := rule(draws, facts):
+            return found if len(found) == 3 else (*found, math.nan)
+    return "converged", "trend, R-hat, bias and sensitivities are all in order.", math.nan
+
+
+def _diverged(draws, facts):
+    stopped = facts.evidence.num_stopped
     if draws.shape[0] == 0:
         return "diverged", "every chain went non-finite; take a smaller step_size."
-    if num_stopped:
-        return "diverged", f"{num_stopped} chains went non-finite and are left out; take a smaller step_size."
-    if math.isnan(ess):
+    if stopped:
+        return "diverged", f"{stopped} chains went non-finite and are left out; take a smaller step_size."
+
+
+def _too_short(draws, facts):
+    if math.isnan(facts.ess):
         return "too few draws", "an error bar needs at least 4 draws a chain."
-    mean, error = draws.mean(), standard_error(draws, ess)
-    if mean < -2 * error:
+
+
+def _no_minimum(draws, facts):
+    mean, error = draws.mean(), standard_error(draws, facts.ess)
+    count = max(1, draws.shape[1] // 8)
+    lows = np.array([part.mean() for part in np.array_split(draws, max(1, draws.shape[1] // count), axis=1)])
+    part_error = error * math.sqrt(len(lows))
+    if mean < -2 * error or lows.min() < -5 * part_error:
         return "not a minimum", "the chains found lower loss than w*; train further, or raise localization."
-    if abs(trend_z) > _TREND_SIGMA and abs(trend) > 0.02 * abs(mean):
-        word = "still rising" if trend > 0 else "still falling"
-        return (
-            word,
-            f"the second half of the draws is {trend:+.3g} from the first ({trend_z:+.1f} standard errors); "
-            "raise num_warmup.",
+
+
+def _moving(draws, facts):
+    mean = draws.mean()
+    if abs(facts.trend_z) > _TREND_SIGMA and abs(facts.trend) > 0.02 * abs(mean):
+        end = extrapolate(draws)
+        where = f"it would end near {end:.4g} (extrapolated)" if math.isfinite(end) else "where it ends cannot be said"
+        text = (
+            f"the second half of the draws is {facts.trend:+.3g} from the first ({facts.trend_z:+.1f} standard errors); "
+            f"{where}. Raise num_warmup or the budget."
         )
-    if rhat > _RHAT_LIMIT:
-        return "chains disagree", f"R-hat {rhat:.3f} is above {_RHAT_LIMIT}; draw more, or raise num_warmup."
-    if ess < 100 and error > 0.1 * abs(mean):
-        return "too few draws", f"{ess:.0f} effective draws leave an error of {error:.2g}; draw more."
-    return (
-        "converged",
-        "no sign of trouble in trend, R-hat or divergence. Step-size bias is not checked: halve step_size and compare.",
-    )
+        return ("still rising" if facts.trend > 0 else "still falling"), text, end
+
+
+def _apart(draws, facts):
+    cold, hot = facts.bracket
+    if math.isfinite(hot):
+        which = facts.evidence.hot
+        errors = [standard_error(part, ess_and_rhat(part)[0]) for part in (draws[which], draws[~which])]
+        gap = abs(hot - cold)
+        if gap > 4 * math.hypot(*errors) and gap > 0.05 * abs(draws.mean()):
+            return "chains disagree", (
+                f"chains started at w* read {cold:.4g} and those started hot {hot:.4g}: the answer lies between, if the "
+                "hot ones did not leave the neighbourhood. Raise the budget or num_warmup, or raise localization."
+            )
+    if facts.rhat > _RHAT_LIMIT:
+        return "chains disagree", f"R-hat {facts.rhat:.3f} is above {_RHAT_LIMIT}; draw more, or raise num_warmup."
+
+
+def _unsure(draws, facts):
+    error = standard_error(draws, facts.ess)
+    if error > 0.1 * abs(draws.mean()) or (facts.ess < 30 and error > 0.02 * abs(draws.mean())):
+        return "too few draws", f"{facts.ess:.0f} effective draws leave an error of {error:.2g}; draw more."
+
+
+def _biased(draws, facts):
+    bias, mean = facts.evidence.bias, abs(draws.mean())
+    if bias is None:
+        return None
+    if abs(bias.step_size) > _BIAS_LIMIT * mean:
+        return "biased by the step size", (
+            f"the step size adds about {bias.step_size:.3g} of {mean:.4g}, too much for a first-order correction; "
+            "halve step_size, or leave it out."
+        )
+    if abs(bias.noise) > _BIAS_LIMIT * mean:
+        return "heated by minibatch noise", (
+            f"noise of the minibatch gradient adds about {bias.noise:.3g} of {mean:.4g}; take a shorter step_size, more "
+            "friction, a larger batch_size, or control_variate=True."
+        )
+
+
+def _dependent(draws, facts):
+    mean = abs(draws.mean())
+    for name, slope in {
+        "nbeta": facts.evidence.nbeta_slope,
+        "localization": facts.evidence.localization_slope,
+    }.items():
+        if abs(slope.value) - 2 * slope.stderr > _SLOPE_LIMIT * mean:
+            return "depends on nbeta or localization", (
+                f"a factor e in {name} moves the estimate by {slope.value:+.3g}: it is right for this posterior, not for "
+                f"the learning coefficient. {'Raise nbeta' if name == 'nbeta' else 'Lower localization'} until it stands."
+            )

@@ -143,7 +143,8 @@ class LocalPosterior:
         center: w*, the trained parameters: a pytree of floating-point arrays.
         num_data: n, the size of the data set (not of a batch).
         nbeta: n times the inverse temperature; default ``num_data / log(num_data)``.
-        localization: gamma, the strength of the pull to ``center``, per squared unit of weight.
+        localization: gamma, the strength of the pull to ``center``, per squared unit of weight. Without one the
+            calibration of ``estimate_llc`` chooses: a hundred-thousandth of the largest curvature of nbeta L.
         mask: which weights move. A pytree of booleans shaped like ``center`` (one per leaf, or a boolean array of the
             leaf's shape), or a function of a leaf's path (a tuple of strings) that returns either. Default: all.
         forward_dtype: type in which ``loss_fn`` sees the weights, e.g. ``jnp.bfloat16``. The chains' own copy (the
@@ -159,7 +160,7 @@ class LocalPosterior:
     center: PyTree
     num_data: int
     nbeta: float | None = None
-    localization: float = 1.0
+    localization: float | None = None
     mask: Mask = None
     forward_dtype: Any = None
 
@@ -179,11 +180,13 @@ class LocalPosterior:
         check_positive(
             "nbeta", self.nbeta, "The usual choice is num_data / log(num_data), with num_data the size of the data set."
         )
-        check_positive(
-            "localization", self.localization, "It is gamma in (gamma/2)|w - w*|^2; 1 to 300 are common values."
-        )
+        if self.localization is not None:
+            check_positive(
+                "localization", self.localization, "It is gamma in (gamma/2)|w - w*|^2; 1 to 300 are common values."
+            )
         for name, kind in {"num_data": int, "nbeta": float, "localization": float}.items():
-            object.__setattr__(self, name, kind(getattr(self, name)))
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, kind(getattr(self, name)))
         self.program  # noqa: B018  (checks the center and the mask now, not at the first step)
 
     @cached_property

@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slt_jax.diagnostics import Health, assess, standard_error
+from slt_jax.corrections import Bias, bias_of, thermometer
+from slt_jax.diagnostics import Evidence, Health, assess, ess_and_rhat, slopes, standard_error
 
 if TYPE_CHECKING:
     import xarray as xr
 
 
-_TRACES = ("loss_trace", "baseline_trace", "drift_sq", "virial")
+_TRACES = (
+    "loss_trace", "baseline_trace", "gap_var", "drift_sq", "virial", "distance_sq", "kinetic", "acceptance",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,9 @@ class LLCResult:
     """A local learning coefficient with its error bar. All axes are (chain, draw).
 
     ``loss_trace`` and ``baseline_trace``: L_m(w_t) and the loss at w* that is subtracted from it, nats per example.
-    ``drift_sq``, ``virial``: |G|^2 and <w - w*, G> at the same draws. ``warmup_loss``: L_m(w_t) before the draws.
+    ``gap_var``: variance of the difference of the two, by the spread of the batch. ``drift_sq``, ``virial``,
+    ``distance_sq``, ``kinetic``, ``acceptance``: the sampler's ``Info`` at the same draws. ``warmup_loss``: L_m(w_t)
+    before the draws.
     ``stopped``: chain -> step at which it went non-finite; those chains are in the traces but not in the estimate.
     ``settings``: everything the run was given, and the versions it ran with. ``notes``: what went wrong without
     touching the numbers.
@@ -34,8 +39,12 @@ class LLCResult:
 
     loss_trace: np.ndarray
     baseline_trace: np.ndarray
+    gap_var: np.ndarray
     drift_sq: np.ndarray
     virial: np.ndarray
+    distance_sq: np.ndarray
+    kinetic: np.ndarray
+    acceptance: np.ndarray
     warmup_loss: np.ndarray
     stopped: dict[int, int]
     settings: dict[str, Any]
@@ -53,26 +62,53 @@ class LLCResult:
         return self.settings["nbeta"] * gap[self.kept_chains]
 
     @property
-    def llc(self) -> float:
+    def llc_raw(self) -> float:
         """nbeta (E[L_n(w)] - L_n(w*)): the mean over chains and draws; NaN when no chain stayed finite."""
         return float(self.llc_draws.mean()) if self.llc_draws.size else math.nan
+
+    @property
+    def llc(self) -> float:
+        """``llc_raw`` less the bias of step size and minibatch noise, where that is small enough to be taken off."""
+        return self.llc_raw - self.bias.applied
+
+    @functools.cached_property
+    def bias(self) -> Bias:
+        """What step size and minibatch noise add to ``llc_raw``, to first order."""
+        s, kept = self.settings, self.kept_chains
+        if not kept.size:
+            return Bias(math.nan, math.nan, math.nan, 0.0, "no chain stayed finite")
+        kinetic = self.kinetic[kept]
+        heat = thermometer(kinetic, s["num_free"], ess_and_rhat(kinetic)[0])
+        probe = s.get("probe", {})
+        noise = tuple(probe.get(name, math.nan) for name in ("noise", "noise_stderr"))
+        drift_sq = float(self.drift_sq[kept].mean(dtype=np.float64))
+        return bias_of(s.get("family", ""), self.llc_raw, drift_sq, heat, noise, s)
 
     @functools.cached_property
     def health(self) -> Health:
         """Convergence numbers and the verdict."""
-        kept = self.kept_chains
-        ratio = math.nan
-        if kept.size:
-            right = self.settings["num_free"] + self.settings["step_size"] / 4 * self.drift_sq[kept].mean(
-                dtype=np.float64
-            )
-            ratio = float(self.virial[kept].mean(dtype=np.float64) / right)
-        return assess(self.llc_draws, ratio, len(self.stopped))
+        kept, s = self.kept_chains, self.settings
+        if not kept.size:
+            return assess(self.llc_draws, Evidence(num_stopped=len(self.stopped)))
+        drift_sq, virial, kinetic = (x[kept].mean(dtype=np.float64) for x in (self.drift_sq, self.virial, self.kinetic))
+        right = s["num_free"] + (s["step_size"] / 4 * drift_sq if s.get("family") == "euler" else 0.0)
+        by_nbeta, by_pull = slopes(
+            self.llc_draws, self.gap_var[kept], self.distance_sq[kept], s["nbeta"], s["localization"]
+        )
+        hot = (kept % 2 == 1) if s.get("hot", 1.0) > 1 else None
+        acceptance = s.get("probe", {}).get("acceptance", math.nan)
+        evidence = Evidence(
+            float(virial / right), float(kinetic), acceptance, self.bias, by_nbeta, by_pull, hot, len(self.stopped)
+        )
+        return assess(self.llc_draws, evidence)
 
     @property
     def llc_stderr(self) -> float:
-        """Standard error of ``llc``: the pooled standard deviation over the square root of ``ess``."""
-        return standard_error(self.llc_draws, self.ess) if self.llc_draws.size else math.nan
+        """Standard error of ``llc``: pooled standard deviation over the root of ``ess``, and the correction's own."""
+        if not self.llc_draws.size:
+            return math.nan
+        error = standard_error(self.llc_draws, self.ess)
+        return math.hypot(error, self.bias.stderr) if self.bias.applied else error
 
     @property
     def ess(self) -> float:
@@ -118,24 +154,51 @@ class LLCResult:
             f"Verdict: {h.verdict}: {h.reason}\n"
             f"Loss {self.init_loss:.5g} at w*, "
             f"{np.nanmean(self.loss_trace[self.kept_chains]) if len(self.kept_chains) else math.nan:.5g} "
-            f"around it (nats per example); trend {h.trend:+.2g}, virial ratio {h.virial:.3f}.\n"
+            f"around it (nats per example); {self._signs()}.\n"
+            f"{self._bias_text()}\n"
             f"{s['sampler']} with step_size {s['step_size']:.3g}, nbeta {s['nbeta']:.4g}, localization "
             f"{s['localization']:.3g}; "
             f"{s['num_free']:,} weights free, {s['num_warmup']} warm-up steps, thinning {s['thinning']}, batch "
             f"{s['batch_size']} of {s['num_data']:,}."
         )
+        if lines := s.get("calibration", {}).get("lines"):
+            text += f"\nChosen: {'; '.join(lines)}."
         text += _cost_line(s.get("cost", {}))
         if self.stopped:
             where = ", ".join(f"chain {c} at step {t}" for c, t in sorted(self.stopped.items())[:8])
             text += f"\nWent non-finite and left out: {where} ({len(self.stopped)} of {chains})."
         return "\n".join([text, *(f"Note: {note}" for note in self.notes)])
 
+    def _signs(self) -> str:
+        h = self.health
+        signs = [f"trend {h.trend:+.2g}", f"virial ratio {h.virial:.3f}"]
+        if math.isfinite(h.evidence.kinetic):
+            signs.append(f"kinetic temperature {h.evidence.kinetic:.3f}")
+        if math.isfinite(h.evidence.acceptance):
+            signs.append(f"acceptance of a step {h.evidence.acceptance:.2f}")
+        if math.isfinite(h.bracket[1]):
+            signs.append(f"{h.bracket[0]:.4g} from w* and {h.bracket[1]:.4g} from hot starts")
+        return ", ".join(signs)
+
+    def _bias_text(self) -> str:
+        b = self.bias
+        terms = {"step size": b.step_size, "minibatch noise": b.noise}
+        known = [f"{name} {value:+.2g}" for name, value in terms.items() if math.isfinite(value)]
+        if not known:
+            return f"Raw estimate {self.llc_raw:.4g}; bias unknown: {b.why}."
+        done = f"taken off ({b.why})" if b.applied else f"not taken off: {b.why}" if b.total else "nothing to take off"
+        return f"Raw estimate {self.llc_raw:.4g}; bias: {', '.join(known)}; {done}."
+
     def to_dict(self) -> dict[str, Any]:
         """The numbers, the verdict and the settings, for JSON; NaN becomes None."""
         h = self.health
         numbers = {
             "llc": self.llc, "llc_stderr": self.llc_stderr, "rhat": h.rhat, "ess": h.ess, "trend": h.trend,
-            "virial": h.virial, "init_loss": self.init_loss, "wbic": self.wbic,
+            "virial": h.virial, "init_loss": self.init_loss, "wbic": self.wbic, "llc_raw": self.llc_raw,
+            "bias_step_size": self.bias.step_size, "bias_noise": self.bias.noise, "kinetic": h.evidence.kinetic,
+            "acceptance": h.evidence.acceptance, "from_center": h.bracket[0], "from_hot": h.bracket[1],
+            "extrapolated": h.extrapolated, "nbeta_slope": h.evidence.nbeta_slope.value,
+            "localization_slope": h.evidence.localization_slope.value,
         }  # fmt: skip
         plain = {k: (v if math.isfinite(v) else None) for k, v in numbers.items()}
         stopped = {str(k): v for k, v in self.stopped.items()}

@@ -1,8 +1,9 @@
 """The contract of a sampler: how one step moves one chain.
 
 A sampler is a pair of pure functions and the numbers they take. It knows no data and no device: the engine hands it a
-function of the position that gives the minibatch loss and its gradient. What changes the program is bound when the
-sampler is built; what changes only numbers travels in ``hyper`` and is traced, so that a sweep compiles once.
+function of the position that gives the minibatch losses and the gradient of their mean. What changes the program is
+bound when the sampler is built; what changes only numbers travels in ``hyper`` and is traced, so that a sweep compiles
+once.
 """
 
 from collections.abc import Callable
@@ -11,40 +12,61 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from slt_jax.kernels.langevin import normal
+
 Position = tuple[jax.Array, ...]
 LossAndGrad = Callable[[Position], tuple[jax.Array, Position]]
 
 
 class Hyper(NamedTuple):
-    """Scalars of the target and of the step; all may be traced."""
+    """Scalars of the target and of the step; all may be traced.
+
+    ``step_size``: eps, in squared units of weight. A kinetic sampler's time step is its square root, so that one
+    undamped step from rest moves by the same -(eps/2) G as one of SGLD. ``friction``: the share of momentum lost in one
+    step, dimensionless. ``adapt``: whether running statistics may still change (the first half of the warm-up).
+    """
 
     nbeta: jax.Array | float
     localization: jax.Array | float
     step_size: jax.Array | float
+    friction: jax.Array | float = 0.1
+    adapt: jax.Array | bool = False
 
 
 class Info(NamedTuple):
-    """What a person needs of one step, taken at the position before the move. All scalars, float32.
+    """What a person needs of one step, taken at the position before the move. Scalars, float32.
 
-    ``loss``: L_m(w). ``drift_sq``: |G|^2 with G the gradient of the negative log density. ``virial``: <w - w*, G>.
+    ``loss``: what ``loss_and_grad`` gave: L_m(w), or the batch's losses ``(m,)``. ``drift_sq``: G' P G with G the
+    gradient of the negative log density and P the preconditioner (1 without one). ``virial``: <w - w*, G>.
+    ``distance_sq``: |w - w*|^2. ``kinetic``: mean squared momentum of a coordinate, 1 at the right temperature.
+    ``acceptance``: of a Metropolis test. NaN where a sampler has no such thing.
     """
 
     loss: jax.Array
     drift_sq: jax.Array
     virial: jax.Array
+    distance_sq: jax.Array | float = float("nan")
+    kinetic: jax.Array | float = float("nan")
+    acceptance: jax.Array | float = float("nan")
 
 
 class Sampler(NamedTuple):
     """``init(position) -> State`` and ``step(key, state, loss_and_grad, center, hyper) -> (State, Info)``.
 
     ``State`` is a NamedTuple whose first field is ``position``; it holds what the next step needs and nothing else.
-    ``name`` and ``step_size`` go into the record of a run.
+    ``name``, ``step_size`` and ``friction`` go into the record of a run; a ``step_size`` of None is chosen by the
+    calibration, and so is a ``friction`` of None. ``family`` says which theory of its bias applies: ``"euler"``
+    (Euler-Maruyama), ``"matthews"`` (Leimkuhler-Matthews), ``"baoab"``, ``"sghmc"``, ``"sgnht"``, ``"exact"`` or
+    ``""`` for none. An ``"exact"`` one takes every gradient over the whole data set, and its ``init`` is
+    ``init(position, loss_and_grad, hyper)``.
     """
 
     name: str
-    step_size: float
-    init: Callable[[Position], Any]
+    step_size: float | None
+    init: Callable[..., Any]
     step: Callable[[jax.Array, Any, LossAndGrad, Position, Hyper], tuple[Any, Info]]
+    friction: float | None = 0.1
+    family: str = ""
 
 
 def drift(grad: Position, position: Position, center: Position, hyper: Hyper) -> Position:
@@ -57,6 +79,21 @@ def inner(a: Position, b: Position) -> jax.Array:
     return sum((jnp.sum(x * y) for x, y in zip(a, b, strict=True)), start=jnp.float32(0))
 
 
+def dimension(position: Position) -> int:
+    """d, the number of weights."""
+    return sum(w.size for w in position)
+
+
+def displacement(position: Position, center: Position) -> Position:
+    """w - w*, leaf by leaf."""
+    return tuple(w - c for w, c in zip(position, center, strict=True))
+
+
 def leaf_keys(key: jax.Array, position: Position) -> list[jax.Array]:
     """One independent key for each leaf."""
     return [jax.random.fold_in(key, i) for i in range(len(position))]
+
+
+def gaussian(key: jax.Array, position: Position) -> Position:
+    """Standard normal noise shaped like ``position``, independent over leaves."""
+    return tuple(normal(k, w.shape, w.dtype) for w, k in zip(position, leaf_keys(key, position), strict=True))

@@ -1,0 +1,185 @@
+"""What nobody should have to pick by eye: step size, friction, localization, control variates, lengths.
+
+The curvature x of nbeta L decides the step: step_size = 1/4 / x, a sixteenth of what is stable. A pilot run shows where
+the chains go, since the curvature there may be another than at w*. The noise of the minibatch gradient then decides the
+friction, and whether control variates pay. Everything is a pure function of the key.
+"""
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from slt_jax.corrections import heating
+from slt_jax.engine import Engine
+from slt_jax.probe import Noise, Probe
+from slt_jax.samplers.base import Sampler
+
+STEP_SHARE = 0.25
+KAPPA = 1e5  # curvature over localization
+REACH = 1.0  # of a flat direction, in typical weights
+FRICTION = 0.1
+HEAT = 0.03  # of the estimate, that minibatch noise may add before friction rises
+_SHARE = 0.15  # of the gradients, for all of this
+_PILOT = 2**31 - 7  # folded into the key of the pilot's noise
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, and why in ``lines``; ``gradients``: minibatch gradients spent on it."""
+
+    step_size: float
+    friction: float
+    localization: float
+    control_variate: bool
+    gradients: float = 0.0
+    curvature: float = math.nan
+    lines: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "lines": list(self.lines)}
+
+
+def step_scale(sampler: Sampler) -> float:
+    """step_size times the largest curvature: smaller where the step size itself biases."""
+    return {"euler": 0.1, "matthews": 0.5}.get(sampler.family, STEP_SHARE)
+
+
+def allowance(total: float) -> float:
+    """Minibatch gradients that calibration may spend of ``total``."""
+    return _SHARE * total
+
+
+def default_budget(num_free: int) -> int:
+    """Minibatch gradients for one estimate: more for few weights, where one draw says less and costs less."""
+    return int(min(2e6, max(1e4, 4e6 / num_free)))
+
+
+def calibrate(
+    engine: Engine, sampler: Sampler, localization: float | None, control: bool | None, total: float
+) -> Choice:
+    """Choose what is open: a ``step_size`` or ``friction`` of None in ``sampler``, localization and control variates.
+
+    Args:
+        engine: compiled for this posterior, data and sampler; its run is not touched.
+        total: minibatch gradients of the whole estimate.
+
+    Raises:
+        FloatingPointError: the loss around w* is not finite however short the step.
+    """
+    allowed = allowance(total)
+    blocks, rounds = (4, 20) if allowed >= 800 else (2, 12) if allowed >= 200 else (1, 6)
+    probe = Probe(engine, blocks, jax.random.fold_in(engine.key, _PILOT))
+    family = {"sgnht": "baoab", "": "euler"}.get(sampler.family, sampler.family)  # those whose heat is known
+    lines: list[str] = []
+    at_center = probe.sharpness(engine.center, rounds)
+    curvature = at_center
+    settle = localization if localization is not None else _localization(curvature, engine.center)
+    engine.localize(settle)
+    step_size, friction = sampler.step_size, sampler.friction
+    full_pass = math.ceil(engine.source.num_data / engine.plan.batch_size)
+    if step_size is None or friction is None or control is None:
+        steps = max(12, int(0.4 * allowed / engine.plan.num_chains))
+        pilot = _Pilot(engine, sampler, probe, steps, max(4, rounds // 3))
+        curvature, positions = pilot.explore(curvature, step_size)
+        if localization is None:
+            settle = _localization(curvature, engine.center)
+            engine.localize(settle)
+    lines.append(f"largest curvature of nbeta L: {at_center:.3g} at w*, {curvature:.3g} where a pilot run went")
+    if localization is None:
+        lines.append(f"localization {settle:.3g}: curvature / {KAPPA:.0g}")
+    if step_size is None or friction is None or control is None:
+        noise = _mean_noise([probe.noise(p, 2)[0] for p in positions])
+        scale = max(pilot.llc, 1e-3)
+        if step_size is None:
+            step_size = step_scale(sampler) / (curvature + settle)
+            lines.append(f"step_size {step_size:.3g}: {step_scale(sampler):.2g} / curvature")
+        first = FRICTION if friction is None else friction
+        heat = [heating(family, step_size, first, n) / scale for n in noise]
+        if control is None:
+            affordable = full_pass <= 0.05 * total
+            control = heat[0] > 0.1 and heat[1] < heat[0] / 4 and affordable
+            if control:
+                lines.append(
+                    f"control variates at w*: minibatch noise would add {heat[0]:.0%} to the estimate, with them "
+                    f"{heat[1]:.1%}; each step costs two gradients"
+                )
+        mine = noise.controlled if control else noise.plain
+        if friction is None:
+            friction, step_size, line = _damp(family, step_size, mine, scale, sampler.step_size is None)
+            lines.append(line)
+        elif sampler.step_size is None:
+            now = heating(family, step_size, friction, mine) / scale
+            if now > 2 * HEAT:
+                step_size *= max(2 * HEAT / now, 1e-3)
+                lines.append(f"step_size shortened to {step_size:.3g}: minibatch noise would add {now:.0%}")
+    spent = probe.gradients + (pilot.gradients if "pilot" in locals() else 0)
+    return Choice(step_size, friction, settle, bool(control), spent, curvature, tuple(lines))
+
+
+def _localization(curvature: float, center: tuple) -> float:
+    """A flat direction may move a weight by as much as a typical weight, or by sqrt(KAPPA) times a stiff one's spread."""
+    count = sum(w.size for w in center)
+    mean_square = sum(float(jnp.sum(w * w)) for w in center) / count
+    return max(curvature / KAPPA, REACH**-2 / mean_square if mean_square > 0 else 0.0, 1e-9)
+
+
+def _mean_noise(found: list[Noise]) -> Noise:
+    return Noise(*(sum(values) / len(values) for values in zip(*found, strict=True)))
+
+
+def _damp(family: str, step_size: float, noise: float, llc: float, may_shorten: bool) -> tuple[float, float, str]:
+    """Friction, and if need be a shorter step, so that minibatch noise adds at most HEAT of the estimate."""
+    room = HEAT * llc * 8 / max(step_size * noise, 1e-30)  # the coth that is allowed
+    if room >= 1 / math.tanh(FRICTION / 2):
+        share = heating(family, step_size, FRICTION, noise) / llc
+        return FRICTION, step_size, f"friction {FRICTION}: minibatch noise adds {share:.1%} to the estimate"
+    friction = min(0.7, 2 * math.atanh(1 / room)) if room > 1 else 0.7
+    heat = heating(family, step_size, friction, noise) / llc
+    text = f"friction {friction:.2g}: minibatch noise would add {heat:.1%} to the estimate"
+    if heat > 1.01 * HEAT and may_shorten:
+        step_size *= HEAT / heat
+        text += f"; step_size shortened to {step_size:.3g} for it"
+    return friction, step_size, text
+
+
+class _Pilot:
+    """A short run of all chains from w*, to learn the curvature where they go."""
+
+    def __init__(self, engine: Engine, sampler: Sampler, probe: Probe, steps: int, rounds: int):
+        self.engine, self.sampler, self.probe, self.steps, self.rounds = engine, sampler, probe, steps, rounds
+        self.gradients = 0.0
+        self.llc = math.nan
+
+    def explore(self, curvature: float, step_size: float | None) -> tuple[float, list]:
+        """(largest curvature met, final positions); a chain that goes non-finite starts it anew, eight times slower."""
+        engine, floor = self.engine, curvature
+        for _ in range(5):
+            run = engine.start()
+            for share in (0.25, 0.25, 0.5):
+                size = step_size or step_scale(self.sampler) / (curvature + engine.posterior.localization)
+                count = max(2, int(share * self.steps))
+                engine.pilot(run, count, size, self.sampler.friction or 2 * FRICTION, _PILOT)
+                self.gradients += count * engine.plan.num_chains
+                if not engine.all_alive(run):
+                    break
+                positions = [engine.position(run, c) for c in range(min(2, engine.plan.num_chains))]
+                met = max(self.probe.sharpness(p, self.rounds) for p in positions)
+                curvature = max(floor, met)
+            else:
+                half = run.step // 2
+                fall = run.trace.virial[:, half : run.step].mean(dtype=float)
+                pull = engine.posterior.localization * run.trace.distance_sq[:, half : run.step].mean(dtype=float)
+                self.llc = 0.5 * (fall - pull)
+                return curvature, [engine.position(run, c) for c in range(min(4, engine.plan.num_chains))]
+            if step_size is not None:
+                # The step was given: go on with what w* says, and let the verdict tell of the divergence.
+                self.llc = math.inf
+                return curvature, [engine.center]
+            curvature = floor = 8 * max(curvature, floor)
+        raise FloatingPointError(
+            f"the loss around w* is not finite even with a step_size of {size:.3g}. Check the loss for overflow, or give "
+            "sampler=slt_jax.sgld(step_size) and a larger localization yourself."
+        )

@@ -1,0 +1,104 @@
+"""How far the step size and minibatch noise move an estimate, to first order, and when that may be taken off.
+
+Every term is half a sum over directions of curvature times excess variance, so it is in units of the LLC. Derived for
+quadratics, where the laws of the discretized chains are known exactly (the samplers' docstrings give them), and good
+beyond as long as the term is small beside the estimate.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+_LARGEST = 0.25  # of the raw estimate, that may be taken off
+
+
+@dataclass(frozen=True)
+class Bias:
+    """Estimated bias of the raw estimate, in units of the LLC; NaN where unknown.
+
+    ``step_size``: of the discretization. ``noise``: of minibatch gradients. ``stderr``: of their sum. ``applied``: what
+    was taken off. ``why``: how it was found, or why it was not applied.
+    """
+
+    step_size: float
+    noise: float
+    stderr: float
+    applied: float
+    why: str
+
+    @property
+    def total(self) -> float:
+        """Sum of the terms that are known; 0 when none is."""
+        return float(np.nansum([self.step_size, self.noise]))
+
+
+def heating(family: str, step_size: float, friction: float, noise: float) -> float:
+    """What minibatch noise adds to the estimate; ``noise``: trace of the covariance of nbeta grad L_m(w).
+
+    Euler-Maruyama and Leimkuhler-Matthews: step_size / 8. BAOAB: step_size coth(friction / 2) / 8. SGHMC:
+    step_size / (4 friction). Times ``noise``, each. NaN for samplers without a theory here.
+    """
+    factor = {
+        "euler": lambda: 1 / 8,
+        "matthews": lambda: 1 / 8,
+        "baoab": lambda: 1 / (8 * math.tanh(friction / 2)),
+        "sghmc": lambda: 1 / (4 * friction),
+        "exact": lambda: 0.0,
+    }.get(family, lambda: math.nan)()
+    return step_size * factor * noise
+
+
+def thermometer(kinetic: np.ndarray, num_free: int, ess: float) -> tuple[float, float]:
+    """(excess, standard error) of the kinetic temperature, times d / 2: the heat, were it spread like the curvature.
+
+    Exact where all directions that minibatch noise heats have a curvature far above the localization.
+    """
+    if kinetic.size < 8 or not np.isfinite(kinetic).all():
+        return math.nan, math.nan
+    error = kinetic.std(ddof=1, dtype=np.float64) / math.sqrt(max(1.0, ess))
+    return float(num_free / 2 * (kinetic.mean(dtype=np.float64) - 1)), float(num_free / 2 * error)
+
+
+def bias_of(
+    family: str,
+    raw: float,
+    drift_sq: float,
+    heat: tuple[float, float],
+    noise: tuple[float, float],
+    settings: dict,
+) -> Bias:
+    """The bias of an estimate.
+
+    Args:
+        family: the sampler's.
+        raw: nbeta times the mean gap.
+        drift_sq: mean of G'PG over the draws.
+        heat: what ``thermometer`` found, NaN for a sampler without momentum.
+        noise: trace of the covariance of nbeta grad L_m(w), and its standard error; NaN when not measured.
+        settings: of the run: step_size, friction.
+    """
+    size, friction = settings["step_size"], settings.get("friction", 0.1)
+    if family == "exact":
+        return Bias(0.0, 0.0, 0.0, 0.0, "exact: every move passed a Metropolis test, over the whole data set")
+    step, error = math.nan, 0.0
+    added = heating(family, size, friction, noise[0])
+    added_error = heating(family, size, friction, noise[1])
+    why = "two half batches"
+    if family == "euler":
+        total = size / 8 * drift_sq
+        step = total - (added if math.isfinite(added) else 0.0)
+        why = "step_size / 8 of the mean G'PG"
+    elif family == "sghmc":
+        step = size * (drift_sq - (noise[0] if math.isfinite(noise[0]) else 0.0)) / (8 - 4 * friction)
+        error = added_error
+    elif family in ("matthews", "baoab"):
+        step, error = 0.0, added_error
+        if math.isfinite(heat[1]) and not added_error <= heat[1]:
+            added, error, why = heat[0], heat[1], "the kinetic thermometer"
+    if math.isnan(step) and math.isnan(added):
+        return Bias(step, added, math.nan, 0.0, "no theory of its bias for this sampler")
+    found = Bias(step, added, error if math.isfinite(error) else 0.0, 0.0, why)
+    if not abs(found.total) <= _LARGEST * abs(raw):
+        return Bias(step, added, found.stderr, 0.0, f"over {_LARGEST:.0%} of the raw estimate, so it is not taken off")
+    return Bias(step, added, found.stderr, found.total, why)
