@@ -2,13 +2,15 @@
 
 from slt_jax.adapters import from_linen, from_nnx, next_token_loss
 from slt_jax.batches import hf_dataset, token_file
+from slt_jax.crosschecks import CrossCheck, two_temperature_estimator, variance_estimator
 from slt_jax.estimate import estimate_llc
 from slt_jax.posterior import LocalPosterior
 from slt_jax.results import LLCResult, load_result
-from slt_jax.samplers import Sampler, sgld
+from slt_jax.samplers import Sampler, hmc, mala, mclmc, nuts, preconditioned_sgld, sghmc, sgld, sgnht, underdamped
 
 __version__ = "0.1.0"
 __all__ = [
+    "CrossCheck",
     "LLCResult",
     "LocalPosterior",
     "Sampler",
@@ -16,8 +18,18 @@ __all__ = [
     "from_linen",
     "from_nnx",
     "hf_dataset",
+    "hmc",
     "load_result",
+    "mala",
+    "mclmc",
     "next_token_loss",
+    "nuts",
+    "preconditioned_sgld",
+    "sghmc",
     "sgld",
+    "sgnht",
     "token_file",
+    "two_temperature_estimator",
+    "underdamped",
+    "variance_estimator",
 ]

@@ -94,8 +94,11 @@ def bias_of(
         error = added_error
     elif family in ("matthews", "baoab"):
         step, error = 0.0, added_error
-        if math.isfinite(heat[1]) and not added_error <= heat[1]:
+        if math.isfinite(heat[1]) and not 2 * added_error <= heat[1]:
             added, error, why = heat[0], heat[1], "the kinetic thermometer"
+        if settings.get("control_variate") and math.isfinite(added):
+            # Label noise times second derivatives heats flat directions too, which do not count: none to all of it.
+            added, error, why = added / 2, math.hypot(error, added / math.sqrt(12)), f"half of {why}, give or take"
     if math.isnan(step) and math.isnan(added):
         return Bias(step, added, math.nan, 0.0, "no theory of its bias for this sampler")
     found = Bias(step, added, error if math.isfinite(error) else 0.0, 0.0, why)

@@ -19,8 +19,8 @@ class CrossCheck(NamedTuple):
 def variance_estimator(result: LLCResult) -> CrossCheck:
     """nbeta^2 Var(L_n(w)) over the draws.
 
-    At the asymptotic temperature nbeta (L_n(w) - L_n(w*)) has a Gamma law of mean and variance LLC. The losses drawn are
-    minibatch means; the variance that the spread of examples within the batch gives them is subtracted.
+    At the asymptotic temperature nbeta (L_n(w) - L_n(w*)) has a Gamma law of mean and variance LLC. The losses drawn
+    are minibatch means; the variance that the spread of examples within the batch gives them is subtracted.
 
     Raises:
         ValueError: the losses came as batch means, so that their spread within a batch is not known.
@@ -32,8 +32,8 @@ def variance_estimator(result: LLCResult) -> CrossCheck:
     noise = result.gap_var[result.kept_chains].astype(np.float64) * result.settings["nbeta"] ** 2
     if not draws.size or not np.isfinite(noise).all():
         raise ValueError(
-            "the variance estimator needs the losses of single examples, at every draw: let loss_fn return one loss per "
-            "example (shape (m,)), and take batch_size of at least 2."
+            "the variance estimator needs the losses of single examples, at every draw: let loss_fn return one loss "
+            "per example (shape (m,)), and take batch_size of at least 2."
         )
     squares = (draws - draws.mean()) ** 2 * draws.size / (draws.size - 1) - noise
     return CrossCheck(float(squares.mean()), standard_error(squares, ess_and_rhat(squares)[0]))

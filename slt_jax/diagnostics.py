@@ -13,7 +13,8 @@ from slt_jax.corrections import Bias
 _RHAT_LIMIT = 1.05
 _TREND_SIGMA = 3.0
 _BIAS_LIMIT = 0.15
-_SLOPE_LIMIT = 0.1
+_SLOPE_LIMIT = 0.03
+_SLOPE_SIGMA = 2.0
 
 
 class Slope(NamedTuple):
@@ -50,10 +51,10 @@ class Evidence:
 class Health:
     """Convergence numbers of the draws ``nbeta (L_m(w_t) - L_m(w*))``.
 
-    ``ess``: effective number of independent draws over all chains. ``rhat``: split R-hat. ``trend``: mean of the second
-    half less mean of the first, in units of the LLC; ``trend_z``: the same over its standard error. ``bracket``: means of
-    the chains started at w* and of those started hot, NaN without such. ``verdict``: few words; ``reason``: why, and
-    what to do. ``extrapolated``: where a rising or falling estimate would end, NaN otherwise.
+    ``ess``: effective number of independent draws over all chains. ``rhat``: split R-hat. ``trend``: mean of the
+    second half less mean of the first, in units of the LLC; ``trend_z``: the same over its standard error.
+    ``bracket``: means of the chains started at w* and of those started hot, NaN without such. ``verdict``: few words;
+    ``reason``: why, and what to do. ``extrapolated``: where a moving estimate would end, NaN otherwise.
     """
 
     ess: float
@@ -136,10 +137,10 @@ def extrapolate(draws: np.ndarray, blocks: int = 12) -> float:
 def slopes(draws: np.ndarray, gap_var: np.ndarray, distance_sq: np.ndarray, nbeta: float, localization: float):
     """(d LLC / d log nbeta, d LLC / d log localization), from the draws alone.
 
-    Derivation: with p proportional to exp(-nbeta L - localization D), D = |w - w*|^2 / 2, the derivative of E[L] by nbeta
-    is -Var(L) and by localization -Cov(L, D). So LLC = nbeta (E[L] - L(w*)) has the slopes LLC - nbeta^2 Var(L) and
-    -localization nbeta Cov(L, D). Var(L) is that of the whole loss: ``gap_var``, the variance of a minibatch's mean, is
-    subtracted from what the draws show. Standard errors from the spread over eighths of the chains.
+    Derivation: with p proportional to exp(-nbeta L - localization D), D = |w - w*|^2 / 2, the derivative of E[L] by
+    nbeta is -Var(L) and by localization -Cov(L, D). So LLC = nbeta (E[L] - L(w*)) has the slopes LLC - nbeta^2 Var(L)
+    and -localization nbeta Cov(L, D). Var(L) is that of the whole loss: ``gap_var``, the variance of a minibatch's
+    mean, is subtracted from what the draws show. Standard errors from the spread over quarters of the chains.
 
     Args:
         draws: nbeta (L_m(w) - L_m(w*)), (chain, draw). gap_var: per draw, of L_m(w) - L_m(w*). distance_sq: |w - w*|^2.
@@ -207,8 +208,8 @@ def _moving(draws, facts):
         end = extrapolate(draws)
         where = f"it would end near {end:.4g} (extrapolated)" if math.isfinite(end) else "where it ends cannot be said"
         text = (
-            f"the second half of the draws is {facts.trend:+.3g} from the first ({facts.trend_z:+.1f} standard errors); "
-            f"{where}. Raise num_warmup or the budget."
+            f"the second half of the draws is {facts.trend:+.3g} from the first ({facts.trend_z:+.1f} standard "
+            f"errors); {where}. Raise num_warmup or the budget."
         )
         return ("still rising" if facts.trend > 0 else "still falling"), text, end
 
@@ -221,8 +222,8 @@ def _apart(draws, facts):
         gap = abs(hot - cold)
         if gap > 4 * math.hypot(*errors) and gap > 0.05 * abs(draws.mean()):
             return "chains disagree", (
-                f"chains started at w* read {cold:.4g} and those started hot {hot:.4g}: the answer lies between, if the "
-                "hot ones did not leave the neighbourhood. Raise the budget or num_warmup, or raise localization."
+                f"chains started at w* read {cold:.4g} and those started hot {hot:.4g}: the answer lies between, if "
+                "the hot ones did not leave the neighbourhood. Raise the budget or num_warmup, or raise localization."
             )
     if facts.rhat > _RHAT_LIMIT:
         return "chains disagree", f"R-hat {facts.rhat:.3f} is above {_RHAT_LIMIT}; draw more, or raise num_warmup."
@@ -245,19 +246,23 @@ def _biased(draws, facts):
         )
     if abs(bias.noise) > _BIAS_LIMIT * mean:
         return "heated by minibatch noise", (
-            f"noise of the minibatch gradient adds about {bias.noise:.3g} of {mean:.4g}; take a shorter step_size, more "
-            "friction, a larger batch_size, or control_variate=True."
+            f"noise of the minibatch gradient adds about {bias.noise:.3g} of {mean:.4g}; take a shorter step_size, "
+            "more friction, a larger batch_size, or control_variate=True."
         )
 
 
 def _dependent(draws, facts):
-    mean = abs(draws.mean())
-    for name, slope in {
-        "nbeta": facts.evidence.nbeta_slope,
-        "localization": facts.evidence.localization_slope,
-    }.items():
-        if abs(slope.value) - 2 * slope.stderr > _SLOPE_LIMIT * mean:
-            return "depends on nbeta or localization", (
-                f"a factor e in {name} moves the estimate by {slope.value:+.3g}: it is right for this posterior, not for "
-                f"the learning coefficient. {'Raise nbeta' if name == 'nbeta' else 'Lower localization'} until it stands."
-            )
+    """Directions that the localization holds at this nbeta make the LLC rise with nbeta and fall with localization.
+
+    The two slopes are of one cause and of nearly independent noise, so they are weighed together.
+    """
+    up, down = facts.evidence.nbeta_slope, facts.evidence.localization_slope
+    if not (up.stderr > 0 and down.stderr > 0):
+        return None
+    z = (up.value / up.stderr - down.value / down.stderr) / math.sqrt(2)
+    if z > _SLOPE_SIGMA and up.value > _SLOPE_LIMIT * abs(draws.mean()):
+        return "depends on nbeta or localization", (
+            f"a factor e in nbeta moves the estimate by {up.value:+.3g}, in localization by {down.value:+.3g}: it is "
+            "right for this posterior, and not yet the learning coefficient. Raise nbeta, or lower localization, until "
+            "it stands."
+        )

@@ -33,7 +33,8 @@ class Schedule:
     """How many steps, and how they are laid out.
 
     ``baseline`` is ``"paired"`` or ``"full"``. With ``control_variate`` the gradient is
-    g_m(w) - g_m(w*) + grad L_n(w*). ``hot``: every other chain starts at nbeta / hot, and is cooled over the first half of the warm-up; 1 for none.
+    g_m(w) - g_m(w*) + grad L_n(w*). ``hot``: every other chain starts at nbeta / hot, and is cooled over the first half
+    of the warm-up; 1 for none.
     """
 
     num_chains: int

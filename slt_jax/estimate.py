@@ -125,8 +125,8 @@ def estimate_llc(
     check_batch_size(batch_size, source.num_data)
     if whole and (source.on_host or batch_size != source.num_data):
         raise ValueError(
-            f"{sampler.name} takes every gradient over the whole data set: give the data as arrays in memory, and leave "
-            "batch_size out."
+            f"{sampler.name} takes every gradient over the whole data set: give the data as arrays in memory, and "
+            "leave batch_size out."
         )
     if batch_size % micro_batches:
         raise ValueError(f"micro_batches = {micro_batches} does not divide batch_size = {batch_size}. Take a divisor.")
@@ -229,7 +229,8 @@ def _calibrated(
     total = request.budget or plan.num_chains * plan.total_steps
     control = False if sampler.family == "exact" else request.control_variate
     try:
-        choice = calibrate(engine, sampler, posterior.localization, control, total)
+        check = functools.partial(_check_at_center, engine)
+        choice = calibrate(engine, sampler, posterior.localization, control, total, check)
     except BaseException:
         _abandon(store)
         raise
@@ -280,6 +281,15 @@ def _chain_batch(chain_batch: int | None, local: int, num_free: int) -> int:
             f"chain_batch = {chain_batch} does not divide the {local} chains of one device. Take one of {divisors}."
         )
     return chain_batch
+
+
+def _check_at_center(engine: Engine, loss: float, grad_norm: float) -> None:
+    _check_finite(engine, loss, "over a sample of the data")
+    if not math.isfinite(grad_norm):
+        raise FloatingPointError(
+            f"the gradient of the loss at w* is not finite over a sample of the data, though the loss {loss:.4g} is. "
+            "Look for a square root, logarithm or norm of zero in loss_fn."
+        )
 
 
 def _check_center(engine: Engine, run: Run) -> None:
@@ -435,8 +445,8 @@ def _result(engine: Engine, run: Run, full_loss: float | None, choice: Choice | 
         "num_free": posterior.num_free,
         "sampler": engine.sampler.name,
         "family": engine.sampler.family,
-        "step_size": float(engine.hyper.step_size),
-        "friction": float(engine.hyper.friction),
+        "step_size": choice.step_size if choice else engine.sampler.step_size,
+        "friction": choice.friction if choice else engine.sampler.friction,
         "gradients": spent,
         "calibration": choice.to_dict() if choice else {},
         "probe": probe,

@@ -221,6 +221,22 @@ class LocalPosterior:
             leaf.indices.size if leaf.cut else math.prod(leaf.shape) for leaf in self.program.leaves if leaf.free
         )
 
+    def log_density(self, data: PyTree) -> Callable[[tuple[jax.Array, ...]], jax.Array]:
+        """Position -> -nbeta L_n(w) - (localization / 2) |w - w*|^2 over all of ``data``: for BlackJAX's algorithms.
+
+        A position is a tuple of the free weights, as from ``program.split(center)[0]``. Raises ValueError without a
+        localization.
+        """
+        if self.localization is None:
+            raise ValueError("log_density needs a localization: give one to LocalPosterior, e.g. localization=1.0.")
+        center, frozen = self.program.split(self.center)
+
+        def at(position):
+            away = sum(jnp.sum((w - c) ** 2) for w, c in zip(position, center, strict=True))
+            return -self.nbeta * self.program.mean_loss(position, frozen, data) - 0.5 * self.localization * away
+
+        return at
+
     def fingerprint(self, batch: PyTree) -> dict[str, Any]:
         """Everything of the posterior that a result depends on; ``batch`` gives shapes only."""
         position, frozen = jax.eval_shape(self.program.split, self.center)

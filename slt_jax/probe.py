@@ -67,6 +67,11 @@ def _sharpness(program: LossProgram, position, frozen, blocks, nbeta, floor, rea
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def _grad_blocks(program: LossProgram, position, frozen, blocks):
+    return _grad_over(program, frozen, blocks, position)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def _noise(program: LossProgram, position, center, frozen, first, second):
     def difference(at):
         grads = [jax.grad(program.mean_loss)(at, frozen, half) for half in (first, second)]
@@ -133,6 +138,13 @@ class Probe:
         )  # fmt: skip
         self.gradients += 2 * iterations * self.num_blocks
         return float(found)
+
+    def loss_and_grad_norm(self, position: Position) -> tuple[float, float]:
+        """Mean loss over the fixed examples, and the norm of its gradient."""
+        engine = self._engine
+        loss, grad = _grad_blocks(engine.posterior.program, position, engine.frozen, self._blocks)
+        self.gradients += self.num_blocks
+        return float(loss), float(jnp.sqrt(inner(grad, grad)))
 
     def noise(self, position: Position, repeats: int) -> tuple[Noise, Noise]:
         """Mean and standard error over ``repeats`` fresh batches, by the difference of a batch's two halves."""

@@ -13,4 +13,5 @@ jax.config.update("jax_num_cpu_devices", 8)
 def regression():
     """(posterior, data): a ten-parameter linear model without label noise; w* = 0 is its minimum."""
     data = jax.random.normal(jax.random.key(1), (400, 10))
-    return slt.LocalPosterior(lambda p, x: 0.5 * (x @ p["w"]) ** 2, {"w": jnp.zeros(10)}, num_data=400), data
+    loss_fn = lambda p, x: 0.5 * (x @ p["w"]) ** 2  # noqa: E731
+    return slt.LocalPosterior(loss_fn, {"w": jnp.zeros(10)}, num_data=400, localization=1.0), data

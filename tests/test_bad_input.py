@@ -23,11 +23,13 @@ def square(w, x):
 
 
 def posterior(loss_fn=square, center=None, num_data=40, **more):
+    more = {"localization": 1.0, **more}
     return slt.LocalPosterior(loss_fn, jnp.zeros(3) if center is None else center, num_data, **more)
 
 
 def estimate(target=None, data=DATA, **more):
-    return slt.estimate_llc(posterior() if target is None else target, data, **{**PLAN, **more})
+    given = {"sampler": slt.sgld(1e-4), **PLAN, **more}
+    return slt.estimate_llc(posterior() if target is None else target, data, **given)
 
 
 def refuses(kind, call, *words):
@@ -48,11 +50,11 @@ NOT_NUMBERS = ["3", "many", True, np.True_, [3.0], (1,), 3j, np.complex64(1), b"
 @pytest.mark.parametrize("name", ["nbeta", "localization", "step_size"])
 @pytest.mark.parametrize("value", [*NOT_POSITIVE, *NOT_NUMBERS, None], ids=lambda v: str(v)[:12])
 def test_positive_numbers(name, value):
-    if name == "nbeta" and value is None:
+    if value is None:
         return  # the default
     kind = TypeError if value is None or any(value is v for v in NOT_NUMBERS) else ValueError
     call = slt.sgld if name == "step_size" else posterior
-    remedy = {"nbeta": "num_data / log(num_data)", "localization": "common values", "step_size": "Try 1e-4"}[name]
+    remedy = {"nbeta": "num_data / log(num_data)", "localization": "common values", "step_size": "try 1e-4"}[name]
     refuses(kind, lambda: call(**{name: value}), f"{name} must be a finite number > 0, got {value!r}", remedy)
 
 
@@ -75,7 +77,7 @@ COUNTS["chain_batch"] = 1
     "value", [-1, "4", True, 4.0, float("nan"), [4], None, np.float32(4), np.ones(2, int)], ids=str
 )
 def test_counts(name, value):
-    if value is None and name in ("num_warmup", "chain_batch"):
+    if value is None and name not in ("chunk_size", "micro_batches", "num_data"):
         return  # the default
     least = 2 if name == "num_data" else COUNTS[name]
     kind = ValueError if value is not None and type(value) is int else TypeError

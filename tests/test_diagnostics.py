@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from slt_jax.diagnostics import assess, ess_and_rhat, standard_error, trend_of
+from slt_jax.diagnostics import Evidence, assess, ess_and_rhat, standard_error, trend_of
 
 RHO = 0.8
 SHRINK = (1 - RHO) / (1 + RHO)  # effective draws per draw of an AR(1) series
@@ -73,24 +73,24 @@ CASES = {
 @pytest.mark.parametrize("verdict", CASES)
 def test_every_verdict_has_its_case(verdict):
     draws, stopped = CASES[verdict]
-    health = assess(draws, 1.0, stopped)
+    health = assess(draws, Evidence(num_stopped=stopped))
     assert health.verdict == verdict
     assert len(health.reason) > 20
 
 
 def test_an_error_bar_as_large_as_the_estimate_is_too_few_draws():
     draws = series(np.random.default_rng(1), draws=40, rho=0.0)[:, :20] * 30 + 5
-    assert assess(draws, 1.0, 0).verdict == "too few draws"
+    assert assess(draws, Evidence()).verdict == "too few draws"
 
 
 @pytest.mark.parametrize("shape", [(0, 10), (1, 1), (4, 1), (4, 3)])
 def test_too_little_to_say_is_nan(shape):
     draws = np.random.default_rng(0).normal(size=shape)
     assert math.isnan(ess_and_rhat(draws)[0])
-    assert assess(draws, math.nan, 0 if shape[0] else 4).verdict in ("too few draws", "diverged")
+    assert assess(draws, Evidence(num_stopped=0 if shape[0] else 4)).verdict in ("too few draws", "diverged")
 
 
 def test_draws_that_do_not_move_have_no_error_bar():
-    health = assess(np.full((4, 50), 2.0), 1.0, 0)
+    health = assess(np.full((4, 50), 2.0), Evidence())
     assert math.isnan(health.ess)
     assert health.verdict != "converged"

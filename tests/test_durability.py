@@ -38,12 +38,14 @@ def loss_fn(params, x):
 
 def posterior(**changes):
     given = {"loss_fn": loss_fn, "center": {"w": jnp.zeros(3), "b": jnp.float32(0)}, "num_data": 60, "nbeta": 20.0}
+    given["localization"] = 1.0
     return slt.LocalPosterior(**{**given, **changes})
 
 
 def estimate(directory=None, data=DATA, target=None, **changes):
     target = posterior() if target is None else target
-    return slt.estimate_llc(target, data, checkpoint_dir=directory, **{**PLAN, **changes})
+    given = {"sampler": slt.sgld(1e-4), **PLAN, **changes}
+    return slt.estimate_llc(target, data, checkpoint_dir=directory, **given)
 
 
 def assert_equal(result, expected):
@@ -127,11 +129,11 @@ def loss_fn(params, x):
 
 draw = np.random.default_rng(0).normal
 center = {"a": jnp.asarray(draw(size=(4, 8)), jnp.float32), "b": jnp.asarray(draw(size=(8, 2)), jnp.float32)}
-posterior = slt.LocalPosterior(loss_fn, center, 200)
+posterior = slt.LocalPosterior(loss_fn, center, 200, localization=1.0)
 directory = sys.argv[2] if len(sys.argv) > 2 else None
 result = slt.estimate_llc(
-    posterior, jnp.asarray(draw(size=(200, 4)), jnp.float32), num_chains=4, num_draws=40, num_warmup=20, thinning=2,
-    batch_size=16, key=5, checkpoint_dir=directory, checkpoint_seconds=0, chunk_size=3,
+    posterior, jnp.asarray(draw(size=(200, 4)), jnp.float32), sampler=slt.sgld(1e-4), num_chains=4, num_draws=40,
+    num_warmup=20, thinning=2, batch_size=16, key=5, checkpoint_dir=directory, checkpoint_seconds=0, chunk_size=3,
 )
 assert not result.notes and not result.stopped
 np.savez(sys.argv[1], **{name: getattr(result, name) for name in %r})
@@ -487,13 +489,13 @@ import numpy as np
 import slt_jax as slt
 
 data = np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32)
-posterior = slt.LocalPosterior(lambda p, x: 0.5 * (x @ p) ** 2, np.zeros(3, np.float32), 60)
+posterior = slt.LocalPosterior(lambda p, x: 0.5 * (x @ p) ** 2, np.zeros(3, np.float32), 60, localization=1.0)
 resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))  # Python ignores SIGXFSZ: a write fails
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     result = slt.estimate_llc(
-        posterior, data, num_chains=4, num_draws=500, num_warmup=0, batch_size=8, checkpoint_dir=sys.argv[1],
-        checkpoint_seconds=0, chunk_size=100,
+        posterior, data, sampler=slt.sgld(1e-4), num_chains=4, num_draws=500, num_warmup=0, batch_size=8,
+        checkpoint_dir=sys.argv[1], checkpoint_seconds=0, chunk_size=100,
     )
 told = [str(w.message) for w in caught if w.category is RuntimeWarning]
 print(json.dumps({"llc": result.llc, "notes": result.notes, "told": told}))

@@ -38,7 +38,7 @@ def tree_of(kernel, bias, head):
 def test_defaults():
     target = posterior()
     assert target.nbeta == 100 / math.log(100)
-    assert target.localization == 1.0
+    assert target.localization is None
     assert target.num_free == 12
     assert sorted(target.free_names) == sorted([BIAS, KERNEL, HEAD])
 

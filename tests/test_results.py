@@ -13,8 +13,8 @@ from slt_jax.plots import plot_training
 
 SETTINGS = {
     "num_chains": 3, "num_draws": 40, "num_warmup": 5, "thinning": 2, "batch_size": 8, "nbeta": 10.0, "step_size": 1e-3,
-    "localization": 2.0, "num_data": 100, "num_free": 6, "sampler": "sgld", "devices": "1 x cpu", "versions": {},
-    "cost": {"seconds": 12.0, "steps_per_s": 345.6, "process_peak_mib": 789},
+    "localization": 2.0, "num_data": 100, "num_free": 6, "sampler": "sgld", "family": "euler", "devices": "1 x cpu",
+    "versions": {}, "cost": {"seconds": 12.0, "steps_per_s": 345.6, "process_peak_mib": 789},
 }  # fmt: skip
 
 
@@ -25,16 +25,19 @@ def result(stopped=None, draws=40, **settings):
     warmup = rng.normal(0.5, 0.05, size=(3, 5)).astype(np.float32)
     for chain, step in (stopped or {}).items():
         loss[chain, max(step - 5, 0) // 2 :] = np.nan
+    ones, unknown = np.ones_like(loss), np.full_like(loss, np.nan)
     return slt.LLCResult(
-        loss, baseline, np.ones_like(loss), virial, warmup, stopped or {}, {**SETTINGS, **settings}, ("a note",)
-    )
+        loss, baseline, 1e-6 * ones, ones, virial, ones, unknown, unknown, warmup, stopped or {},
+        {**SETTINGS, **settings}, ("a note",),
+    )  # fmt: skip
 
 
 @pytest.mark.quick
 def test_the_estimate_is_nbeta_times_the_gap():
     r = result()
     gap = r.loss_trace.astype(float) - r.baseline_trace.astype(float)
-    assert r.llc == pytest.approx(10 * gap.mean(), rel=1e-12)
+    assert r.llc_raw == pytest.approx(10 * gap.mean(), rel=1e-12)
+    assert r.llc == pytest.approx(10 * gap.mean() - 1e-3 / 8 * r.drift_sq.mean(), rel=1e-9)
     assert r.llc_stderr == pytest.approx(10 * gap.std(ddof=1) / math.sqrt(r.ess), rel=1e-9)
     assert r.health.virial == pytest.approx(r.virial.mean() / (6 + 1e-3 / 4), rel=1e-5)
 
@@ -53,7 +56,7 @@ def test_printed_it_is_a_paragraph():
 def test_stopped_chains_are_left_out():
     whole, part = result(), result(stopped={1: 25})
     gap = (whole.loss_trace.astype(float) - whole.baseline_trace)[[0, 2]]
-    assert part.llc == pytest.approx(10 * gap.mean())
+    assert part.llc_raw == pytest.approx(10 * gap.mean())
     none = result(stopped={0: 5, 1: 5, 2: 5})
     assert math.isnan(none.llc)
     assert none.verdict == "diverged"
@@ -64,7 +67,7 @@ def test_a_loss_of_zero_is_a_value():
     """Kills: `if not init_loss`."""
     r = dataclasses.replace(result(), baseline_trace=np.zeros((3, 40), np.float32))
     assert r.init_loss == 0.0
-    assert r.llc == pytest.approx(10 * r.loss_trace.mean(), rel=1e-6)
+    assert r.llc_raw == pytest.approx(10 * r.loss_trace.mean(), rel=1e-6)
     assert r.to_dict()["init_loss"] == 0.0
 
 

@@ -48,7 +48,7 @@ def z_score(dimension, seed, batch, noisy, num_draws=400):
     time = float(((1 + rho) / (1 - rho) * weights).sum() / weights.sum())
     extra = (NBETA**2 * 0.01 / batch * (1 / a)).sum() if noisy else 0.0
     stderr = np.sqrt((variance * time + 1.5 * extra) / (8 * num_draws))
-    return (result.llc - mean) / stderr
+    return (result.llc_raw - mean) / stderr
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -80,7 +80,7 @@ def _mala_build() -> Build:
 
 
 def mala(step_size: float | None = None) -> Sampler:
-    """The Metropolis-adjusted Langevin algorithm: SGLD's step of this ``step_size``, full batch, and a Metropolis test."""
+    """The Metropolis-adjusted Langevin algorithm: SGLD's step of this ``step_size``, full batch, then a test."""
     return _sampler("mala", step_size, _mala_build())
 
 
@@ -144,8 +144,8 @@ def mclmc(step_size: float | None = None, decoherence: float = 20.0) -> Sampler:
 def from_blackjax(algorithm: Any) -> Sampler:
     """A Sampler around a ``blackjax.SamplingAlgorithm`` that was built on this posterior's own log density.
 
-    Its positions are tuples of the free weights (``posterior.program.split``); ``posterior.log_density(data)`` gives the
-    density. nbeta and localization are inside it, and must be those of the posterior.
+    Its positions are tuples of the free weights (``posterior.program.split``); ``posterior.log_density(data)`` gives
+    the density. nbeta and localization are inside it, and must be those of the posterior.
     """
     return Sampler("blackjax", math.nan, *_functions(_Fixed(algorithm)), family="exact")
 
