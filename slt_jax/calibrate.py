@@ -25,6 +25,7 @@ FRICTION = 0.1
 HEAT = 0.03  # of the estimate, that minibatch noise may add before friction rises
 HEAT_CONTROLLED = 0.01  # with control variates, whose noise is not confined to directions that count
 _SHARE = 0.15  # of the gradients, for all of this
+_RICH = 15_000  # gradients for calibration, from which on a shorter step is affordable
 _PILOT = 2**31 - 7  # folded into the key of the pilot's noise
 
 
@@ -44,9 +45,9 @@ class Choice:
         return {**asdict(self), "lines": list(self.lines)}
 
 
-def step_scale(sampler: Sampler) -> float:
-    """step_size times the largest curvature: smaller where the step size itself biases."""
-    return {"euler": 0.1, "matthews": 0.5}.get(sampler.family, STEP_SHARE)
+def step_scale(sampler: Sampler, rich: bool) -> float:
+    """step_size times the largest curvature: smaller where the step size itself biases, and where steps are plenty."""
+    return {"euler": 0.1, "matthews": 0.5}.get(sampler.family, STEP_SHARE) / (4 if rich else 1)
 
 
 def allowance(total: float) -> float:
@@ -70,6 +71,7 @@ def calibrate(
         check: called with the loss and the norm of its gradient at w*, over some examples; raises if they will not do.
     """
     allowed = allowance(total)
+    rich = allowed >= _RICH
     blocks, rounds = (4, 20) if allowed >= 800 else (2, 12) if allowed >= 200 else (1, 6)
     probe = Probe(engine, blocks, jax.random.fold_in(engine.key, _PILOT))
     family = {"sgnht": "baoab", "": "euler"}.get(sampler.family, sampler.family)  # those whose heat is known
@@ -83,7 +85,7 @@ def calibrate(
     full_pass = math.ceil(engine.source.num_data / engine.plan.batch_size)
     if step_size is None or friction is None or control is None:
         steps = max(12, int(0.4 * allowed / engine.plan.num_chains))
-        pilot = _Pilot(engine, sampler, probe, steps, max(4, rounds // 3))
+        pilot = _Pilot(engine, sampler, probe, steps, max(4, rounds // 3), allowed)
         curvature, positions = pilot.explore(curvature, step_size)
         if localization is None:
             settle = _localization(curvature, engine.center)
@@ -95,8 +97,8 @@ def calibrate(
         noise = _mean_noise([probe.noise(p, 2)[0] for p in positions])
         scale = max(pilot.llc, 1e-3)
         if step_size is None:
-            step_size = step_scale(sampler) / (curvature + settle)
-            lines.append(f"step_size {step_size:.3g}: {step_scale(sampler):.2g} / curvature")
+            step_size = step_scale(sampler, rich) / (curvature + settle)
+            lines.append(f"step_size {step_size:.3g}: {step_scale(sampler, rich):.2g} / curvature")
         first = FRICTION if friction is None else friction
         heat = [heating(family, step_size, first, n) / scale for n in noise]
         if control is None:
@@ -125,7 +127,8 @@ def _localization(curvature: float, center: tuple) -> float:
     """A flat direction moves a weight by REACH typical weights, or by sqrt(KAPPA) times the spread of a stiff one."""
     count = sum(w.size for w in center)
     mean_square = sum(float(jnp.sum(w * w)) for w in center) / count
-    return max(curvature / KAPPA, REACH**-2 / mean_square if mean_square > 0 else 0.0, 1e-9)
+    # All zeros have no scale of their own: a typical weight is then taken to be 1.
+    return max(curvature / KAPPA, REACH**-2 / (mean_square or 1.0))
 
 
 def _mean_noise(found: list[Noise]) -> Noise:
@@ -150,26 +153,29 @@ def _damp(family: str, step_size: float, noise: float, llc: float, limit: float,
 class _Pilot:
     """A short run of all chains from w*, to learn the curvature where they go."""
 
-    def __init__(self, engine: Engine, sampler: Sampler, probe: Probe, steps: int, rounds: int):
+    def __init__(self, engine: Engine, sampler: Sampler, probe: Probe, steps: int, rounds: int, allowed: float):
         self.engine, self.sampler, self.probe, self.steps, self.rounds = engine, sampler, probe, steps, rounds
         self.gradients = 0.0
-        self.llc = math.nan
+        self.llc, self.rich = math.nan, allowed >= _RICH
+        # The curvature along a valley varies: look as often as a quarter of the allowance pays for.
+        one_look = 2 * rounds * probe.num_blocks * min(2, engine.plan.num_chains)
+        looks = int(min(24, max(3, allowed / 4 / one_look)))
+        self.shares = (0.1, *[0.9 / (looks - 1)] * (looks - 1))
 
     def explore(self, curvature: float, step_size: float | None) -> tuple[float, list]:
         """(largest curvature met, final positions); a chain that goes non-finite starts it anew, with 1/8 the step."""
         engine, floor = self.engine, curvature
         for _ in range(5):
             run = engine.start()
-            for share in (0.25, 0.25, 0.5):
-                size = step_size or step_scale(self.sampler) / (curvature + engine.posterior.localization)
+            for share in self.shares:
+                size = step_size or step_scale(self.sampler, self.rich) / (curvature + engine.posterior.localization)
                 count = max(2, int(share * self.steps))
                 engine.pilot(run, count, size, self.sampler.friction or 2 * FRICTION, _PILOT)
                 self.gradients += count * engine.plan.num_chains
                 if not engine.all_alive(run):
                     break
                 positions = [engine.position(run, c) for c in range(min(2, engine.plan.num_chains))]
-                met = max(self.probe.sharpness(p, self.rounds) for p in positions)
-                curvature = max(floor, met)
+                curvature = max(curvature, *(self.probe.sharpness(p, self.rounds) for p in positions))
             else:
                 half = run.step // 2
                 fall = run.trace.virial[:, half : run.step].mean(dtype=float)

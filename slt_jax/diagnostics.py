@@ -13,7 +13,8 @@ from slt_jax.corrections import Bias
 _RHAT_LIMIT = 1.05
 _TREND_SIGMA = 3.0
 _BIAS_LIMIT = 0.15
-_SLOPE_LIMIT = 0.03
+_SLOPE_LIMIT = 0.05
+_KINETIC_LIMIT = 0.15
 _SLOPE_SIGMA = 2.0
 
 
@@ -236,7 +237,12 @@ def _unsure(draws, facts):
 
 
 def _biased(draws, facts):
-    bias, mean = facts.evidence.bias, abs(draws.mean())
+    bias, mean, kinetic = facts.evidence.bias, abs(draws.mean()), facts.evidence.kinetic
+    if abs(kinetic - 1) > _KINETIC_LIMIT:
+        return "biased by the step size", (
+            f"the kinetic temperature is {kinetic:.3g}, not 1: the chains do not follow this step. Halve step_size, or "
+            "leave it out."
+        )
     if bias is None:
         return None
     if abs(bias.step_size) > _BIAS_LIMIT * mean:

@@ -205,7 +205,7 @@ def _lay_out(
         steps = int((total - spent) / (chains * cost))
         warmup = int(WARMUP_SHARE * steps) if request.num_warmup is None else request.num_warmup
         left = steps - warmup
-        thinning = (1 if left < 400 else max(4, left // 2500)) if request.thinning is None else request.thinning
+        thinning = (1 if left < 400 else max(4, left // 20_000)) if request.thinning is None else request.thinning
         draws = left // thinning
         if draws < 4:
             raise ValueError(

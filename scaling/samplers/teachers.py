@@ -1,0 +1,205 @@
+"""Default settings on deep linear teachers of the 1K class, at the published budget of 10,000 minibatch gradients.
+
+    python -m scaling.samplers.teachers --out results.jsonl            # about 30 minutes on two cores
+    python -m scaling.samplers.teachers --out results.jsonl --peer PY  # devinterp 1.3.2, by an interpreter that has it
+    python -m scaling.samplers.teachers --out results.jsonl --table    # the table, from what is there
+
+One JSON line for a teacher and a method. Methods: ``default`` (``estimate_llc(posterior, data)`` with the budget and
+the batch size alone), ``label noise`` (the same, unit label noise), ``hmc`` (the same posterior sampled exactly),
+``published`` (plain SGLD at the published settings: step 5e-7, localization 1, one chain, the first 90 % dropped), and
+the peer's ``devinterp sgld`` and ``devinterp rmsprop`` at that budget. A row that is there is not run again.
+"""
+
+import argparse
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import slt_jax as slt
+from scaling.dln.teachers import SIZES, Teacher, loss_fn, make_data, make_teacher, output, sufficient_data
+
+BUDGET, BATCH = 10_000, 500
+METHODS = ("default", "label noise", "hmc", "published", "devinterp sgld", "devinterp rmsprop")
+
+
+def posterior_of(teacher: Teacher, localization: float | None = None) -> slt.LocalPosterior:
+    center = [jnp.asarray(w) for w in teacher.weights]
+    return slt.LocalPosterior(loss_fn, center, SIZES[teacher.size].num_data, localization=localization)
+
+
+def default(teacher: Teacher, label_noise: float = 0.0) -> slt.LLCResult:
+    data = make_data(teacher, label_noise=label_noise, seed=teacher.seed)
+    return slt.estimate_llc(posterior_of(teacher), data, budget=BUDGET, batch_size=BATCH, key=teacher.seed)
+
+
+def published(teacher: Teacher) -> slt.LLCResult:
+    size = SIZES[teacher.size]
+    data = make_data(teacher, seed=teacher.seed)
+    return slt.estimate_llc(
+        posterior_of(teacher, 1.0), data, sampler=slt.sgld(size.step_size), num_chains=1,
+        num_warmup=9 * size.steps // 10, num_draws=size.steps // 10, batch_size=BATCH, key=teacher.seed,
+    )  # fmt: skip
+
+
+def exact(teacher: Teacher, localization: float, step_size: float, draws: int = 1500) -> slt.LLCResult:
+    """HMC over sufficient statistics of the whole data set, four chains."""
+    rows = sufficient_data(make_data(teacher, seed=teacher.seed)[0])
+    data = (rows, np.asarray(output(teacher.weights, rows), np.float32))
+    return slt.estimate_llc(
+        posterior_of(teacher, localization), data, sampler=slt.hmc(step_size, 64), num_chains=4, num_draws=draws,
+        num_warmup=draws // 2, key=7,
+    )  # fmt: skip
+
+
+def row_of(teacher: Teacher, method: str, result: slt.LLCResult, seconds: float) -> dict:
+    summary = result.to_dict()
+    settings = summary["settings"]
+    return {
+        "kind": teacher.kind, "seed": teacher.seed, "method": method, "widths": teacher.widths, "rank": teacher.rank,
+        "truth": float(teacher.truth), "multiplicity": teacher.multiplicity, "llc": summary["llc"],
+        "llc_stderr": summary["llc_stderr"], "llc_raw": summary["llc_raw"], "verdict": summary["verdict"],
+        "nbeta": settings["nbeta"], "localization": settings["localization"], "step_size": settings["step_size"],
+        "friction": settings["friction"], "control_variate": settings["control_variate"],
+        "gradients": sum(settings["gradients"].values()), "rhat": summary["rhat"], "ess": summary["ess"],
+        "seconds": round(seconds, 2), "device": settings["devices"], "versions": settings["versions"],
+    }  # fmt: skip
+
+
+class Store:
+    """Rows on disk, by (kind, seed, method)."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.rows = {(r["kind"], r["seed"], r["method"]): r for r in map(json.loads, lines)}
+
+    def need(self, teacher: Teacher, method: str, make: Callable[[], dict]) -> dict:
+        found = self.rows.get((teacher.kind, teacher.seed, method))
+        if found is None:
+            found = make()
+            with self.path.open("a") as file:
+                file.write(json.dumps(found) + "\n")
+            self.rows[teacher.kind, teacher.seed, method] = found
+            ratio = (found["llc"] or np.nan) / found["truth"]
+            print(f"{teacher.kind}{teacher.seed:<3} {method:18} {ratio:.4f} {found['verdict']}", flush=True)
+        return found
+
+
+def timed(teacher: Teacher, method: str, run: Callable[[], slt.LLCResult]) -> dict:
+    began = time.monotonic()
+    return row_of(teacher, method, run(), time.monotonic() - began)
+
+
+def ours(store: Store, teacher: Teacher) -> None:
+    row = store.need(teacher, "default", lambda: timed(teacher, "default", lambda: default(teacher)))
+    if teacher.kind == "A":
+        reference = lambda: exact(teacher, row["localization"], row["step_size"] / 2)  # noqa: E731
+        store.need(teacher, "hmc", lambda: timed(teacher, "hmc", reference))
+    else:
+        store.need(teacher, "label noise", lambda: timed(teacher, "label noise", lambda: default(teacher, 1.0)))
+    store.need(teacher, "published", lambda: timed(teacher, "published", lambda: published(teacher)))
+
+
+def peer(store: Store, teacher: Teacher, python: str) -> None:
+    """Both of the peer's samplers, in a process of their own."""
+    methods = {"devinterp sgld": "sgld", "devinterp rmsprop": "rmsprop"}
+    if all((teacher.kind, teacher.seed, m) in store.rows for m in methods):
+        return
+    size = SIZES[teacher.size]
+    with tempfile.TemporaryDirectory() as folder:
+        x, y = make_data(teacher, seed=teacher.seed)
+        np.savez(f"{folder}/work.npz", x, y, *teacher.weights)
+        script = Path(__file__).with_name("peer.py")
+        done = subprocess.run(
+            [python, str(script), f"{folder}/work.npz", str(size.step_size), str(BUDGET), str(BATCH)],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    found = json.loads(done.stdout.splitlines()[-1])
+    for method, name in methods.items():
+        values = {
+            "kind": teacher.kind, "seed": teacher.seed, "method": method, "widths": teacher.widths,
+            "rank": teacher.rank, "truth": float(teacher.truth), "multiplicity": teacher.multiplicity, "verdict": "",
+            **found[name],
+        }  # fmt: skip
+        store.need(teacher, method, lambda values=values: values)
+
+
+def ranked_right(rows: list[dict]) -> float:
+    """Share of pairs with different truths that the estimates put in the right order."""
+    pairs = [
+        (a["truth"] - b["truth"]) * (a["llc"] - b["llc"]) > 0
+        for i, a in enumerate(rows)
+        for b in rows[:i]
+        if a["truth"] != b["truth"]
+    ]
+    return float(np.mean(pairs)) if pairs else float("nan")
+
+
+def table(store: Store) -> None:
+    """Markdown: error of each method, by type."""
+    print(
+        "| type | method | against | teachers | median error | 90th percentile | non-finite | pairs right | converged |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for kind in "ABC":
+        exact_of = {r["seed"]: r["llc"] for r in store.rows.values() if (r["kind"], r["method"]) == (kind, "hmc")}
+        for method in METHODS:
+            rows = [r for r in store.rows.values() if (r["kind"], r["method"]) == (kind, method)]
+            if not rows:
+                continue
+            finite = [r for r in rows if r["llc"] is not None and np.isfinite(r["llc"])]
+            against = {"truth": lambda r: r["truth"]}
+            if kind == "A" and method == "default":
+                against = {"the same posterior by HMC": lambda r, of=exact_of: of[r["seed"]], **against}
+            for name, value in against.items():
+                errors = [abs(r["llc"] / value(r) - 1) for r in finite]
+                said = f"{sum(r['verdict'] == 'converged' for r in rows)}" if rows[0]["verdict"] else ""
+                numbers = [f"{x:.1%}" for x in (np.median(errors), np.quantile(errors, 0.9))]
+                cells = [
+                    kind,
+                    method,
+                    name,
+                    len(rows),
+                    *numbers,
+                    len(rows) - len(finite),
+                    f"{ranked_right(finite):.1%}",
+                ]
+                print(f"| {' | '.join(map(str, [*cells, said]))} |")
+    off = [r for r in store.rows.values() if (r["kind"], r["method"]) == ("A", "default")]
+    off = [r for r in off if abs(r["llc"] / r["truth"] - 1) > 0.1]
+    flagged = [r for r in off if r["verdict"] == "depends on nbeta or localization"]
+    said = [r for r in off if r["verdict"] != "converged"]
+    print(f"\nType A off its learning coefficient by more than 10 %: {len(off)}, of which {len(flagged)} are said to")
+    print(f"depend on nbeta or localization, and {len(said)} are not called converged.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "teachers-1k.jsonl")
+    parser.add_argument("--kinds", default="ABC")
+    parser.add_argument("--count", type=int, default=20)
+    parser.add_argument("--peer", help="a Python with torch and devinterp 1.3.2; runs the peer alone")
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    args = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", 2)
+    store = Store(args.out)
+    if not args.table:
+        for seed in range(args.count):
+            for kind in args.kinds:
+                teacher = make_teacher(kind, "1K", seed)
+                if args.peer:
+                    peer(store, teacher, args.peer)
+                else:
+                    ours(store, teacher)
+    table(store)
+
+
+if __name__ == "__main__":
+    main()

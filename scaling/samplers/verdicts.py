@@ -1,0 +1,108 @@
+"""Does the verdict tell good estimates from bad ones? Two hundred runs, most of them with deliberately bad settings.
+
+    python -m scaling.samplers.verdicts --out scaling/samplers/results/verdicts.jsonl     # ten minutes on two cores
+
+Problems whose posterior's value is known exactly at any nbeta and localization, so that "off" means wrong about this
+very posterior. Settings: step sizes over four decades (as multiples of 1 / curvature), for SGLD and for underdamped
+Langevin; far too few steps; minibatches of two to eight examples; a center that is no minimum; and the defaults.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+
+import slt_jax as slt
+from tests.targets import Target, by_name
+
+NAMES = (
+    "quadratic, d = 10, 2 decades", "quadratic, d = 20, 1 decades", "noisy regression, d = 10", "|w|^4, d = 4",
+    "x^2 + y^4", "deep linear 2-3-3, rank 0",
+)  # fmt: skip
+CURVATURE = dict(zip(NAMES, (2e3, 2e3, 2.2e3, 7e2, 4e3, 3e4), strict=True))
+PULL = 1.0
+
+
+def settings() -> Iterator[tuple[str, str, dict]]:
+    """(name of the problem, name of the setting, arguments)."""
+    lengths = {"num_chains": 4, "num_warmup": 1000, "num_draws": 2000}
+    for name in NAMES:
+        scale = 1 / CURVATURE[name]
+        for share in (1e-3, 3e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 2.0, 3.5, 10.0):
+            yield name, f"sgld {share:g}", {"sampler": slt.sgld(share * scale), **lengths}
+        for share in (1e-3, 1e-2, 0.1, 0.5, 2.0, 3.5, 10.0):
+            yield name, f"underdamped {share:g}", {"sampler": slt.underdamped(share * scale, 0.2), **lengths}
+        for draws in (8, 20, 60):
+            for share in (0.01, 0.1):
+                few = {"num_chains": 2, "num_warmup": draws, "num_draws": draws}
+                yield name, f"few steps {draws}, sgld {share:g}", {"sampler": slt.sgld(share * scale), **few}
+        for batch in (2, 8):
+            for share in (0.03, 0.3):
+                noisy = {"sampler": slt.sgld(share * scale), "batch_size": batch, **lengths}
+                yield name, f"batch {batch}, sgld {share:g}", noisy
+        for away in (0.05, 0.3):
+            for share in (0.03, 0.1):
+                yield name, f"no minimum {away:g}, sgld {share:g}", {"sampler": slt.sgld(share * scale), **lengths}
+        for key in range(4):
+            yield name, f"defaults {key}", {"key": key, "budget": 60_000}
+
+
+def posterior_of(target: Target, away: float) -> slt.LocalPosterior:
+    rng = np.random.default_rng(1)
+    center = jax.tree.map(lambda w: (w + away * rng.normal(size=w.shape)).astype(np.float32), target.center)
+    return slt.LocalPosterior(target.loss_fn, center, target.num_data, localization=PULL)
+
+
+def run(name: str, setting: str, options: dict) -> dict:
+    target = by_name(name)
+    away = float(setting.split()[2].rstrip(",")) if setting.startswith("no minimum") else 0.0
+    result = slt.estimate_llc(posterior_of(target, away), target.data, **options)
+    exact = target.exact(result.settings["nbeta"], PULL)
+    summary = result.to_dict()
+    keep = ("llc", "llc_stderr", "llc_raw", "verdict", "reason", "rhat", "ess", "virial", "kinetic", "acceptance")
+    return {"problem": name, "setting": setting, "exact": exact, "minimum": not away, **{k: summary[k] for k in keep}}
+
+
+def judge(rows: list[dict]) -> None:
+    """How often the verdict was right, and where it was not."""
+    for row in rows:
+        off = row["llc"] is None or not row["minimum"]
+        row["error"] = float("inf") if off else abs(row["llc"] / row["exact"] - 1)
+    bad = [r for r in rows if r["error"] > 0.1]
+    good = [r for r in rows if r["error"] <= 0.03]
+    caught = [r for r in bad if r["verdict"] != "converged"]
+    passed = [r for r in good if r["verdict"] == "converged"]
+    print(f"{len(rows)} runs")
+    print(f"off by more than 10 %: {len(bad)}, not called converged: {len(caught)} ({len(caught) / len(bad):.1%})")
+    print(f"within 3 %: {len(good)}, called converged: {len(passed)} ({len(passed) / len(good):.1%})")
+    print("\n| verdict | within 3 % | 3 to 10 % | off by more |\n|---|---|---|---|")
+    for verdict in sorted({r["verdict"] for r in rows}):
+        errors = [r["error"] for r in rows if r["verdict"] == verdict]
+        counts = (sum(e <= 0.03 for e in errors), sum(0.03 < e <= 0.1 for e in errors), sum(e > 0.1 for e in errors))
+        print(f"| {verdict} | {' | '.join(map(str, counts))} |")
+    print()
+    for row in rows:
+        if (row in bad) == (row["verdict"] == "converged") and (row in bad or row in good):
+            number = "nothing" if row["llc"] is None else f"{row['llc']:.4g} ± {row['llc_stderr'] or np.nan:.2g}"
+            print(f"{row['problem']}, {row['setting']}: {number}, exact {row['exact']:.4g}, {row['verdict']}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "verdicts.jsonl")
+    parser.add_argument("--table", action="store_true", help="only print what is there")
+    args = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", 2)
+    if not args.table:
+        with args.out.open("w") as file:
+            for name, setting, options in settings():
+                file.write(json.dumps(run(name, setting, options)) + "\n")
+                file.flush()
+    judge([json.loads(line) for line in args.out.read_text().splitlines()])
+
+
+if __name__ == "__main__":
+    main()
