@@ -19,9 +19,10 @@ from slt_jax.probe import Noise, Probe
 from slt_jax.samplers.base import Sampler
 
 STEP_SHARE = 0.25
-KAPPA = 1e5  # curvature over localization
-REACH = 1.0  # of a flat direction, in typical weights
-FRICTION = 0.1
+KAPPA = 1e6  # curvature over localization
+REACH = 2.5  # of a flat direction, in typical weights
+FRICTION = 0.02  # the least: soft directions relax in friction / (step_size curvature) steps
+MOST_FRICTION = 0.7
 HEAT = 0.03  # of the estimate, that minibatch noise may add before friction rises
 HEAT_CONTROLLED = 0.01  # with control variates, whose noise is not confined to directions that count
 _SHARE = 0.15  # of the gradients, for all of this
@@ -99,7 +100,7 @@ def calibrate(
         if step_size is None:
             step_size = step_scale(sampler, rich) / (curvature + settle)
             lines.append(f"step_size {step_size:.3g}: {step_scale(sampler, rich):.2g} / curvature")
-        first = FRICTION if friction is None else friction
+        first = 0.1 if friction is None else friction
         heat = [heating(family, step_size, first, n) / scale for n in noise]
         if control is None:
             affordable = full_pass <= 0.05 * total
@@ -112,7 +113,8 @@ def calibrate(
         mine = noise.controlled if control else noise.plain
         if friction is None:
             limit = HEAT_CONTROLLED if control else HEAT
-            friction, step_size, line = _damp(family, step_size, mine, scale, limit, sampler.step_size is None)
+            least = 0.1 if rich else FRICTION
+            friction, step_size, line = _damp(family, step_size, mine, scale, limit, least, sampler.step_size is None)
             lines.append(line)
         elif sampler.step_size is None:
             now = heating(family, step_size, friction, mine) / scale
@@ -127,26 +129,23 @@ def _localization(curvature: float, center: tuple) -> float:
     """A flat direction moves a weight by REACH typical weights, or by sqrt(KAPPA) times the spread of a stiff one."""
     count = sum(w.size for w in center)
     mean_square = sum(float(jnp.sum(w * w)) for w in center) / count
-    # All zeros have no scale of their own: a typical weight is then taken to be 1.
-    return max(curvature / KAPPA, REACH**-2 / (mean_square or 1.0))
+    # All zeros have no scale of their own: flat directions then move by 1.
+    return max(curvature / KAPPA, REACH**-2 / mean_square if mean_square > 0 else 1.0)
 
 
 def _mean_noise(found: list[Noise]) -> Noise:
     return Noise(*(sum(values) / len(values) for values in zip(*found, strict=True)))
 
 
-def _damp(family: str, step_size: float, noise: float, llc: float, limit: float, may_shorten: bool):
+def _damp(family: str, step_size: float, noise: float, llc: float, limit: float, least: float, may_shorten: bool):
     """(friction, step_size, why): friction, and if need be a shorter step, so that noise adds at most ``limit``."""
-    room = limit * llc * 8 / max(step_size * noise, 1e-30)  # the coth that is allowed
-    if room >= 1 / math.tanh(FRICTION / 2):
-        share = heating(family, step_size, FRICTION, noise) / llc
-        return FRICTION, step_size, f"friction {FRICTION}: minibatch noise adds {share:.1%} to the estimate"
-    friction = min(0.7, 2 * math.atanh(1 / room)) if room > 1 else 0.7
+    room = limit * llc * 8 / max(step_size * noise, 1e-30)  # the coth(friction / 2) that is allowed
+    friction = min(MOST_FRICTION, max(least, 2 * math.atanh(1 / room) if room > 1 else MOST_FRICTION))
     heat = heating(family, step_size, friction, noise) / llc
-    text = f"friction {friction:.2g}: minibatch noise would add {heat:.1%} to the estimate"
+    text = f"friction {friction:.2g}: minibatch noise adds about {heat:.1%} to the estimate"
     if heat > 1.01 * limit and may_shorten:
         step_size *= limit / heat
-        text += f"; step_size shortened to {step_size:.3g} for it"
+        text += f", so step_size is shortened to {step_size:.3g}"
     return friction, step_size, text
 
 
@@ -170,7 +169,7 @@ class _Pilot:
             for share in self.shares:
                 size = step_size or step_scale(self.sampler, self.rich) / (curvature + engine.posterior.localization)
                 count = max(2, int(share * self.steps))
-                engine.pilot(run, count, size, self.sampler.friction or 2 * FRICTION, _PILOT)
+                engine.pilot(run, count, size, self.sampler.friction or 0.2, _PILOT)
                 self.gradients += count * engine.plan.num_chains
                 if not engine.all_alive(run):
                     break

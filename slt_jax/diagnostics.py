@@ -15,7 +15,7 @@ _TREND_SIGMA = 3.0
 _BIAS_LIMIT = 0.15
 _SLOPE_LIMIT = 0.05
 _KINETIC_LIMIT = 0.15
-_SLOPE_SIGMA = 2.0
+_SLOPE_SIGMA = 2.5
 
 
 class Slope(NamedTuple):
@@ -35,7 +35,7 @@ class Evidence:
     ``virial``: mean <w - w*, G> over d + (step_size / 4) mean G'PG, 1 when stationary. ``kinetic``: mean kinetic
     temperature, 1 when right. ``acceptance``: Metropolis acceptance of one Euler-Maruyama step of this step_size.
     ``bias``: of the raw estimate. ``nbeta_slope``, ``localization_slope``: d LLC / d log nbeta, d LLC / d log
-    localization. ``hot``: which of the chains started hot.
+    localization. ``hot``: which of the chains started hot. ``num_free``: d.
     """
 
     virial: float = math.nan
@@ -46,6 +46,7 @@ class Evidence:
     localization_slope: Slope = _UNKNOWN
     hot: np.ndarray | None = None
     num_stopped: int = 0
+    num_free: int = 1
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Health:
     verdict: str
     reason: str
     extrapolated: float = math.nan
+    flags: tuple[str, ...] = ()
 
     @property
     def virial(self) -> float:
@@ -169,16 +171,23 @@ def assess(draws: np.ndarray, evidence: Evidence) -> Health:
     if evidence.hot is not None and evidence.hot.any() and not evidence.hot.all():
         bracket = (float(draws[~evidence.hot].mean()), float(draws[evidence.hot].mean()))
     facts = Health(ess, rhat, trend, trend_z, evidence, bracket, "", "")
-    verdict, reason, end = _judge(draws, facts)
-    return Health(ess, rhat, trend, trend_z, evidence, bracket, verdict, reason, end)
+    found = _findings(draws, facts)
+    if not found:
+        found = [("converged", "trend, R-hat, bias and sensitivities are all in order.", math.nan)]
+    verdict, reason, end = found[0]
+    flags = tuple(dict.fromkeys(name for name, *_ in found if name != "converged"))
+    if len(flags) > 1:
+        reason += f" Also: {', '.join(flags[1:])}."
+    return Health(ess, rhat, trend, trend_z, evidence, bracket, verdict, reason, end, flags)
 
 
-def _judge(draws: np.ndarray, facts: Health) -> tuple[str, str, float]:
-    """(verdict, reason and remedy, extrapolated end)."""
-    for rule in (_diverged, _too_short, _no_minimum, _moving, _apart, _unsure, _biased, _dependent):
+def _findings(draws: np.ndarray, facts: Health) -> list[tuple[str, str, float]]:
+    """(verdict, reason and remedy, extrapolated end) of every rule that speaks; the first is the verdict."""
+    for rule in (_diverged, _too_short):
         if found := rule(draws, facts):
-            return found if len(found) == 3 else (*found, math.nan)
-    return "converged", "trend, R-hat, bias and sensitivities are all in order.", math.nan
+            return [(*found, math.nan)]
+    rules = (_no_minimum, _moving, _apart, _unsure, _biased, _dependent)
+    return [(*found, math.nan)[:3] for rule in rules if (found := rule(draws, facts))]
 
 
 def _diverged(draws, facts):
@@ -238,13 +247,14 @@ def _unsure(draws, facts):
 
 def _biased(draws, facts):
     bias, mean, kinetic = facts.evidence.bias, abs(draws.mean()), facts.evidence.kinetic
-    if abs(kinetic - 1) > _KINETIC_LIMIT:
+    if bias is None:
+        return None
+    explained = 2 * bias.noise / facts.evidence.num_free if math.isfinite(bias.noise) else 0.0
+    if abs(kinetic - 1 - explained) > _KINETIC_LIMIT:
         return "biased by the step size", (
             f"the kinetic temperature is {kinetic:.3g}, not 1: the chains do not follow this step. Halve step_size, or "
             "leave it out."
         )
-    if bias is None:
-        return None
     if abs(bias.step_size) > _BIAS_LIMIT * mean:
         return "biased by the step size", (
             f"the step size adds about {bias.step_size:.3g} of {mean:.4g}, too much for a first-order correction; "

@@ -144,7 +144,8 @@ class LocalPosterior:
         num_data: n, the size of the data set (not of a batch).
         nbeta: n times the inverse temperature; default ``num_data / log(num_data)``.
         localization: gamma, the strength of the pull to ``center``, per squared unit of weight. Without one the
-            calibration of ``estimate_llc`` chooses: a hundred-thousandth of the largest curvature of nbeta L.
+            calibration of ``estimate_llc`` chooses: so that a flat direction moves a weight by at most a few typical
+            weights, and a millionth of the largest curvature of nbeta L at least.
         mask: which weights move. A pytree of booleans shaped like ``center`` (one per leaf, or a boolean array of the
             leaf's shape), or a function of a leaf's path (a tuple of strings) that returns either. Default: all.
         forward_dtype: type in which ``loss_fn`` sees the weights, e.g. ``jnp.bfloat16``. The chains' own copy (the

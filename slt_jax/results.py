@@ -98,7 +98,15 @@ class LLCResult:
         hot = (kept % 2 == 1) if s.get("hot", 1.0) > 1 else None
         acceptance = s.get("probe", {}).get("acceptance", math.nan)
         evidence = Evidence(
-            float(virial / right), float(kinetic), acceptance, self.bias, by_nbeta, by_pull, hot, len(self.stopped)
+            float(virial / right),
+            float(kinetic),
+            acceptance,
+            self.bias,
+            by_nbeta,
+            by_pull,
+            hot,
+            len(self.stopped),
+            s["num_free"],
         )
         return assess(self.llc_draws, evidence)
 
@@ -202,7 +210,14 @@ class LLCResult:
         }  # fmt: skip
         plain = {k: (v if math.isfinite(v) else None) for k, v in numbers.items()}
         stopped = {str(k): v for k, v in self.stopped.items()}
-        return {**plain, "verdict": h.verdict, "reason": h.reason, "stopped": stopped, "settings": self.settings}
+        return {
+            **plain,
+            "verdict": h.verdict,
+            "reason": h.reason,
+            "flags": list(h.flags),
+            "stopped": stopped,
+            "settings": self.settings,
+        }
 
     def to_xarray(self) -> "xr.DataTree":
         """DataTree with groups ``sample_stats`` (chain, draw) and ``warmup_sample_stats`` (chain, step)."""

@@ -1,15 +1,17 @@
 """Problems with at most twenty weights whose learning coefficient is known exactly, and the value of their posterior.
 
-K(w - w*) is a loss with a known zero; w* is away from the origin, as trained weights are. Its examples differ by factors
-of mean 1, so that minibatches are noisy and agree at w*. The finite-temperature value ``exact(nbeta, localization)`` is
-nbeta (E[L] - L(w*)) under exp(-nbeta L - (localization / 2)|w - w*|^2), in closed form or by quadrature. Where one layer
-or factor enters quadratically it is integrated out: a direction of curvature x then counts (x / (x + localization)) / 2.
+K(w - w*) is a loss with a known zero; w* is away from the origin, as trained weights are. Its examples differ by
+factors of mean 1, so that minibatches are noisy and agree at w*. The finite-temperature value
+``exact(nbeta, localization)`` is nbeta (E[L] - L(w*)) under exp(-nbeta L - (localization / 2)|w - w*|^2), in closed
+form or by quadrature. Where one layer or factor enters quadratically it is integrated out: a direction of curvature x then
+counts (x / (x + localization)) / 2.
 
 Sources of the truths: Watanabe, Algebraic Geometry and Statistical Learning Theory (2009); Aoyagi, Neural Networks 172
 (2024) 106132. The toy model of superposition has eighteen weights, but critical points that must be trained for: it is
 not here.
 """
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -114,7 +116,7 @@ def _rank_zero(inputs: int, hidden: int, outputs: int) -> Callable[[float, float
 
 def _geometric(name: str, truth: Fraction, multiplicity: int, energy: Callable, dimension: int, exact) -> Target:
     """``energy`` of an array of the ``dimension`` displacements."""
-    center = np.where(np.arange(dimension) % 2 == 0, 3.0, -3.0).astype(np.float32)
+    center = np.where(np.arange(dimension) % 2 == 0, 1.0, -1.0).astype(np.float32)
 
     def loss_fn(w, factor):
         return energy(w - center) * factor[:, 0]
@@ -194,7 +196,7 @@ def _deep_linear(widths: tuple[int, int, int], truth: Fraction, multiplicity: in
     rows = np.sqrt(widths[0]) * np.eye(widths[0], dtype=np.float32)
     data = np.tile(rows, (NUM_DATA // widths[0], 1))
     loss_fn = lambda w, x: jnp.sum((x @ w[0] @ w[1]) ** 2, axis=-1)  # noqa: E731
-    center = [np.zeros(shape, np.float32) for shape in zip(widths, widths[1:], strict=False)]
+    center = [np.zeros(shape, np.float32) for shape in itertools.pairwise(widths)]
     name = f"deep linear {'-'.join(map(str, widths))}, rank 0"
     return Target(name, truth, multiplicity, loss_fn, center, data, _rank_zero(*widths))
 

@@ -1,0 +1,173 @@
+"""What nobody chose: the calibration's choices, their reasons, their cost, and what overrides them."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import slt_jax as slt
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(4000, 8)).astype(np.float32)
+NOISE = RNG.normal(size=4000)
+NOISE = (NOISE - X @ np.linalg.lstsq(X, NOISE, rcond=None)[0]).astype(np.float32)
+
+
+def posterior(scale=1.0, **more):
+    return slt.LocalPosterior(
+        lambda p, xy: 0.5 * ((scale * xy[0]) @ (p["w"] - 1) - xy[1]) ** 2, {"w": jnp.ones(8)}, 4000, **more
+    )
+
+
+def estimate(target=None, noise=0.0, **more):
+    data = (X, noise * NOISE)
+    return slt.estimate_llc(posterior() if target is None else target, data, **{"budget": 20_000, **more})
+
+
+def test_nothing_given_and_the_answer_is_right():
+    result = slt.estimate_llc(posterior(), (X, 0 * NOISE))
+    assert abs(result.llc - 4) < 4 * result.llc_stderr
+    assert result.llc_stderr < 0.06
+    assert result.verdict == "converged"
+    lines = " ".join(result.settings["calibration"]["lines"])
+    for word in ("curvature", "step_size", "friction", "localization"):
+        assert word in lines
+        assert word in str(result)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_the_step_follows_the_scale_of_the_loss(scale):
+    """Kills: a step size with a fixed scale."""
+    result = estimate(posterior(scale))
+    chosen = result.settings["calibration"]
+    exact = result.settings["nbeta"] * np.linalg.eigvalsh(scale**2 * X.T @ X / 4000)[-1]
+    assert chosen["curvature"] == pytest.approx(exact, rel=0.15)
+    assert chosen["step_size"] * (exact + chosen["localization"]) == pytest.approx(0.25, rel=0.5)
+
+
+@pytest.mark.parametrize("budget", [2_000, 20_000])
+def test_the_budget_counts_everything_and_calibration_is_little_of_it(budget):
+    result = estimate(budget=budget)
+    spent = result.settings["gradients"]
+    assert 0.9 * budget < sum(spent.values()) < 1.02 * budget
+    assert spent["calibration"] <= 0.15 * budget
+    plan = result.settings
+    assert plan["num_chains"] * (plan["num_warmup"] + plan["thinning"] * plan["num_draws"]) == spent["steps"]
+
+
+def test_what_is_given_is_taken():
+    result = estimate(
+        posterior(localization=0.7),
+        sampler=slt.underdamped(1e-5, 0.3),
+        num_chains=2,
+        num_warmup=30,
+        thinning=3,
+        hot=1.0,
+    )
+    s = result.settings
+    assert (s["step_size"], s["friction"], s["localization"]) == (1e-5, 0.3, 0.7)
+    assert (s["num_chains"], s["num_warmup"], s["thinning"], s["hot"]) == (2, 30, 3, 1.0)
+    assert s["calibration"] == {}
+    partly = estimate(sampler=slt.underdamped(1e-5)).settings
+    assert partly["step_size"] == 1e-5
+    assert partly["friction"] > 0
+
+
+@pytest.mark.parametrize(
+    "sampler", [slt.sgld(), slt.sgld(noise="leimkuhler-matthews"), slt.preconditioned_sgld(), slt.sghmc(), slt.sgnht()]
+)
+def test_every_sampler_can_be_calibrated(sampler):
+    result = estimate(sampler=sampler, budget=60_000)
+    assert abs(result.llc - 4) < 4 * result.llc_stderr + 0.05
+    assert result.settings["sampler"] == sampler.name
+
+
+def test_control_variates_are_chosen_where_they_pay():
+    """Label noise: the gradient's noise stays at w*. Without, nothing is gained."""
+    noisy, quiet = estimate(noise=1.0), estimate(noise=0.0)
+    assert noisy.settings["control_variate"]
+    assert not quiet.settings["control_variate"]
+    assert "two gradients" in " ".join(noisy.settings["calibration"]["lines"])
+    assert abs(noisy.llc - 4) < 4 * noisy.llc_stderr
+    plain = estimate(noise=1.0, control_variate=False, sampler=slt.sgld())
+    assert not plain.settings["control_variate"]
+
+
+def test_control_variates_remove_the_noise_at_the_center():
+    """Same settings, SGLD with a long step: heated by the noise without them, and not with them."""
+    given = {"sampler": slt.sgld(2e-4), "num_chains": 8, "num_draws": 3000, "num_warmup": 500, "batch_size": 8}
+    target = posterior(localization=0.1)
+    on, off = (estimate(target, 1.0, budget=None, control_variate=c, **given) for c in (True, False))
+    added = 2e-4 / 8 * target.nbeta**2 * 8 / 8
+    assert off.llc_raw - on.llc_raw == pytest.approx(added, rel=0.3)
+    assert abs(on.llc - 4) < 4 * on.llc_stderr + 0.1
+
+
+def test_half_of_the_chains_start_hot_and_come_down():
+    result = estimate(hot=50.0, num_chains=4)
+    warm = result.warmup_loss - 0
+    early = warm[:, 20:80].mean(1)
+    assert early[1::2].min() > 5 * early[::2].max()
+    cold, hot = result.health.bracket
+    assert abs(hot - cold) < 6 * result.llc_stderr
+
+
+def test_hot_starts_change_nothing_for_the_cold():
+    hot, cold = estimate(hot=50.0), estimate(hot=1.0)
+    np.testing.assert_array_equal(hot.loss_trace[::2], cold.loss_trace[::2])
+    assert (hot.warmup_loss[1::2] != cold.warmup_loss[1::2]).any()
+
+
+def test_same_key_same_choice():
+    first, again = (estimate(key=3) for _ in range(2))
+    assert first.settings["calibration"] == again.settings["calibration"]
+    np.testing.assert_array_equal(first.loss_trace, again.loss_trace)
+
+
+def test_an_interrupted_run_keeps_its_choice(tmp_path):
+    """Kills: a calibration made anew on resuming, at its full cost."""
+    whole = estimate(checkpoint_dir=tmp_path / "run")
+    path = tmp_path / "run" / "calibration.json"
+    kept = json.loads(path.read_text())
+    assert kept["step_size"] == whole.settings["step_size"]
+    kept["lines"] = ["told by the file"]
+    path.write_text(json.dumps(kept))
+    again = estimate(checkpoint_dir=tmp_path / "run")
+    assert again.settings["calibration"]["lines"] == ["told by the file"]
+    np.testing.assert_array_equal(again.loss_trace, whole.loss_trace)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"calibration\.json is truncated"):
+        estimate(checkpoint_dir=tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"budget": 10}, "Raise the budget"),
+        ({"budget": 100, "num_draws": 5}, "Give one of them"),
+        ({"hot": 0.5}, "at least 1"),
+        ({"control_variate": 3}, "True, False or None"),
+        ({"budget": 2.5}, "whole number"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(given, words):
+    with pytest.raises((ValueError, TypeError), match=words):
+        estimate(**given)
+
+
+def test_a_quartic_at_rest_has_a_step_all_the_same():
+    """The Hessian at w* is zero: a step from it alone would be endless."""
+    target = slt.LocalPosterior(lambda p, x: (p - 1) ** 4 + 0 * x[:, 0], jnp.float32(1), 4000)
+    result = slt.estimate_llc(target, X[:, :1], budget=100_000)
+    assert abs(result.llc - 0.25) < 4 * result.llc_stderr + 0.005
+    assert not result.stopped
+
+
+def test_batches_from_the_host_are_calibrated_too(tmp_path):
+    tokens = RNG.integers(0, 5, 4000).astype(np.uint16)
+    np.save(tmp_path / "t.npy", tokens)
+    data = slt.token_file(tmp_path / "t.npy", 4, vocab_size=5)
+    target = slt.LocalPosterior(lambda p, x: 0.5 * ((x - 2) @ p["w"]) ** 2, {"w": jnp.zeros(4)}, data.num_data)
+    result = slt.estimate_llc(target, data, budget=4_000, batch_size=50)
+    assert abs(result.llc - 2) < 5 * result.llc_stderr

@@ -1,0 +1,180 @@
+"""Bias terms, sensitivities and cross-checks, on draws whose law is known."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import slt_jax as slt
+from slt_jax.corrections import bias_of, heating, thermometer
+from slt_jax.diagnostics import Evidence, Slope, assess, extrapolate, slopes
+
+NAN2 = (math.nan, math.nan)
+SETTINGS = {"step_size": 0.01, "friction": 0.2}
+
+
+def gamma_draws(llc, chains=8, draws=4000, seed=0):
+    """Independent draws of nbeta (L - L*) at the asymptotic temperature."""
+    return np.random.default_rng(seed).gamma(llc, size=(chains, draws))
+
+
+@pytest.mark.quick
+def test_euler_bias_is_exact_on_a_quadratic():
+    """d directions of curvature a: raw = d / 2 / (1 - k / 4), E|G|^2 = d a / (1 - k / 4), k = eps a."""
+    d, a, eps = 50, 40.0, 0.01
+    raw = d / 2 / (1 - eps * a / 4)
+    found = bias_of("euler", raw, d * a / (1 - eps * a / 4), NAN2, NAN2, SETTINGS)
+    assert raw - found.applied == pytest.approx(d / 2, rel=1e-12)
+    assert found.step_size == pytest.approx(raw - d / 2)
+
+
+def test_a_large_bias_is_told_and_not_taken_off():
+    found = bias_of("euler", 10.0, 4000.0, NAN2, NAN2, SETTINGS)
+    assert found.applied == 0.0
+    assert found.step_size == pytest.approx(5.0)
+    assert "not taken off" in found.why
+
+
+def test_noise_and_step_size_share_the_euler_bias():
+    found = bias_of("euler", 100.0, 4000.0, NAN2, (1000.0, 10.0), SETTINGS)
+    assert (found.noise, found.step_size) == pytest.approx((1.25, 3.75))
+    assert found.applied == pytest.approx(5.0)
+
+
+def test_kinetic_samplers_use_the_surer_of_probe_and_thermometer():
+    noise, heat = (400.0, 4.0), (5.2, 0.1)
+    probe = heating("baoab", 0.01, 0.2, 400.0)
+    sure = bias_of("baoab", 100.0, 1.0, (5.2, 100.0), noise, SETTINGS)
+    assert sure.applied == pytest.approx(probe)
+    assert sure.stderr == pytest.approx(probe / 100)
+    unsure = bias_of("baoab", 100.0, 1.0, heat, (400.0, 400.0), SETTINGS)
+    assert (unsure.applied, unsure.stderr) == pytest.approx(heat)
+    half = bias_of("baoab", 100.0, 1.0, NAN2, noise, {**SETTINGS, "control_variate": True})
+    assert half.applied == pytest.approx(probe / 2)
+    assert half.stderr > probe / 8
+
+
+def test_a_sampler_without_a_theory_is_left_as_it_is():
+    found = bias_of("", 10.0, 1.0, NAN2, (3.0, 1.0), SETTINGS)
+    assert found.applied == 0.0
+    assert "no theory" in found.why
+
+
+def test_the_thermometer_reads_heat():
+    kinetic = np.random.default_rng(0).normal(1.02, 0.01, size=(4, 500))
+    value, error = thermometer(kinetic, 200, 2000.0)
+    assert abs(value - 2.0) < 4 * error
+    assert error == pytest.approx(100 * 0.01 / math.sqrt(2000), rel=0.1)
+
+
+def test_slopes_of_a_hidden_direction():
+    """One direction x w^2 / 2 held by g w^2 / 2: LLC = x / (x + g) / 2, slopes +-x g / (x + g)^2 / 2."""
+    x, g = 3.0, 2.0
+    w = np.random.default_rng(0).normal(size=(16, 20_000)) / math.sqrt(x + g)
+    noise = np.random.default_rng(1).normal(size=w.shape) * 0.7
+    up, down = slopes(x * w**2 / 2 + noise, np.full(w.shape, 0.49), w**2, 1.0, g)
+    exact = x * g / (x + g) ** 2 / 2
+    assert abs(up.value - exact) < 4 * up.stderr
+    assert abs(down.value + exact) < 4 * down.stderr
+    assert up.stderr < 0.1 * exact
+
+
+def test_slopes_vanish_at_the_asymptotic_temperature():
+    draws = gamma_draws(3.5)
+    up, down = slopes(draws, np.zeros_like(draws), np.random.default_rng(1).normal(size=draws.shape) ** 2, 1.0, 1.0)
+    assert abs(up.value) < 4 * up.stderr
+    assert abs(down.value) < 4 * down.stderr
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("scale", [1.0, -1.0])
+def test_extrapolation_finds_the_end(scale):
+    t = np.linspace(0, 2.5, 1200)
+    draws = 10 + scale * 4 * np.exp(-t) + np.random.default_rng(0).normal(size=(8, 1200)) * 0.5
+    assert extrapolate(draws) == pytest.approx(10, abs=0.4)
+
+
+def test_a_straight_line_has_no_end():
+    assert math.isnan(extrapolate(np.linspace(0, 1, 1200)[None, :].repeat(4, 0)))
+
+
+def result_of(draws, nbeta=100.0, gap_var=None, **settings):
+    loss = (1.0 + draws / nbeta).astype(np.float64)
+    one = np.ones_like(loss)
+    given = {
+        "nbeta": nbeta, "num_data": 1000, "num_free": 10, "localization": 1.0, "step_size": 1e-3, "friction": 0.1,
+        "family": "exact", "sampler": "hmc", **settings,
+    }  # fmt: skip
+    var = 0 * one if gap_var is None else gap_var
+    return slt.LLCResult(loss, one, var, one, 10 * one, one, np.nan * one, np.nan * one, one[:, :1], {}, given)
+
+
+def test_variance_estimator_subtracts_the_spread_in_the_batch():
+    draws, noise = gamma_draws(4.0), np.random.default_rng(1).normal(size=(8, 4000)) * 3
+    found = slt.variance_estimator(result_of(draws + noise, gap_var=np.full(draws.shape, 9.0 / 100**2)))
+    assert abs(found.llc - 4.0) < 4 * found.llc_stderr
+    assert found.llc_stderr < 0.4
+    heated = slt.variance_estimator(result_of(draws + noise))
+    assert heated.llc - 4.0 > 4 * heated.llc_stderr
+
+
+def test_variance_estimator_needs_single_losses():
+    draws = gamma_draws(4.0, 2, 50)
+    with pytest.raises(ValueError, match="one loss per example"):
+        slt.variance_estimator(result_of(draws, gap_var=np.full(draws.shape, np.nan)))
+
+
+def test_two_temperatures_need_no_loss_at_the_center():
+    a, b = (result_of(gamma_draws(4.0, seed=i), nbeta) for i, nbeta in enumerate((100.0, 50.0)))
+    moved = [dataclasses.replace(r, baseline_trace=r.baseline_trace + 7) for r in (a, b)]
+    found = slt.two_temperature_estimator(*moved)
+    assert abs(found.llc - 4.0) < 4 * found.llc_stderr
+    assert found.llc_stderr < 0.2
+    with pytest.raises(ValueError, match="both results have nbeta"):
+        slt.two_temperature_estimator(a, a)
+    with pytest.raises(ValueError, match="differ in localization"):
+        slt.two_temperature_estimator(a, result_of(gamma_draws(4.0), 50.0, localization=2.0))
+
+
+def test_cross_checks_agree_on_a_real_run():
+    x = np.random.default_rng(0).normal(size=(2000, 6)).astype(np.float32)
+    center = {"w": jnp.zeros(6)}
+    runs = []
+    for nbeta in (200.0, 100.0):
+        posterior = slt.LocalPosterior(lambda p, x: 0.5 * (x @ p["w"]) ** 2, center, 2000, nbeta, localization=0.1)
+        runs.append(slt.estimate_llc(posterior, x, budget=60_000, batch_size=100))
+    for check in (slt.variance_estimator(runs[0]), slt.two_temperature_estimator(*runs)):
+        assert abs(check.llc - 3.0) < 4 * check.llc_stderr + 0.1
+        assert check.llc_stderr < 0.5
+
+
+VERDICTS = {
+    "depends on nbeta or localization": {
+        "nbeta_slope": Slope(2.0, 0.3), "localization_slope": Slope(-2.0, 0.3), "bias": None,
+    },
+    "biased by the step size": {"kinetic": 1.4, "bias": bias_of("baoab", 30.0, 1, NAN2, (1.0, 1.0), SETTINGS)},
+    "heated by minibatch noise": {"bias": bias_of("baoab", 30.0, 1.0, NAN2, (500.0, 1.0), SETTINGS)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verdict", VERDICTS)
+def test_verdicts_from_the_evidence(verdict):
+    health = assess(gamma_draws(30.0, 4, 1000), Evidence(num_free=100, **VERDICTS[verdict]))
+    assert health.verdict == verdict
+    assert health.flags == (verdict,)
+
+
+def test_a_step_that_is_too_long_for_a_correction():
+    health = assess(gamma_draws(30.0, 4, 1000), Evidence(bias=bias_of("euler", 30.0, 8000.0, NAN2, NAN2, SETTINGS)))
+    assert health.verdict == "biased by the step size"
+
+
+def test_hot_chains_that_did_not_come_down():
+    draws = gamma_draws(30.0, 4, 1000)
+    draws[1::2] += 3
+    health = assess(draws, Evidence(hot=np.array([False, True, False, True])))
+    assert health.verdict == "chains disagree"
+    assert health.bracket[1] - health.bracket[0] == pytest.approx(3, abs=0.5)
+    assert "hot" in health.reason

@@ -1,0 +1,85 @@
+"""Curvature, gradient noise and acceptance at one position, against linear algebra."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import slt_jax as slt
+from slt_jax.engine import Engine, Schedule
+from slt_jax.mesh import chain_mesh
+from slt_jax.probe import Probe
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(64, 5)).astype(np.float32) * np.geomspace(0.3, 3, 5, dtype=np.float32)
+Y = RNG.normal(size=64).astype(np.float32)
+Y -= X @ np.linalg.lstsq(X, Y, rcond=None)[0]
+NBETA, PULL = 20.0, 0.5
+
+
+def linear(p, xy):
+    return 0.5 * (xy[0] @ p["w"] - xy[1]) ** 2
+
+
+def probe_of(loss_fn, data=(X, Y), batch_size=16, blocks=4, size=5):
+    posterior = slt.LocalPosterior(loss_fn, {"w": jnp.zeros(size)}, 64, nbeta=NBETA, localization=PULL)
+    from slt_jax.batches import as_source
+
+    plan = Schedule(4, 10, 10, 1, batch_size, 1, "paired", 1, 8)
+    engine = Engine(posterior, as_source(data), slt.sgld(1e-3), plan, jax.random.key(0), chain_mesh(4))
+    return Probe(engine, blocks, jax.random.key(1))
+
+
+@pytest.mark.quick
+def test_sharpness_is_the_largest_eigenvalue():
+    probe = probe_of(linear)
+    exact = NBETA * np.linalg.eigvalsh(X.T @ X / 64)[-1]
+    assert probe.sharpness((jnp.ones(5),), 30) == pytest.approx(exact, rel=1e-3)
+    assert probe.gradients == 2 * 30 * 4
+
+
+def test_where_the_hessian_vanishes_the_curvature_is_that_of_the_posterior():
+    """w^4: the secant over s has slope 4 nbeta s^2, and s^2 = 1 / that: 2 sqrt(nbeta)."""
+    probe = probe_of(lambda p, x: p["w"][0] ** 4 + 0 * x[:, 0], np.zeros((64, 1), np.float32), size=1)
+    assert probe.sharpness((jnp.zeros(1),), 12) == pytest.approx(2 * math.sqrt(NBETA), rel=1e-3)
+
+
+def test_flat_ground_has_no_curvature():
+    probe = probe_of(lambda p, x: 0 * p["w"][0] + 0 * x[:, 0], np.zeros((64, 1), np.float32), size=1)
+    assert probe.sharpness((jnp.zeros(1),), 6) == 0.0
+
+
+@pytest.mark.parametrize("batch_size", [1, 16])
+def test_noise_is_the_trace_of_the_covariance(batch_size):
+    """Of nbeta grad L_m at m = batch_size; with control variates that of its difference from w*."""
+    probe, at = probe_of(linear, batch_size=batch_size), jnp.full(5, 0.7)
+    mean, error = probe.noise((at,), 800)
+    for found, spread, position in ((mean.plain, error.plain, 0.7), (mean.controlled, error.controlled, None)):
+        residual = X @ np.full(5, 0.7) - (Y if position else 0)
+        grads = NBETA * residual[:, None] * X
+        exact = np.sum(grads.var(0)) / batch_size
+        assert abs(found - exact) < 4 * spread
+        assert spread < 0.1 * exact
+
+
+def test_acceptance_is_that_of_mala():
+    probe, at = probe_of(linear), (jnp.full(5, 0.2),)
+    step = 0.5 / (NBETA * np.linalg.eigvalsh(X.T @ X / 64)[-1])
+    found = np.mean([probe.acceptance(at, step) for _ in range(300)])
+    hessian = NBETA * X.T @ X / 64 + PULL * np.eye(5)
+
+    def energy(w):
+        return NBETA * np.mean(0.5 * (X @ w - Y) ** 2) + 0.5 * PULL * w @ w
+
+    rng, accepted, w = np.random.default_rng(3), [], np.full(5, 0.2)
+    for _ in range(3000):
+        g = hessian @ w
+        new = w - step / 2 * g + math.sqrt(step) * rng.normal(size=5)
+        back = w - new + step / 2 * (hessian @ new)
+        ahead = new - w + step / 2 * g
+        ratio = energy(w) - energy(new) - (back @ back - ahead @ ahead) / (2 * step)
+        accepted.append(min(1.0, math.exp(ratio)))
+    assert abs(found - np.mean(accepted)) < 4 * np.std(accepted) * math.sqrt(1 / 300 + 1 / 3000)
+    assert probe.acceptance(at, 1e6) < 0.01
