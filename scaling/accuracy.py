@@ -1,8 +1,8 @@
 """Estimates with default settings beside exact values, as a Markdown table: ``python -m scaling.accuracy``.
 
-About ten minutes on two cores. The problems are those of ``tests/targets.py``; nothing is given but
-the posterior and the data. "exact" is the value of the very posterior that was sampled, by quadrature or in closed form;
-"truth" is the learning coefficient. Where the multiplicity is above 1 the two differ by a power of 1 / log nbeta.
+About ten minutes on two cores. The problems are those of ``tests/targets.py``; nothing is given but the posterior and
+the data. "exact" is the value of the very posterior that was sampled, by quadrature or in closed form; "truth" is the
+learning coefficient. Where the multiplicity is above 1 the two differ by a power of 1 / log nbeta.
 """
 
 import sys

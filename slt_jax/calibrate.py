@@ -93,7 +93,9 @@ def calibrate(
             engine.localize(settle)
     lines.append(f"largest curvature of nbeta L: {at_center:.3g} at w*, {curvature:.3g} where a pilot run went")
     if localization is None:
-        lines.append(f"localization {settle:.3g}: curvature / {KAPPA:.0g}")
+        why = f"a flat direction moves a weight by {REACH} typical weights"
+        why = f"largest curvature / {KAPPA:.0g}" if settle * KAPPA < 1.01 * curvature else why
+        lines.append(f"localization {settle:.3g}: {why}")
     if step_size is None or friction is None or control is None:
         noise = _mean_noise([probe.noise(p, 2)[0] for p in positions])
         scale = max(pilot.llc, 1e-3)

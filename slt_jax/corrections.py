@@ -73,7 +73,8 @@ def bias_of(
     Args:
         family: the sampler's.
         raw: nbeta times the mean gap.
-        drift_sq: mean of G'PG over the draws.
+        drift_sq: mean of G'PG over the draws, less localization times the mean of <w - w*, G>: the localization's own
+            share, localization times d, moves only directions that do not count.
         heat: what ``thermometer`` found, NaN for a sampler without momentum.
         noise: trace of the covariance of nbeta grad L_m(w), and its standard error; NaN when not measured.
         settings: of the run: step_size, friction.
@@ -88,7 +89,7 @@ def bias_of(
     if family == "euler":
         total = size / 8 * drift_sq
         step = total - (added if math.isfinite(added) else 0.0)
-        why = "step_size / 8 of the mean G'PG"
+        why = "step_size / 8 of the mean <nbeta grad L, G>"
     elif family == "sghmc":
         step = size * (drift_sq - (noise[0] if math.isfinite(noise[0]) else 0.0)) / (8 - 4 * friction)
         error = added_error

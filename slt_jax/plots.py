@@ -58,7 +58,7 @@ def plot_training(
         right = axis.twinx()
         x, y = np.asarray(steps), np.array([r.llc for r in results])
         axis.errorbar(x, y, yerr=[r.llc_stderr for r in results], color=_COLORS[0], capsize=3, lw=1.5)
-        good = np.array([r.verdict == "converged" for r in results])
+        good = np.array([r.verdict in ("converged", "depends on nbeta or localization") for r in results])
         axis.plot(x[good], y[good], "o", color=_COLORS[0], label="LLC ± standard error")
         if not good.all():
             axis.plot(x[~good], y[~good], "o", mfc="white", mec=_COLORS[0], label="LLC, not called converged")

@@ -81,7 +81,8 @@ class LLCResult:
         heat = thermometer(kinetic, s["num_free"], ess_and_rhat(kinetic)[0])
         probe = s.get("probe", {})
         noise = tuple(probe.get(name, math.nan) for name in ("noise", "noise_stderr"))
-        drift_sq = float(self.drift_sq[kept].mean(dtype=np.float64))
+        drift_sq, virial = (float(x[kept].mean(dtype=np.float64)) for x in (self.drift_sq, self.virial))
+        drift_sq -= s["localization"] * virial
         return bias_of(s.get("family", ""), self.llc_raw, drift_sq, heat, noise, s)
 
     @functools.cached_property

@@ -1,10 +1,10 @@
 """Problems with at most twenty weights whose learning coefficient is known exactly, and the value of their posterior.
 
 K(w - w*) is a loss with a known zero; w* is away from the origin, as trained weights are. Its examples differ by
-factors of mean 1, so that minibatches are noisy and agree at w*. The finite-temperature value
-``exact(nbeta, localization)`` is nbeta (E[L] - L(w*)) under exp(-nbeta L - (localization / 2)|w - w*|^2), in closed
-form or by quadrature. Where one layer or factor enters quadratically it is integrated out: a direction of curvature x then
-counts (x / (x + localization)) / 2.
+factors of mean 1, so that minibatches are noisy and agree at w*. The value at finite temperature,
+``exact(nbeta, localization)``, is nbeta (E[L] - L(w*)) under exp(-nbeta L - (localization / 2)|w - w*|^2), in closed
+form or by quadrature. Where one layer or factor enters quadratically it is integrated out: a direction of curvature x
+then counts (x / (x + localization)) / 2.
 
 Sources of the truths: Watanabe, Algebraic Geometry and Statistical Learning Theory (2009); Aoyagi, Neural Networks 172
 (2024) 106132. The toy model of superposition has eighteen weights, but critical points that must be trained for: it is
