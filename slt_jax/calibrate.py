@@ -169,7 +169,9 @@ class _Pilot:
         for _ in range(5):
             run = engine.start()
             for share in self.shares:
-                size = step_size or step_scale(self.sampler, self.rich) / (curvature + engine.posterior.localization)
+                size = step_size or step_scale(self.sampler, self.rich) / (
+                    curvature + float(engine.posterior.localization or 0)
+                )
                 count = max(2, int(share * self.steps))
                 engine.pilot(run, count, size, self.sampler.friction or 0.2, _PILOT)
                 self.gradients += count * engine.plan.num_chains

@@ -185,9 +185,10 @@ def _findings(draws: np.ndarray, facts: Health) -> list[tuple[str, str, float]]:
     """(verdict, reason and remedy, extrapolated end) of every rule that speaks; the first is the verdict."""
     for rule in (_diverged, _too_short):
         if found := rule(draws, facts):
-            return [(*found, math.nan)]
+            return [(found[0], found[1], math.nan)]
     rules = (_no_minimum, _moving, _apart, _unsure, _biased, _dependent)
-    return [(*found, math.nan)[:3] for rule in rules if (found := rule(draws, facts))]
+    found = [rule(draws, facts) for rule in rules]
+    return [(f[0], f[1], f[2] if len(f) == 3 else math.nan) for f in found if f]
 
 
 def _diverged(draws, facts):

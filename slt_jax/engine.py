@@ -415,13 +415,14 @@ class Engine:
 
     def full_grad(self) -> Position:
         """grad L_n(w*) over the whole data set, in blocks of ``batch_size``: as many gradients as there are blocks."""
-        num, size, total = self.source.num_data, self.plan.batch_size, None
+        num, size = self.source.num_data, self.plan.batch_size
+        total: Position = jax.tree.map(jnp.zeros_like, self.center)
         for begin in range(0, num, size):
             indices = np.arange(begin, min(begin + size, num))
             part = _batch_grad(self.posterior.program, self.center, self.frozen, self.source.fetch(indices))
             share = len(indices) / num
             part = jax.tree.map(lambda g: g * share, part)  # noqa: B023  (called at once)
-            total = part if total is None else jax.tree.map(jnp.add, total, part)
+            total = jax.tree.map(jnp.add, total, part)
         return total
 
     def lower(self, run: Run):

@@ -231,10 +231,11 @@ class LocalPosterior:
         if self.localization is None:
             raise ValueError("log_density needs a localization: give one to LocalPosterior, e.g. localization=1.0.")
         center, frozen = self.program.split(self.center)
+        nbeta, localization = float(self.nbeta or 0), self.localization
 
         def at(position):
             away = sum(jnp.sum((w - c) ** 2) for w, c in zip(position, center, strict=True))
-            return -self.nbeta * self.program.mean_loss(position, frozen, data) - 0.5 * self.localization * away
+            return -nbeta * self.program.mean_loss(position, frozen, data) - 0.5 * localization * away
 
         return at
 
