@@ -51,7 +51,7 @@ def plot_result(result: Any, path: str | os.PathLike | None = None) -> Figure:
 def plot_training(
     steps: list[int], losses: list[float], results: list[Any], path: str | os.PathLike | None = None
 ) -> Figure:
-    """LLC with error bars and loss over training steps; hollow markers are estimates not called converged."""
+    """LLC with error bars and loss over training steps; hollow markers are estimates whose chains have not settled."""
 
     def draw(figure: Figure) -> None:
         axis = figure.subplots()
@@ -61,7 +61,7 @@ def plot_training(
         good = np.array([r.verdict in ("converged", "depends on nbeta or localization") for r in results])
         axis.plot(x[good], y[good], "o", color=_COLORS[0], label="LLC ± standard error")
         if not good.all():
-            axis.plot(x[~good], y[~good], "o", mfc="white", mec=_COLORS[0], label="LLC, not called converged")
+            axis.plot(x[~good], y[~good], "o", mfc="white", mec=_COLORS[0], label="LLC, chains not settled")
         right.plot(x, losses, "s--", color=_COLORS[1], lw=1.2, ms=4, label="loss")
         right.spines["right"].set_visible(True)
         axis.set(xscale="log", xlabel="training step")

@@ -41,7 +41,7 @@ def bias_over_step_size() -> None:
     """Raw (hollow) and corrected (filled) estimates over the truth, without and with minibatch noise."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
     shares = np.array([0.05, 0.1, 0.2, 0.5, 1.0, 2.0])
-    for axis, noise in zip(axes, (0.0, 0.3), strict=True):
+    for axis, noise in zip(axes, (0.0, 2.0), strict=True):
         posterior, data = quadratic(noise)
         for name, color in COLORS.items():
             raw, corrected = [], []
@@ -55,7 +55,7 @@ def bias_over_step_size() -> None:
             axis.plot(shares, raw, "o--", color=color, markerfacecolor="white", linewidth=1)
             axis.plot(shares, corrected, "o-", color=color, label=name)
         axis.axhline(1, color="0.6", linewidth=1, zorder=0)
-        axis.set(xscale="log", xlabel="step size times largest curvature", ylim=(0.9, 1.8))
+        axis.set(xscale="log", xlabel="step size times largest curvature", ylim=(0.9, 1.6))
         axis.set_title("minibatches without noise at w*" if noise == 0 else "noisy minibatches", fontsize=10)
     axes[0].set_ylabel("estimate / truth")
     axes[0].legend(frameon=False, fontsize=8, title="filled: corrected, hollow: raw", title_fontsize=8)
@@ -76,8 +76,8 @@ def mixing() -> None:
             thinning=10, batch_size=16, key=2,
         )  # fmt: skip
         steps = 10 * np.arange(1, 2001)
-        blocks = result.llc_draws.mean(0).reshape(100, 20).mean(1) / exact
-        axis.plot(steps.reshape(100, 20).mean(1), blocks, color=color, label=name)
+        blocks = result.llc_draws.mean(0).reshape(40, 50).mean(1) / exact
+        axis.plot(steps.reshape(40, 50).mean(1), blocks, color=color, label=name)
     axis.axhline(1, color="0.6", linewidth=1, zorder=0)
     axis.set(xscale="log", xlabel="steps of one chain", ylabel="estimate / truth", ylim=(0.4, 1.1))
     axis.legend(frameon=False)
