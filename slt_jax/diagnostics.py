@@ -16,10 +16,12 @@ _BIAS_LIMIT = 0.15
 _SLOPE_LIMIT = 0.05
 _KINETIC_LIMIT = 0.15
 _SLOPE_SIGMA = 2.5
+_DEGREE_LIMIT = 6.25  # x^2 y^4 has 6
+_ERROR_LIMIT = 0.125
 
 
 class Slope(NamedTuple):
-    """A derivative of the LLC by the logarithm of a hyperparameter, and its standard error."""
+    """A number found from the draws, such as d LLC / d log nbeta, and its standard error."""
 
     value: float
     stderr: float
@@ -35,7 +37,7 @@ class Evidence:
     ``virial``: mean <w - w*, G> over d + (step_size / 4) mean G'PG, 1 when stationary. ``kinetic``: mean kinetic
     temperature, 1 when right. ``acceptance``: Metropolis acceptance of one Euler-Maruyama step of this step_size.
     ``bias``: of the raw estimate. ``nbeta_slope``, ``localization_slope``: d LLC / d log nbeta, d LLC / d log
-    localization. ``hot``: which of the chains started hot. ``num_free``: d.
+    localization. ``degree``: see ``degree_of``. ``hot``: which of the chains started hot. ``num_free``: d.
     """
 
     virial: float = math.nan
@@ -44,6 +46,7 @@ class Evidence:
     bias: Bias | None = None
     nbeta_slope: Slope = _UNKNOWN
     localization_slope: Slope = _UNKNOWN
+    degree: Slope = _UNKNOWN
     hot: np.ndarray | None = None
     num_stopped: int = 0
     num_free: int = 1
@@ -163,6 +166,28 @@ def slopes(draws: np.ndarray, gap_var: np.ndarray, distance_sq: np.ndarray, nbet
     return found[0], found[1]
 
 
+def degree_of(draws: np.ndarray, virial: np.ndarray, distance_sq: np.ndarray, localization: float) -> Slope:
+    """The power of the distance from w* with which the loss grows where the chains are, and its standard error.
+
+    mean <w - w*, nbeta grad L> / mean nbeta (L - L(w*)): k, by Euler, for a homogeneous loss of degree k; 2 near a
+    regular minimum, 4 for x^2 y^2. A valley that bends adds to it, and a value far above says that the localization
+    holds the chains where w* no longer decides the shape of the loss.
+
+    Args:
+        draws: nbeta (L_m(w) - L_m(w*)), (chain, draw). virial: <w - w*, G>. distance_sq: |w - w*|^2.
+    """
+    count = draws.shape[1] // 4
+    if draws.shape[0] == 0 or count < 8 or not draws.mean() > 0:
+        return _UNKNOWN
+    rows = (x[:, : 4 * count].reshape(-1, count).astype(np.float64) for x in (draws, virial, distance_sq))
+    energy, total, away = rows
+    fall = (total - localization * away).mean(1)
+    ratio = fall.mean() / energy.mean()
+    # of the ratio of two means, to first order
+    error = (fall - ratio * energy.mean(1)).std(ddof=1) / math.sqrt(len(fall)) / energy.mean()
+    return Slope(float(ratio), float(error))
+
+
 def assess(draws: np.ndarray, evidence: Evidence) -> Health:
     """The Health of ``draws`` (chain, draw), of the chains that stayed finite."""
     ess, rhat = ess_and_rhat(draws)
@@ -242,7 +267,7 @@ def _apart(draws, facts):
 
 def _unsure(draws, facts):
     error = standard_error(draws, facts.ess)
-    if error > 0.1 * abs(draws.mean()) or (facts.ess < 30 and error > 0.02 * abs(draws.mean())):
+    if error > _ERROR_LIMIT * abs(draws.mean()) or (facts.ess < 30 and error > 0.02 * abs(draws.mean())):
         return "too few draws", f"{facts.ess:.0f} effective draws leave an error of {error:.2g}; draw more."
 
 
@@ -271,8 +296,15 @@ def _biased(draws, facts):
 def _dependent(draws, facts):
     """Directions that the localization holds at this nbeta make the LLC rise with nbeta and fall with localization.
 
-    The two slopes are of one cause and of nearly independent noise, so they are weighed together.
+    The two slopes are of one cause and of nearly independent noise, so they are weighed together. Where the chains
+    mix too slowly for slopes, the degree of the loss where they are still tells.
     """
+    degree = facts.evidence.degree
+    if degree.value - _DEGREE_LIMIT > _SLOPE_SIGMA * degree.stderr:
+        return "depends on nbeta or localization", (
+            f"where the chains are, the loss grows like the power {degree.value:.2g} of the distance to w*: they are "
+            "held far from where w* decides its shape. Raise nbeta or localization until the estimate stands."
+        )
     up, down = facts.evidence.nbeta_slope, facts.evidence.localization_slope
     if not (up.stderr > 0 and down.stderr > 0):
         return None

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slt_jax.corrections import Bias, bias_of, thermometer
-from slt_jax.diagnostics import Evidence, Health, assess, ess_and_rhat, slopes, standard_error
+from slt_jax.diagnostics import Evidence, Health, assess, degree_of, ess_and_rhat, slopes, standard_error
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -93,9 +93,10 @@ class LLCResult:
             return assess(self.llc_draws, Evidence(num_stopped=len(self.stopped)))
         drift_sq, virial, kinetic = (x[kept].mean(dtype=np.float64) for x in (self.drift_sq, self.virial, self.kinetic))
         right = s["num_free"] + (s["step_size"] / 4 * drift_sq if s.get("family") == "euler" else 0.0)
-        by_nbeta, by_pull = slopes(
-            self.llc_draws, self.gap_var[kept], self.distance_sq[kept], s["nbeta"], s["localization"]
-        )
+        away, gap_var, cool = self.distance_sq[kept], self.gap_var[kept], 1.0
+        if self.bias.applied:
+            cool = self.llc / self.llc_raw  # the heat is spread like the draws
+        by_nbeta, by_pull = slopes(cool * self.llc_draws, cool**2 * gap_var, away, s["nbeta"], s["localization"])
         hot = (kept % 2 == 1) if s.get("hot", 1.0) > 1 else None
         acceptance = s.get("probe", {}).get("acceptance", math.nan)
         evidence = Evidence(
@@ -105,6 +106,7 @@ class LLCResult:
             self.bias,
             by_nbeta,
             by_pull,
+            degree_of(self.llc_draws, self.virial[kept], away, s["localization"]),
             hot,
             len(self.stopped),
             s["num_free"],
@@ -207,7 +209,7 @@ class LLCResult:
             "bias_step_size": self.bias.step_size, "bias_noise": self.bias.noise, "kinetic": h.evidence.kinetic,
             "acceptance": h.evidence.acceptance, "from_center": h.bracket[0], "from_hot": h.bracket[1],
             "extrapolated": h.extrapolated, "nbeta_slope": h.evidence.nbeta_slope.value,
-            "localization_slope": h.evidence.localization_slope.value,
+            "localization_slope": h.evidence.localization_slope.value, "degree": h.evidence.degree.value,
         }  # fmt: skip
         plain = {k: (v if math.isfinite(v) else None) for k, v in numbers.items()}
         stopped = {str(k): v for k, v in self.stopped.items()}

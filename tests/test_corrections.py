@@ -9,7 +9,7 @@ import pytest
 
 import slt_jax as slt
 from slt_jax.corrections import bias_of, heating, thermometer
-from slt_jax.diagnostics import Evidence, Slope, assess, extrapolate, slopes
+from slt_jax.diagnostics import Evidence, Slope, assess, degree_of, extrapolate, slopes
 
 NAN2 = (math.nan, math.nan)
 SETTINGS = {"step_size": 0.01, "friction": 0.2}
@@ -89,6 +89,20 @@ def test_slopes_vanish_at_the_asymptotic_temperature():
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("degree", [2, 4])
+def test_degree_of_a_homogeneous_loss(degree):
+    """sum |w_i|^k: nbeta L is gamma distributed with shape d / k, and <w, nbeta grad L> is k nbeta L."""
+    rng = np.random.default_rng(0)
+    energy = rng.gamma(1 / degree, size=(8, 4000, 3))
+    away = (energy ** (2 / degree)).sum(-1)
+    noise = rng.normal(size=away.shape) * 0.5  # of a minibatch
+    found = degree_of(energy.sum(-1) + noise, degree * energy.sum(-1) + 0.7 * away, away, 0.7)
+    assert abs(found.value - degree) < 4 * found.stderr
+    assert found.stderr < 0.1
+    assert math.isnan(degree_of(-energy.sum(-1), away, away, 0.7).value)
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize("scale", [1.0, -1.0])
 def test_extrapolation_finds_the_end(scale):
     t = np.linspace(0, 2.5, 1200)
@@ -164,6 +178,19 @@ def test_verdicts_from_the_evidence(verdict):
     health = assess(gamma_draws(30.0, 4, 1000), Evidence(num_free=100, **VERDICTS[verdict]))
     assert health.verdict == verdict
     assert health.flags == (verdict,)
+
+
+@pytest.mark.parametrize(("degree", "verdict"), [(6.0, "converged"), (8.0, "depends on nbeta or localization")])
+def test_a_loss_that_grows_too_steeply_was_sampled_too_far_out(degree, verdict):
+    health = assess(gamma_draws(30.0, 4, 1000), Evidence(degree=Slope(degree, 0.1)))
+    assert health.verdict == verdict
+    unsure = assess(gamma_draws(30.0, 4, 1000), Evidence(degree=Slope(degree, 1.0)))
+    assert unsure.verdict == "converged"
+
+
+def test_an_estimate_of_little_precision_is_not_called_converged():
+    assert assess(gamma_draws(0.5, 4, 16), Evidence()).verdict == "too few draws"
+    assert assess(gamma_draws(0.5, 4, 400), Evidence()).verdict == "converged"
 
 
 def test_a_step_that_is_too_long_for_a_correction():
