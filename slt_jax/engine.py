@@ -57,7 +57,8 @@ class Schedule:
 class Trace(NamedTuple):
     """Per chain and step, float32 ``(num_chains, total_steps)``; NaN where nothing was recorded.
 
-    ``gap_var``: variance of the batch mean of the per-example losses less their baseline, by their spread in the batch.
+    ``gap_var``: variance of the batch mean of the per-example losses less their baseline, by their spread in the batch;
+    0 where the batch is the whole data set.
     The other names are those of ``Info``.
     """
 
@@ -151,7 +152,7 @@ def _center_losses(static: _Static, center: PyTree, frozen: PyTree, batch: PyTre
     return jax.lax.map(lambda part: static.program.losses(center, frozen, part), split).reshape(-1)
 
 
-def _mean_and_variance(gap: jax.Array, size: int) -> jax.Array:
+def _variance_of_mean(gap: jax.Array, size: int) -> jax.Array:
     """Variance of the mean of ``size`` independent per-example values; NaN from a mean alone."""
     if gap.size != size or size == 1:
         return jnp.float32(jnp.nan)
@@ -211,7 +212,8 @@ def _one_chain(static: _Static, shared: tuple, window: _Window, state, key, chai
                 else jax.lax.cond(kept, lambda: _center_losses(static, center, frozen, batch), lambda: unknown)
             )
             baseline, gap = jnp.where(kept, at_center, unknown), info.loss - at_center
-        spread = _mean_and_variance(gap, static.batch_size)
+        # Over the whole data set the mean has no sampling noise, however much its examples differ.
+        spread = jnp.float32(0) if static.whole else _variance_of_mean(gap, static.batch_size)
         row = Trace(jnp.mean(info.loss), jnp.mean(baseline), jnp.where(kept, spread, jnp.nan), *info[1:])
         trace = jax.tree.map(lambda t, x: t.at[i].set(jnp.where(still, x, jnp.nan).astype(t.dtype)), trace, row)
         return i + 1, state, still & jnp.isfinite(row.loss) & jnp.isfinite(info.drift_sq), trace

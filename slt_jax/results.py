@@ -209,7 +209,9 @@ class LLCResult:
             "bias_step_size": self.bias.step_size, "bias_noise": self.bias.noise, "kinetic": h.evidence.kinetic,
             "acceptance": h.evidence.acceptance, "from_center": h.bracket[0], "from_hot": h.bracket[1],
             "extrapolated": h.extrapolated, "nbeta_slope": h.evidence.nbeta_slope.value,
-            "localization_slope": h.evidence.localization_slope.value, "degree": h.evidence.degree.value,
+            "nbeta_slope_stderr": h.evidence.nbeta_slope.stderr,
+            "localization_slope": h.evidence.localization_slope.value,
+            "localization_slope_stderr": h.evidence.localization_slope.stderr, "degree": h.evidence.degree.value,
         }  # fmt: skip
         plain = {k: (v if math.isfinite(v) else None) for k, v in numbers.items()}
         stopped = {str(k): v for k, v in self.stopped.items()}

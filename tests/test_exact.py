@@ -99,3 +99,19 @@ def test_part_of_the_data_is_refused():
 def test_a_log_density_needs_a_localization():
     with pytest.raises(ValueError, match="needs a localization"):
         posterior(localization=None).log_density(DATA)
+
+
+def test_the_whole_data_set_has_no_sampling_noise():
+    """The draws are losses over all data: their spread between examples must not be taken off their variance.
+
+    On a quadratic of curvatures x = nbeta h the loss's own variance is sum (x / (x + localization))^2 / 2, whatever the
+    examples' factors; the factors here differ by three, which would take off about as much as there is.
+    """
+    result = estimate("hmc", posterior(), num_draws=3000)
+    x = NBETA * np.asarray(CURVATURE, np.float64)
+    found = slt.variance_estimator(result)
+    assert abs(found.llc - np.sum((x / (x + PULL)) ** 2) / 2) < 4 * found.llc_stderr
+    assert (result.gap_var == 0).all()
+    slope = result.health.evidence.nbeta_slope
+    exact = np.sum(x * PULL / (x + PULL) ** 2) / 2
+    assert abs(slope.value - exact) < 4 * slope.stderr

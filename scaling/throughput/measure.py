@@ -1,7 +1,7 @@
 """One measurement in one fresh process: ``python -m scaling.throughput.measure CASE``; prints ``RESULT {json}``.
 
 deep_linear, gpt    a warm call of estimate_llc, with everything it does but compiling (as peers are timed)
-overhead            on the GPT work, engine steps against a bare jitted value_and_grad loop, turn by turn
+overhead            on the GPT work, steps of each sampler against a bare jitted value_and_grad loop, turn by turn
 gpt2_small          124M weights: 2 chains x 3 draws, with the compilation
 floor               float32 matrix products and memory copies per second on this machine
 """
@@ -12,6 +12,7 @@ import os
 import resource
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,34 +48,54 @@ def whole_call(case: str, folder: Path, baseline: str) -> dict[str, Any]:
 
 
 def overhead(folder: Path, rounds: int = 5, steps: int = 10) -> dict[str, Any]:
-    """Seconds a step of the engine (one device, one chain, no baseline in the step) over those of the bare loop."""
+    """Seconds a step of the engine, for each sampler, over those of the bare loop, turn by turn.
+
+    One device, one chain, no baseline in the step. ``overhead`` is that of SGLD, ``overheads`` has them all.
+    """
     import slt_jax as slt
     from scaling.throughput import work as bench
+
+    work = bench.gpt(folder)
+    size = work.step_size
+    samplers = {
+        "sgld": slt.sgld(size), "leimkuhler-matthews": slt.sgld(size, noise="leimkuhler-matthews"),
+        "preconditioned, rmsprop": slt.preconditioned_sgld(size),
+        "preconditioned, adam": slt.preconditioned_sgld(size, moments="adam"),
+        "underdamped": slt.underdamped(size, 0.1), "sghmc": slt.sghmc(size), "sgnht": slt.sgnht(size),
+    }  # fmt: skip
+    batches = [jnp.asarray(work.data[i : i + work.batch_size]) for i in range(0, 80, work.batch_size)]
+    bare = jax.jit(jax.value_and_grad(lambda p, batch: work.posterior.loss_fn(p, batch).mean()))
+
+    def plain(count: int) -> None:
+        for i in range(count):
+            out = bare(work.posterior.center, batches[i % len(batches)])
+        jax.block_until_ready(out)
+
+    loops = {"bare": plain, **{name: _stepper(work, s, rounds * steps + 1) for name, s in samplers.items()}}
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    for loop in loops.values():
+        loop(1)  # compiles
+    for _ in range(rounds):
+        for name, loop in loops.items():
+            begin = time.perf_counter()
+            loop(steps)
+            seconds[name].append((time.perf_counter() - begin) / steps)
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
+    overheads = {name: middle[name] / middle["bare"] - 1 for name in samplers}
+    return {"seconds": seconds, "overheads": overheads, "overhead": overheads["sgld"], "peak_rss_mb": peak_mb()}
+
+
+def _stepper(work: Any, sampler: Any, total: int) -> Callable[[int], None]:
+    """A function that moves one chain by so many steps, ``total`` in all."""
     from slt_jax.batches import as_source
     from slt_jax.engine import Engine, Schedule
     from slt_jax.mesh import chain_mesh
 
-    work = bench.gpt(folder)
-    batches = [jnp.asarray(work.data[i : i + work.batch_size]) for i in range(0, 80, work.batch_size)]
-    bare = jax.jit(jax.value_and_grad(lambda p, batch: work.posterior.loss_fn(p, batch).mean()))
-    plan = Schedule(1, rounds * steps + 1, 0, 1, work.batch_size, 1, "full", 1, 512)
+    plan = Schedule(1, total, 0, 1, work.batch_size, 1, "full", 1, 512)
     mesh = chain_mesh(1, jax.devices()[:1])
-    engine = Engine(work.posterior, as_source(work.data), slt.sgld(work.step_size), plan, jax.random.key(0), mesh)
+    engine = Engine(work.posterior, as_source(work.data), sampler, plan, jax.random.key(0), mesh)
     run = engine.start()
-    engine.advance(run, 1)
-    jax.block_until_ready(bare(work.posterior.center, batches[0]))
-    seconds: dict[str, list[float]] = {"bare": [], "engine": []}
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        for i in range(steps):
-            out = bare(work.posterior.center, batches[i % len(batches)])
-        jax.block_until_ready(out)
-        seconds["bare"].append((time.perf_counter() - begin) / steps)
-        begin = time.perf_counter()
-        engine.advance(run, steps)
-        seconds["engine"].append((time.perf_counter() - begin) / steps)
-    middle = {name: statistics.median(values) for name, values in seconds.items()}
-    return {**seconds, "overhead": middle["engine"] / middle["bare"] - 1, "peak_rss_mb": peak_mb()}
+    return lambda count: engine.advance(run, count)
 
 
 def gpt2_small() -> dict[str, Any]:
