@@ -1,0 +1,131 @@
+"""The memory a teacher needs, told from its shape before anything is allocated."""
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from scaling.dln import devices
+from scaling.dln.methods import Method
+from scaling.dln.teachers import Shape, draw_shape
+
+# Fitted from above to the peaks of processes on a CPU: README.md, "Memory".
+STATES = {"default": 2, "sgld": 1, "leimkuhler-matthews": 2, "preconditioned": 2, "sghmc": 2, "sgnht": 2, "hmc": 3}
+PROGRAM = 750 * 2**20  # the interpreter, JAX, and what it compiles
+
+
+class Need(NamedTuple):
+    """Bytes that a process takes, by what takes them, and bytes of one of its accelerators (0 on a CPU)."""
+
+    data: float
+    weights: float
+    activations: float
+    program: float
+    accelerator: float = 0.0
+
+    @property
+    def process(self) -> float:
+        return self.data + self.weights + self.activations + self.program
+
+
+def need_of(shape: Shape, method: Method, chains: int, devices: int, accelerated: bool = False) -> Need:
+    """What sampling a teacher takes in one process, with D devices and C chains of its own.
+
+        data         (3/2 + D) 4 n (H_0 + H_L);   4 n where inputs are drawn
+        weights      [2 + s C + D (1 + p + 2 + 3 s)] 4 sum_k H_{k-1} H_k
+        activations  4 D 4 (batch size) sum_k H_k
+
+    s: copies in a sampler's state (1 for SGLD, 2 with a momentum); p = min(4, C) for the chains' ends that a
+    calibration keeps, on every device; 2 + 3 s for the chain that is moved. On a CPU all of it is the process's. An
+    accelerator has its share of the terms with C and D, and moves its chains together when they are small.
+
+    Args:
+      method: with its ``num_data``.
+    """
+    widths, s = shape.widths, STATES[method.sampler]
+    target = 4.0 * widths[0] * widths[-1] if method.data == "drawn" else 0.0
+    weights = 4.0 * sum(a * b for a, b in pairwise(widths))
+    data = 4.0 * method.num_data * (widths[0] + widths[-1] if method.data == "stored" else 1)
+    layers = 4 * 4.0 * method.batch_size * sum(widths)
+    ends = min(4, chains) if method.protocol == "ours" else 0
+    kept, moved = (1 + ends) * weights + target, (2 + 3 * s) * weights
+    if not accelerated:
+        on_devices = devices * (kept + moved) + s * chains * weights
+        return Need((1.5 + devices) * data, 2 * (weights + target) + on_devices, devices * layers, PROGRAM)
+    local = chains / devices
+    together = local if weights * local <= 2**26 else 1
+    accelerator = data + kept + s * local * weights + together * (moved + layers)
+    return Need(1.5 * data, 2 * (weights + target), 0, PROGRAM, accelerator)
+
+
+def free_of_process() -> float:
+    """Bytes this process may still take, by the system and by its control group; infinite where neither tells."""
+    info = Path("/proc/meminfo")
+    found = [math.inf]
+    if info.exists():
+        found += [1024.0 * int(x.split()[1]) for x in info.read_text().splitlines() if x.startswith("MemAvailable")]
+    elif "SC_PHYS_PAGES" in os.sysconf_names:
+        found.append(float(os.sysconf("SC_PHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE"))
+    old, new = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"), ("memory.max", "memory.current")
+    for names in (old, new):
+        group = [Path("/sys/fs/cgroup") / name for name in names]
+        values = [path.read_text().strip() for path in group if path.exists()]
+        if len(values) == 2 and values[0].isdigit():
+            found.append(float(values[0]) - float(values[1]))
+    return min(found)
+
+
+def free_of_accelerator() -> float:
+    """Bytes of this process's smallest device; infinite on a CPU, or where the device does not tell."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    return min(float(s.get("bytes_limit", math.inf)) for s in stats)
+
+
+def fits(need: Need, process: float, accelerator: float) -> bool:
+    return need.process <= process and need.accelerator <= accelerator
+
+
+def sentence(what: str, need: Need, process: float, accelerator: float, remedies: list[str]) -> str:
+    """Why a teacher is refused, and which of the remedies would be enough."""
+    parts = {"data set": need.data, "weights": need.weights, "activations": need.activations, "program": need.program}
+    told = ", ".join(f"{name} {size / 1e9:.2g} GB" for name, size in parts.items() if size)
+    where, size, limit = "this process", need.process, process
+    if need.process <= process:
+        where, size, limit, told = "each accelerator", need.accelerator, accelerator, "data set, weights and chains"
+    advice = f"Enough would be {', or '.join(remedies)}." if remedies else "Take a machine with more memory."
+    return f"{what} needs about {size / 1e9:.3g} GB of {where} ({told}), and {limit / 1e9:.3g} GB are free. {advice}"
+
+
+def check(size: str, kind: str, seed: int, method: Method, most_devices: int | None) -> None:
+    """Raises MemoryError with what is needed and what would do; the same on every process."""
+    shape, accelerated = draw_shape(kind, size, seed), jax.default_backend() != "cpu"
+    free = free_of_process(), free_of_accelerator()
+
+    def needs(m: Method) -> Need:
+        used = devices.mesh_for(m.num_chains, most_devices).devices.size // jax.process_count()
+        return need_of(shape, m, m.num_chains // jax.process_count(), used, accelerated)
+
+    need = needs(method)
+    if devices.most_of(not fits(need, *free)):
+        what = f"type {kind}, class {size}, teacher {seed} (widths {'-'.join(map(str, shape.widths))})"
+        enough = [text for text, other in _remedies(shape, method) if fits(needs(other), *free)]
+        raise MemoryError(sentence(what, need, *free, enough))
+
+
+def _remedies(shape: Shape, method: Method) -> Iterator[tuple[str, Method]]:
+    """Cheaper ways to run this teacher, those that change least first."""
+    drawable = method.data == "stored" and method.label_noise == 0 and method.sampler != "hmc"
+    fewer = 100 * max(shape.widths)
+    if drawable:
+        yield "--data drawn", dataclasses.replace(method, data="drawn")
+    if fewer < method.num_data:
+        yield f"--num-data {fewer}", dataclasses.replace(method, num_data=fewer)
+    if method.num_chains > 1 and method.protocol == "ours" and jax.process_count() == 1:
+        yield "--chains 1", dataclasses.replace(method, num_chains=1)
+        if drawable:
+            yield "--data drawn --chains 1", dataclasses.replace(method, data="drawn", num_chains=1)

@@ -1,0 +1,148 @@
+"""How a teacher is sampled: the published protocol, or any sampler with what is not given chosen by the calibration."""
+
+from dataclasses import dataclass, replace
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+import slt_jax as slt
+from scaling.dln import drawn
+from scaling.dln.devices import OnEveryHost, everywhere, key_everywhere
+from scaling.dln.teachers import SIZES, Teacher, loss_fn, make_data, output, sufficient_data
+
+SAMPLERS = ("default", "sgld", "leimkuhler-matthews", "preconditioned", "sghmc", "sgnht", "hmc")
+WITHOUT_FRICTION = ("sgld", "leimkuhler-matthews", "preconditioned", "hmc")
+PUBLISHED_BATCH = 500
+LEAPFROGS = 64  # of one HMC move
+
+
+@dataclass(frozen=True)
+class Method:
+    """All that a row's numbers depend on, besides the teacher and the code. None is open.
+
+    ``default`` is underdamped Langevin. ``hmc`` draws from the same posterior exactly, over sufficient data.
+    ``budget``: minibatch gradients for calibration and all chains; or ``num_warmup`` and ``num_draws`` of a chain.
+    ``data``: ``stored`` is ``teachers.make_data``, ``drawn`` takes no memory (``drawn``).
+    """
+
+    sampler: str = "default"
+    step_size: float | None = None
+    friction: float | None = None
+    nbeta: float | None = None
+    localization: float | None = None
+    num_chains: int = 4
+    budget: int | None = None
+    num_warmup: int | None = None
+    num_draws: int | None = None
+    batch_size: int = PUBLISHED_BATCH
+    label_noise: float = 0.0
+    num_data: int | None = None
+    data: str = "stored"
+    protocol: str = "ours"
+
+    def __post_init__(self):
+        if self.friction is not None and self.sampler in WITHOUT_FRICTION:
+            raise ValueError(f"{self.sampler} has no friction, got --friction {self.friction}. Leave it out.")
+        if self.data == "drawn" and (self.label_noise > 0 or self.sampler == "hmc"):
+            what = "hmc" if self.sampler == "hmc" else f"label noise of {self.label_noise}"
+            raise ValueError(f"{what} needs all inputs at once, got --data drawn. Take --data stored.")
+        if self.sampler == "hmc" and self.label_noise > 0:
+            raise ValueError(
+                f"hmc sees the noiseless loss, which projected noise only shifts; got --label-noise "
+                f"{self.label_noise}. Leave it out: the posterior is the same."
+            )
+        if self.sampler == "hmc" and self.budget is not None:
+            raise ValueError(
+                f"hmc uses no minibatches, got --budget {self.budget}. Give --draws; a move takes {LEAPFROGS} "
+                "gradients over all data."
+            )
+        if self.budget is not None and self.num_draws is not None:
+            raise ValueError(f"--budget {self.budget} and --draws {self.num_draws} both set the length. Give one.")
+
+    @property
+    def name(self) -> str:
+        """What the tables call it."""
+        base = "published" if self.protocol == "published" else self.sampler
+        return base + (f", label noise {self.label_noise:g}" if self.label_noise > 0 else "")
+
+
+def published(size: str, num_data: int | None = None, data: str = "stored", label_noise: float = 0.0) -> Method:
+    """Plain SGLD as in Lau et al., arXiv:2308.12108: one chain, localization 1, nbeta = n / log n, batch 500, the
+    class's step size and number of steps, of which the first 90 % are dropped.
+    """
+    steps = SIZES[size].steps
+    return Method(
+        "sgld", SIZES[size].step_size, localization=1.0, num_chains=1, num_warmup=9 * steps // 10,
+        num_draws=steps // 10, num_data=num_data, data=data, label_noise=label_noise, protocol="published",
+    )  # fmt: skip
+
+
+def filled(method: Method, size: str) -> Method:
+    """With the class's number of examples and, where no length is given, its published number of gradients.
+
+    hmc: 800 draws after half as many moves.
+    """
+    method = replace(method, num_data=SIZES[size].num_data if method.num_data is None else method.num_data)
+    if method.sampler == "hmc":
+        draws = 800 if method.num_draws is None else method.num_draws
+        warmup = draws // 2 if method.num_warmup is None else method.num_warmup
+        return replace(method, num_draws=draws, num_warmup=warmup)
+    if method.budget is None and method.num_draws is None:
+        return replace(method, budget=SIZES[size].steps)
+    return method
+
+
+def sampler_of(method: Method) -> slt.Sampler:
+    step_size, friction = method.step_size, method.friction
+    match method.sampler:
+        case "default":
+            return slt.underdamped(step_size, friction)
+        case "sgld":
+            return slt.sgld(step_size)
+        case "leimkuhler-matthews":
+            return slt.sgld(step_size, noise="leimkuhler-matthews")
+        case "preconditioned":
+            return slt.preconditioned_sgld(step_size)
+        case "sghmc":
+            return slt.sghmc(step_size, friction)
+        case "sgnht":
+            return slt.sgnht(step_size, friction)
+        case "hmc":
+            return slt.hmc(step_size, LEAPFROGS)
+    raise ValueError(f"the sampler must be one of {', '.join(SAMPLERS)}, got {method.sampler!r}.")
+
+
+def posterior_and_data(teacher: Teacher, method: Method, mesh: Mesh) -> tuple[slt.LocalPosterior, object]:
+    """What is sampled, and the data set in the form that the sampler takes. ``num_data`` is that of the whole set."""
+    several = jax.process_count() > 1
+    if method.sampler == "hmc" and several:
+        raise ValueError("hmc keeps its data in memory and runs in one process. Start it without the others.")
+    num_data = SIZES[teacher.size].num_data if method.num_data is None else method.num_data
+    if method.data == "drawn":
+        data = np.arange(num_data, dtype=np.int32)
+        posterior = drawn.posterior(teacher, num_data, method.nbeta, method.localization)
+        placed = replace_center(posterior, mesh)
+    else:
+        data = make_data(teacher, num_data, method.label_noise, seed=teacher.seed)
+        center = everywhere(list(teacher.weights), mesh)
+        placed = slt.LocalPosterior(loss_fn, center, num_data, nbeta=method.nbeta, localization=method.localization)
+    if method.sampler == "hmc":
+        rows = sufficient_data(data[0])
+        data = (rows, np.asarray(output(teacher.weights, rows), np.float32))
+    return placed, OnEveryHost(data) if several else data
+
+
+def replace_center(posterior: slt.LocalPosterior, mesh: Mesh) -> slt.LocalPosterior:
+    return replace(posterior, center=everywhere(posterior.center, mesh))
+
+
+def estimate(teacher: Teacher, method: Method, mesh: Mesh) -> slt.LLCResult:
+    """Raises FloatingPointError where the loss at the teacher is not finite."""
+    posterior, data = posterior_and_data(teacher, method, mesh)
+    return slt.estimate_llc(
+        posterior, data, sampler=sampler_of(method), num_chains=method.num_chains, budget=method.budget,
+        num_warmup=method.num_warmup, num_draws=method.num_draws,
+        batch_size=None if method.sampler == "hmc" else method.batch_size, key=key_everywhere(teacher.seed, mesh),
+        mesh=mesh,
+    )  # fmt: skip
