@@ -17,6 +17,7 @@ _SLOPE_LIMIT = 0.05
 _KINETIC_LIMIT = 0.15
 _SLOPE_SIGMA = 2.5
 _DEGREE_LIMIT = 6.25  # x^2 y^4 has 6
+_HELD_DEGREE_LIMIT = 4.0  # where the localization holds more directions than the loss
 _ERROR_LIMIT = 0.125
 
 
@@ -37,7 +38,8 @@ class Evidence:
     ``virial``: mean <w - w*, G> over d + (step_size / 4) mean G'PG, 1 when stationary. ``kinetic``: mean kinetic
     temperature, 1 when right. ``acceptance``: Metropolis acceptance of one Euler-Maruyama step of this step_size.
     ``bias``: of the raw estimate. ``nbeta_slope``, ``localization_slope``: d LLC / d log nbeta, d LLC / d log
-    localization. ``degree``: see ``degree_of``. ``hot``: which of the chains started hot. ``num_free``: d.
+    localization. ``degree``: see ``degree_of``. ``held``: localization times mean |w - w*|^2 over d, the share of the
+    directions that the localization holds. ``hot``: which of the chains started hot. ``num_free``: d.
     """
 
     virial: float = math.nan
@@ -47,6 +49,7 @@ class Evidence:
     nbeta_slope: Slope = _UNKNOWN
     localization_slope: Slope = _UNKNOWN
     degree: Slope = _UNKNOWN
+    held: float = math.nan
     hot: np.ndarray | None = None
     num_stopped: int = 0
     num_free: int = 1
@@ -297,10 +300,14 @@ def _dependent(draws, facts):
     """Directions that the localization holds at this nbeta make the LLC rise with nbeta and fall with localization.
 
     The two slopes are of one cause and of nearly independent noise, so they are weighed together. Where the chains
-    mix too slowly for slopes, the degree of the loss where they are still tells.
+    mix too slowly for slopes, the degree of the loss where they are still tells. A product of L layers near zero has
+    degree 2L by right, but then the loss itself holds more than half of the directions: L + 1 of 2L, if the widths are
+    equal. Where the localization holds more of them than the loss, a degree above a product of two layers comes from
+    how far out it lets them go.
     """
     degree = facts.evidence.degree
-    if degree.value - _DEGREE_LIMIT > _SLOPE_SIGMA * degree.stderr:
+    limit = _HELD_DEGREE_LIMIT if facts.evidence.held > 0.5 else _DEGREE_LIMIT
+    if degree.value - limit > _SLOPE_SIGMA * degree.stderr:
         return "depends on nbeta or localization", (
             f"where the chains are, the loss grows like the power {degree.value:.2g} of the distance to w*: they are "
             "held far from where w* decides its shape. Raise nbeta or localization until the estimate stands."

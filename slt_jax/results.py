@@ -107,6 +107,7 @@ class LLCResult:
             by_nbeta,
             by_pull,
             degree_of(self.llc_draws, self.virial[kept], away, s["localization"]),
+            float(s["localization"] * away.mean(dtype=np.float64) / s["num_free"]),
             hot,
             len(self.stopped),
             s["num_free"],
@@ -212,6 +213,7 @@ class LLCResult:
             "nbeta_slope_stderr": h.evidence.nbeta_slope.stderr,
             "localization_slope": h.evidence.localization_slope.value,
             "localization_slope_stderr": h.evidence.localization_slope.stderr, "degree": h.evidence.degree.value,
+            "degree_stderr": h.evidence.degree.stderr, "held": h.evidence.held,
         }  # fmt: skip
         plain = {k: (v if math.isfinite(v) else None) for k, v in numbers.items()}
         stopped = {str(k): v for k, v in self.stopped.items()}

@@ -180,12 +180,29 @@ def test_verdicts_from_the_evidence(verdict):
     assert health.flags == (verdict,)
 
 
-@pytest.mark.parametrize(("degree", "verdict"), [(6.0, "converged"), (8.0, "depends on nbeta or localization")])
-def test_a_loss_that_grows_too_steeply_was_sampled_too_far_out(degree, verdict):
-    health = assess(gamma_draws(30.0, 4, 1000), Evidence(degree=Slope(degree, 0.1)))
+@pytest.mark.parametrize(
+    ("degree", "held", "verdict"),
+    [
+        (6.0, 0.3, "converged"), (8.0, 0.3, "depends on nbeta or localization"),
+        (4.0, 0.8, "converged"), (5.0, 0.8, "depends on nbeta or localization"), (5.0, math.nan, "converged"),
+    ],
+)  # fmt: skip
+def test_a_loss_that_grows_too_steeply_was_sampled_too_far_out(degree, held, verdict):
+    health = assess(gamma_draws(30.0, 4, 1000), Evidence(degree=Slope(degree, 0.1), held=held))
     assert health.verdict == verdict
-    unsure = assess(gamma_draws(30.0, 4, 1000), Evidence(degree=Slope(degree, 1.0)))
+    unsure = assess(gamma_draws(30.0, 4, 1000), Evidence(degree=Slope(degree, 1.0), held=held))
     assert unsure.verdict == "converged"
+
+
+def test_the_share_of_directions_that_the_localization_holds():
+    """Two of five directions are flat: on a quadratic the share is (2 + sum localization / (x + localization)) / 5."""
+    x = np.random.default_rng(0).normal(size=(2000, 3)).astype(np.float32)
+    posterior = slt.LocalPosterior(lambda p, x: 0.5 * (x @ p["w"][:3]) ** 2, {"w": jnp.zeros(5)}, 2000, 50.0, 5.0)
+    result = slt.estimate_llc(posterior, x, sampler=slt.hmc(5e-3, 12), num_draws=2000, num_warmup=100)
+    stiff = 50 * np.linalg.eigvalsh(x.T @ x / len(x)) + 5
+    # |w - w*|^2 has relative variance of at most 2 a draw
+    error = math.sqrt(2 / result.distance_sq.size)
+    assert abs(result.health.evidence.held - (2 + np.sum(5 / stiff)) / 5) < 4 * error
 
 
 def test_an_estimate_of_little_precision_is_not_called_converged():

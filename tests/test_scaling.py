@@ -4,9 +4,11 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
+from scaling.samplers.gradients import first_to_stay, running_means
 from scaling.throughput import compare, work
 from slt_jax.models import Decoder, DecoderConfig
 
@@ -73,3 +75,18 @@ def test_ratios_are_of_medians():
     found = compare.summary(record)["deep_linear"]
     assert found["times_faster"] == {"peer": 4.0}
     assert found["share_of_that"] == pytest.approx(20.0 / 50.0)
+
+
+def test_the_count_from_which_on_an_estimate_stays():
+    counts = np.array([10, 20, 30, 40])
+    assert first_to_stay(counts, np.array([100.0, 96.0, 104.0, 100.0]), 100.0) == 10
+    assert first_to_stay(counts, np.array([100.0, 90.0, 104.0, 100.0]), 100.0) == 30
+    assert first_to_stay(counts, np.array([90.0, np.nan, 104.0, 100.0]), 100.0) == 30
+    assert first_to_stay(counts, np.array([100.0, 100.0, 100.0, 106.0]), 100.0) is None
+
+
+def test_running_means_are_of_the_last_share():
+    draws = np.array([1.0, 2.0, 6.0, 4.0])
+    np.testing.assert_allclose(running_means(draws, 0.5), [1.0, 2.0, 4.0, 5.0])
+    np.testing.assert_allclose(running_means(draws, 1.0), [1.0, 1.5, 3.0, 3.25])
+    np.testing.assert_allclose(running_means(draws, 0.1), draws)
