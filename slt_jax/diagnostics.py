@@ -38,8 +38,8 @@ class Evidence:
     ``virial``: mean <w - w*, G> over d + (step_size / 4) mean G'PG, 1 when stationary. ``kinetic``: mean kinetic
     temperature, 1 when right. ``acceptance``: Metropolis acceptance of one Euler-Maruyama step of this step_size.
     ``bias``: of the raw estimate. ``nbeta_slope``, ``localization_slope``: d LLC / d log nbeta, d LLC / d log
-    localization. ``degree``: see ``degree_of``. ``held``: localization times mean |w - w*|^2 over d, the share of the
-    directions that the localization holds. ``hot``: which of the chains started hot. ``num_free``: d.
+    localization. ``degree``: see ``degree_of``. ``held``: 1 - mean <w - w*, nbeta grad L> / d, the share of the
+    directions that the localization holds and not the loss. ``hot``: which of the chains started hot. ``num_free``: d.
     """
 
     virial: float = math.nan

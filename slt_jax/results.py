@@ -107,7 +107,7 @@ class LLCResult:
             by_nbeta,
             by_pull,
             degree_of(self.llc_draws, self.virial[kept], away, s["localization"]),
-            float(s["localization"] * away.mean(dtype=np.float64) / s["num_free"]),
+            float(1 - (virial - s["localization"] * away.mean(dtype=np.float64)) / s["num_free"]),
             hot,
             len(self.stopped),
             s["num_free"],

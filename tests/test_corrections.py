@@ -200,8 +200,8 @@ def test_the_share_of_directions_that_the_localization_holds():
     posterior = slt.LocalPosterior(lambda p, x: 0.5 * (x @ p["w"][:3]) ** 2, {"w": jnp.zeros(5)}, 2000, 50.0, 5.0)
     result = slt.estimate_llc(posterior, x, sampler=slt.hmc(5e-3, 12), num_draws=2000, num_warmup=100)
     stiff = 50 * np.linalg.eigvalsh(x.T @ x / len(x)) + 5
-    # |w - w*|^2 has relative variance of at most 2 a draw
-    error = math.sqrt(2 / result.distance_sq.size)
+    # of a mean of 3 / 5 of chi-squares with 3 degrees of freedom, whose relative variance is 2 / 3
+    error = 3 / 5 * math.sqrt(2 / 3 / result.ess)
     assert abs(result.health.evidence.held - (2 + np.sum(5 / stiff)) / 5) < 4 * error
 
 

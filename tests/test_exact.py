@@ -51,6 +51,27 @@ def test_the_law_on_a_quadratic(name):
         assert 0.5 < np.nanmean(result.acceptance) <= 1
 
 
+STIFF = jnp.geomspace(1.0, 1000.0, 5)
+STIFF_SAMPLERS = {
+    "mala": (slt.mala(1.2 / 5e4), 2000, 40, 16_000),
+    "hmc": (slt.hmc(0.7 / 5e4, 57), 1500, 1, 200),
+    "nuts": (slt.nuts(0.8 / 5e4, 7), 600, 1, 100),
+    "mclmc": (slt.mclmc(0.2 / 5e4, 60.0), 2000, 40, 4000),
+}
+
+
+@pytest.mark.parametrize("name", STIFF_SAMPLERS)
+def test_the_law_on_a_quadratic_of_condition_number_1000(name):
+    """Every direction counts alike, so a soft one that does not move would take 1/5 off."""
+    sampler, draws, thinning, warmup = STIFF_SAMPLERS[name]
+    target = posterior(lambda p, x: 0.5 * jnp.sum(STIFF * p["w"] ** 2) * x[:, 0] / DATA.mean(), localization=1e-3)
+    result = slt.estimate_llc(
+        target, DATA, sampler=sampler, num_chains=4, num_draws=draws, num_warmup=warmup, thinning=thinning, key=3
+    )
+    assert result.llc_stderr < 0.05 * 2.5
+    assert abs(result.llc - 2.5) < 4 * result.llc_stderr
+
+
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_law_on_a_quartic(name):
     """|w|_4^4 in five dimensions: 5/4, less what the weak localization takes (under 1 %)."""

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import slt_jax as slt
+from scaling.dln.records import Pair, Store, errors_of
 from scaling.dln.teachers import SIZES, Teacher, loss_fn, make_data, make_teacher, output, sufficient_data
 
 BUDGET, BATCH = 10_000, 500
@@ -78,24 +79,15 @@ def row_of(teacher: Teacher, method: str, result: slt.LLCResult, seconds: float)
     }  # fmt: skip
 
 
-class Store:
-    """Rows on disk, by (kind, seed, method)."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.rows = {(r["kind"], r["seed"], r["method"]): r for r in map(json.loads, lines)}
-
-    def need(self, teacher: Teacher, method: str, make: Callable[[], dict]) -> dict:
-        found = self.rows.get((teacher.kind, teacher.seed, method))
-        if found is None:
-            found = make()
-            with self.path.open("a") as file:
-                file.write(json.dumps(found) + "\n")
-            self.rows[teacher.kind, teacher.seed, method] = found
-            ratio = (found["llc"] or np.nan) / found["truth"]
-            print(f"{teacher.kind}{teacher.seed:<3} {method:18} {ratio:.4f} {found['verdict']}", flush=True)
-        return found
+def need(store: Store, teacher: Teacher, method: str, make: Callable[[], dict]) -> dict:
+    """The row of this teacher and method; made and kept if it is not there."""
+    asked = {"kind": teacher.kind, "seed": teacher.seed, "method": method}
+    if asked not in store:
+        row = make()
+        store.add(row)
+        ratio = (row["llc"] or np.nan) / row["truth"]
+        print(f"{teacher.kind}{teacher.seed:<3} {method:18} {ratio:.4f} {row['verdict']}", flush=True)
+    return store.rows[store.key(asked)]
 
 
 def timed(teacher: Teacher, method: str, run: Callable[[], slt.LLCResult]) -> dict:
@@ -104,19 +96,19 @@ def timed(teacher: Teacher, method: str, run: Callable[[], slt.LLCResult]) -> di
 
 
 def ours(store: Store, teacher: Teacher) -> None:
-    row = store.need(teacher, "default", lambda: timed(teacher, "default", lambda: default(teacher)))
+    row = need(store, teacher, "default", lambda: timed(teacher, "default", lambda: default(teacher)))
     if teacher.kind == "A":
         reference = lambda: exact(teacher, row["localization"], row["step_size"] / 4)  # noqa: E731
-        store.need(teacher, "hmc", lambda: timed(teacher, "hmc", reference))
+        need(store, teacher, "hmc", lambda: timed(teacher, "hmc", reference))
     else:
-        store.need(teacher, "label noise", lambda: timed(teacher, "label noise", lambda: default(teacher, 1.0)))
-    store.need(teacher, "published", lambda: timed(teacher, "published", lambda: published(teacher)))
+        need(store, teacher, "label noise", lambda: timed(teacher, "label noise", lambda: default(teacher, 1.0)))
+    need(store, teacher, "published", lambda: timed(teacher, "published", lambda: published(teacher)))
 
 
 def peer(store: Store, teacher: Teacher, python: str) -> None:
     """Both of the peer's samplers, in a process of their own."""
     methods = {"devinterp sgld": "sgld", "devinterp rmsprop": "rmsprop"}
-    if all((teacher.kind, teacher.seed, m) in store.rows for m in methods):
+    if all({"kind": teacher.kind, "seed": teacher.seed, "method": m} in store for m in methods):
         return
     size = SIZES[teacher.size]
     with tempfile.TemporaryDirectory() as folder:
@@ -134,56 +126,34 @@ def peer(store: Store, teacher: Teacher, python: str) -> None:
             "rank": teacher.rank, "truth": float(teacher.truth), "multiplicity": teacher.multiplicity, "verdict": "",
             **found[name],
         }  # fmt: skip
-        store.need(teacher, method, lambda values=values: values)
-
-
-def ranked_right(rows: list[dict]) -> float:
-    """Share of pairs with different truths that the estimates put in the right order."""
-    pairs = [
-        (a["truth"] - b["truth"]) * (a["llc"] - b["llc"]) > 0
-        for i, a in enumerate(rows)
-        for b in rows[:i]
-        if a["truth"] != b["truth"]
-    ]
-    return float(np.mean(pairs)) if pairs else float("nan")
+        need(store, teacher, method, lambda values=values: values)
 
 
 def table(store: Store) -> None:
     """Markdown: error of each method, by type."""
-    print(
-        "| type | method | against | teachers | median error | 90th percentile | non-finite | pairs right | converged |"
-    )
+    print("| type | method | against | teachers | median error | 90th | non-finite | pairs right | converged |")
     print("|---|---|---|---|---|---|---|---|---|")
     for kind in "ABC":
-        exact_of = {r["seed"]: r["llc"] for r in store.rows.values() if (r["kind"], r["method"]) == (kind, "hmc")}
-        for method in METHODS:
-            rows = [r for r in store.rows.values() if (r["kind"], r["method"]) == (kind, method)]
-            if not rows:
-                continue
-            finite = [r for r in rows if r["llc"] is not None and np.isfinite(r["llc"])]
-            against = {"truth": lambda r: r["truth"]}
-            if kind == "A" and method == "default":
-                against = {"the same posterior by HMC": lambda r, of=exact_of: of[r["seed"]], **against}
-            for name, value in against.items():
-                errors = [abs(r["llc"] / value(r) - 1) for r in finite]
-                said = f"{sum(r['verdict'] == 'converged' for r in rows)}" if rows[0]["verdict"] else ""
-                numbers = [f"{x:.1%}" for x in (np.median(errors), np.quantile(errors, 0.9))]
-                cells = [
-                    kind,
-                    method,
-                    name,
-                    len(rows),
-                    *numbers,
-                    len(rows) - len(finite),
-                    f"{ranked_right(finite):.1%}",
-                ]
-                print(f"| {' | '.join(map(str, [*cells, said]))} |")
+        of = {m: [r for r in store.rows.values() if (r["kind"], r["method"]) == (kind, m)] for m in METHODS}
+        exact_of = {r["seed"]: r["llc"] for r in of["hmc"]}
+        for method, rows in of.items():
+            said = f"{sum(r['verdict'] == 'converged' for r in rows)}" if rows and rows[0]["verdict"] else ""
+            if rows and exact_of and method == "default":
+                _line(kind, method, "the same posterior by HMC", [(exact_of[r["seed"]], r["llc"]) for r in rows], said)
+            if rows:
+                _line(kind, method, "truth", [(r["truth"], r["llc"]) for r in rows], said)
     off = [r for r in store.rows.values() if (r["kind"], r["method"]) == ("A", "default")]
     off = [r for r in off if abs(r["llc"] / r["truth"] - 1) > 0.1]
     flagged = [r for r in off if "depends on nbeta or localization" in r["flags"]]
     said = [r for r in off if r["verdict"] != "converged"]
     print(f"\nType A off its learning coefficient by more than 10 %: {len(off)}, of which {len(flagged)} are said to")
     print(f"depend on nbeta or localization, and {len(said)} are not called converged.")
+
+
+def _line(kind: str, method: str, against: str, pairs: list[Pair], converged: str) -> None:
+    found = errors_of(pairs)
+    shares = (f"{found.median:.1%}", f"{found.ninetieth:.1%}", found.non_finite, f"{found.ranked:.1%}")
+    print(f"| {' | '.join(map(str, (kind, method, against, found.count, *shares, converged)))} |")
 
 
 def main() -> None:
@@ -195,7 +165,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="only print the table")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 2)
-    store = Store(args.out)
+    store = Store(args.out, ("kind", "seed", "method"))
     if not args.table:
         for seed in range(args.count):
             for kind in args.kinds:
