@@ -17,7 +17,8 @@ checkpoint's own outputs: the weights are an exact minimum of
     L_own(w) = |W_1 W_2 W_3 - M|^2 / 2,   M = the checkpoint's own product.
 
 That is what is drawn. The estimate with the true labels is drawn below it: negative, "not a minimum", until the last
-stage, where the two are one.
+stage, where the two are one. (Chains that ran to the true minimum read its coefficient less nbeta times the loss at w*.
+Where that is less than the coefficient, just before the end, the number is positive, too small, and looks sound.)
 
 What it is compared with. From small weights all three layers have rank k on plateau k, up to what is left of the start:
 the deepest point of the zero set of rank k, where the local coefficient is Aoyagi's, ``truth.learning_coefficient``.
@@ -25,8 +26,8 @@ the deepest point of the zero set of rank k, where the local coefficient is Aoya
 The choice of nbeta. In exact arithmetic M has full rank at every step. A singular value sigma of M counts for the
 posterior when removing it costs more than one unit of nbeta L, nbeta sigma^2 / 2 > 1: above 0.014 at nbeta 1e4. On a
 plateau the unlearned ones are below 0.002 and the learned ones above 0.46, so the posterior sees rank k ("effective
-rank" counts by this rule). The layers' own unlearned singular values, below 0.1, are small beside the spread of the
-posterior in these directions, about nbeta^(-1/6) = 0.2.
+rank" counts by this rule). The layers' own unlearned singular values, what is left of the start, are below half the
+spread of the posterior in these directions, about nbeta^(-1/6) = 0.22.
 
 What is expected at this nbeta. With multiplicity m the posterior's value is coefficient - (m - 1) / log(c nbeta) + ...,
 with c unknown; "expected" is this for c = 1. Powers of 1 / nbeta and the pull of the localization come on top, so the
