@@ -73,8 +73,8 @@ def bias_of(
     Args:
         family: the sampler's.
         raw: nbeta times the mean gap.
-        drift_sq: mean of G'PG over the draws, less localization times the mean of <w - w*, G>: the localization's own
-            share, localization times d, moves only directions that do not count.
+        drift_sq: mean of G'PG over the draws, less localization times the mean of <w - w*, PG>, that is, the mean of
+            <nbeta grad L, PG>: the localization's own share moves only directions that do not count.
         heat: what ``thermometer`` found, NaN for a sampler without momentum.
         noise: trace of the covariance of nbeta grad L_m(w), and its standard error; NaN when not measured.
         settings: of the run: step_size, friction.

@@ -15,6 +15,7 @@ _TREND_SIGMA = 3.0
 _BIAS_LIMIT = 0.15
 _SLOPE_LIMIT = 0.05
 _KINETIC_LIMIT = 0.15
+_VIRIAL_LIMIT = 0.3
 _SLOPE_SIGMA = 2.5
 _DEGREE_LIMIT = 6.25  # x^2 y^4 has 6
 _HELD_DEGREE_LIMIT = 4.0  # where the localization holds more directions than the loss
@@ -214,7 +215,7 @@ def _findings(draws: np.ndarray, facts: Health) -> list[tuple[str, str, float]]:
     for rule in (_diverged, _too_short):
         if found := rule(draws, facts):
             return [(found[0], found[1], math.nan)]
-    rules = (_no_minimum, _moving, _apart, _unsure, _biased, _dependent)
+    rules = (_no_minimum, _moving, _apart, _unexplored, _unsure, _biased, _dependent)
     found = [rule(draws, facts) for rule in rules]
     return [(f[0], f[1], f[2] if len(f) == 3 else math.nan) for f in found if f]
 
@@ -266,6 +267,15 @@ def _apart(draws, facts):
             )
     if facts.rhat > _RHAT_LIMIT:
         return "chains disagree", f"R-hat {facts.rhat:.3f} is above {_RHAT_LIMIT}; draw more, or raise num_warmup."
+
+
+def _unexplored(draws, facts):
+    """Flat directions relax long after the LLC has settled; but not where hardly any direction has moved."""
+    if facts.virial < _VIRIAL_LIMIT:
+        return "still rising", (
+            f"the chains have come to rest in about {max(0.0, facts.virial):.0%} of the directions (virial ratio), and "
+            "what the others would add is not known. Raise the budget, num_warmup or localization."
+        )
 
 
 def _unsure(draws, facts):

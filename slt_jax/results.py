@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _TRACES = (
     "loss_trace", "baseline_trace", "gap_var", "drift_sq", "virial", "distance_sq", "kinetic", "acceptance",
+    "pull",
 )  # fmt: skip
 
 
@@ -30,8 +31,8 @@ class LLCResult:
 
     ``loss_trace`` and ``baseline_trace``: L_m(w_t) and the loss at w* that is subtracted from it, nats per example.
     ``gap_var``: variance of the difference of the two, by the spread of the batch. ``drift_sq``, ``virial``,
-    ``distance_sq``, ``kinetic``, ``acceptance``: the sampler's ``Info`` at the same draws. ``warmup_loss``: L_m(w_t)
-    before the draws.
+    ``distance_sq``, ``kinetic``, ``acceptance``, ``pull``: the sampler's ``Info`` at the same draws. ``warmup_loss``:
+    L_m(w_t) before the draws.
     ``stopped``: chain -> step at which it went non-finite; those chains are in the traces but not in the estimate.
     ``settings``: everything the run was given, and the versions it ran with. ``notes``: what went wrong without
     touching the numbers.
@@ -45,6 +46,7 @@ class LLCResult:
     distance_sq: np.ndarray
     kinetic: np.ndarray
     acceptance: np.ndarray
+    pull: np.ndarray
     warmup_loss: np.ndarray
     stopped: dict[int, int]
     settings: dict[str, Any]
@@ -81,8 +83,9 @@ class LLCResult:
         heat = thermometer(kinetic, s["num_free"], ess_and_rhat(kinetic)[0])
         probe = s.get("probe", {})
         noise = tuple(probe.get(name, math.nan) for name in ("noise", "noise_stderr"))
-        drift_sq, virial = (float(x[kept].mean(dtype=np.float64)) for x in (self.drift_sq, self.virial))
-        drift_sq -= s["localization"] * virial
+        pull = np.where(np.isnan(self.pull), self.virial, self.pull)
+        drift_sq, pull = (float(x[kept].mean(dtype=np.float64)) for x in (self.drift_sq, pull))
+        drift_sq -= s["localization"] * pull
         return bias_of(s.get("family", ""), self.llc_raw, drift_sq, heat, noise, s)
 
     @functools.cached_property

@@ -122,7 +122,7 @@ def result_of(draws, nbeta=100.0, gap_var=None, **settings):
         "family": "exact", "sampler": "hmc", **settings,
     }  # fmt: skip
     var = 0 * one if gap_var is None else gap_var
-    return slt.LLCResult(loss, one, var, one, 10 * one, one, np.nan * one, np.nan * one, one[:, :1], {}, given)
+    return slt.LLCResult(loss, one, var, one, 10 * one, one, *3 * [np.nan * one], one[:, :1], {}, given)
 
 
 def test_variance_estimator_subtracts_the_spread_in_the_batch():
@@ -198,11 +198,36 @@ def test_the_share_of_directions_that_the_localization_holds():
     """Two of five directions are flat: on a quadratic the share is (2 + sum localization / (x + localization)) / 5."""
     x = np.random.default_rng(0).normal(size=(2000, 3)).astype(np.float32)
     posterior = slt.LocalPosterior(lambda p, x: 0.5 * (x @ p["w"][:3]) ** 2, {"w": jnp.zeros(5)}, 2000, 50.0, 5.0)
-    result = slt.estimate_llc(posterior, x, sampler=slt.hmc(5e-3, 12), num_draws=2000, num_warmup=100)
+    result = slt.estimate_llc(posterior, x, sampler=slt.hmc(5e-3, 9), num_draws=2000, num_warmup=100)
     stiff = 50 * np.linalg.eigvalsh(x.T @ x / len(x)) + 5
     # of a mean of 3 / 5 of chi-squares with 3 degrees of freedom, whose relative variance is 2 / 3
     error = 3 / 5 * math.sqrt(2 / 3 / result.ess)
+    assert error < 0.02
     assert abs(result.health.evidence.held - (2 + np.sum(5 / stiff)) / 5) < 4 * error
+
+
+def test_chains_that_hardly_moved_in_most_directions_have_not_converged():
+    """The flat trace of the few directions that have settled says nothing about the others."""
+    health = assess(gamma_draws(30.0, 4, 1000), Evidence(virial=0.1))
+    assert health.verdict == "still rising"
+    assert "10% of the directions" in health.reason
+    assert assess(gamma_draws(30.0, 4, 1000), Evidence(virial=0.5)).verdict == "converged"
+
+
+def test_the_step_size_bias_under_a_preconditioner_leaves_the_localization_out():
+    """Half of the directions are flat, and P there is far above 1: what the localization does to them costs nothing.
+
+    Kills: localization <w - w*, G> in place of localization <w - w*, P G>.
+    """
+    curvature = jnp.asarray([1.0] * 10 + [1e-14] * 10)
+    posterior = slt.LocalPosterior(
+        lambda w, x: 0.5 * jnp.sum(curvature * w**2) * x[:, 0], jnp.zeros(20), 100, nbeta=1e4, localization=1.0
+    )
+    result = slt.estimate_llc(
+        posterior, jnp.ones((100, 1)), sampler=slt.preconditioned_sgld(2e-5, floor=2e-5), num_draws=20_000, batch_size=2
+    )
+    assert result.llc_raw - 5 > 4 * result.llc_stderr
+    assert abs(result.llc - 5) < 4 * result.llc_stderr
 
 
 def test_an_estimate_of_little_precision_is_not_called_converged():

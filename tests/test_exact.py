@@ -104,6 +104,25 @@ def test_any_algorithm_of_blackjax_can_be_passed_in():
         np.testing.assert_allclose(result.loss_trace[0, step + 1], expected, rtol=1e-4)
 
 
+BUILT = {
+    "mala": (slt.mala(2e-3), lambda density: blackjax.mala(density, 1e-3)),
+    "hmc": (slt.hmc(4e-4, 9), lambda density: blackjax.hmc(density, 0.02, jnp.ones(5), 9)),
+    "nuts": (slt.nuts(4e-4, 4), lambda density: blackjax.nuts(density, 0.02, jnp.ones(5), max_num_doublings=4)),
+    "mclmc": (slt.mclmc(4e-4, 7.0), lambda density: blackjax.mclmc(density, 0.14 * 5**0.5, 0.02 * 5**0.5)),
+}
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_step_sizes_are_in_the_units_of_the_docstrings(name):
+    """Kills: SGLD's step for MALA's twice of it; a squared time step taken for a time step."""
+    ours, build = BUILT[name]
+    target = posterior()
+    options = {"num_chains": 2, "num_draws": 6, "num_warmup": 0, "key": 1}
+    first = slt.estimate_llc(target, DATA, sampler=ours, **options)
+    second = slt.estimate_llc(target, DATA, sampler=build(target.log_density(DATA)), **options)
+    np.testing.assert_allclose(first.loss_trace, second.loss_trace, rtol=2e-4)
+
+
 def test_same_key_same_bits():
     first, again = (estimate("hmc", posterior(), num_draws=20) for _ in range(2))
     np.testing.assert_array_equal(first.loss_trace, again.loss_trace)

@@ -39,7 +39,8 @@ class Info(NamedTuple):
     ``loss``: what ``loss_and_grad`` gave: L_m(w), or the batch's losses ``(m,)``. ``drift_sq``: G' P G with G the
     gradient of the negative log density and P the preconditioner (1 without one). ``virial``: <w - w*, G>.
     ``distance_sq``: |w - w*|^2. ``kinetic``: mean squared momentum of a coordinate, 1 at the right temperature.
-    ``acceptance``: of a Metropolis test. NaN where a sampler has no such thing.
+    ``acceptance``: of a Metropolis test. ``pull``: <w - w*, P G>, for a sampler with a preconditioner; without one it
+    is ``virial``. NaN where a sampler has no such thing.
     """
 
     loss: jax.Array
@@ -48,6 +49,7 @@ class Info(NamedTuple):
     distance_sq: jax.Array | float = float("nan")
     kinetic: jax.Array | float = float("nan")
     acceptance: jax.Array | float = float("nan")
+    pull: jax.Array | float = float("nan")
 
 
 class Sampler(NamedTuple):

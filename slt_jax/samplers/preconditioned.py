@@ -55,7 +55,7 @@ def _step(
         key, state, loss_and_grad, center, hyper: as for ``sgld``; ``hyper.adapt`` says whether v may change.
 
     Returns:
-        The moved state, and the loss, G'PG and <w - w*, G> at the position before the move.
+        The moved state, and the loss, G'PG, <w - w*, G> and <w - w*, PG> at the position before the move.
 
     Error: that of SGLD with curvature P a in place of a. Source: Li, Chen, Carlson, Carin, arXiv:1512.07666, without
     the term in the derivative of P, which a frozen P does not have.
@@ -72,7 +72,8 @@ def _step(
     )
     away = displacement(state.position, center)
     scaled = tuple(p * f for p, f in zip(scale, force, strict=True))
-    return PreconditionedState(moved, moments), Info(loss, inner(force, scaled), inner(away, force), inner(away, away))
+    found = Info(loss, inner(force, scaled), inner(away, force), inner(away, away), pull=inner(away, scaled))
+    return PreconditionedState(moved, moments), found
 
 
 def _preconditioner(moments: optax.OptState, floor: float) -> Position:
