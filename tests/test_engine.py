@@ -12,7 +12,7 @@ import slt_jax as slt
 from slt_jax.batches import HostData, as_source, draw_indices
 from slt_jax.engine import Engine, Schedule
 from slt_jax.mesh import chain_mesh
-from slt_jax.samplers.base import Sampler
+from slt_jax.samplers.base import Info, Sampler
 
 NAMES = ("loss_trace", "baseline_trace", "drift_sq", "virial", "warmup_loss")
 COLLECTIVE = re.compile(r"\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\b")
@@ -313,7 +313,7 @@ def test_another_sampler_on_the_same_contract(regression):
         loss, grad = loss_and_grad(state.position)
         velocity = tuple(0.5 * v - hyper.step_size * g for v, g in zip(state.velocity, grad, strict=True))
         position = tuple(w + v for w, v in zip(state.position, velocity, strict=True))
-        return State(position, velocity), slt.samplers.base.Info(loss, jnp.float32(0), jnp.float32(0))
+        return State(position, velocity), Info(loss, jnp.float32(0), jnp.float32(0))
 
     def init(position):
         return State(tuple(w + 1 for w in position), tuple(jnp.zeros_like(w) for w in position))
@@ -321,3 +321,25 @@ def test_another_sampler_on_the_same_contract(regression):
     result = estimate(*regression, sampler=Sampler("descent", 0.1, init, step), num_draws=100)
     assert (result.loss_trace[:, -1] < 1e-6 * result.warmup_loss[:, 0]).all()
     assert result.settings["sampler"] == "descent"
+
+
+def test_odd_chains_cool_over_half_of_the_warm_up():
+    """nbeta rises from a fiftieth on a geometric schedule, the step shrinks by its root; statistics adapt meanwhile.
+
+    A sampler that shows its numbers in the trace. Kills: chains that stay hot, a step that does not follow.
+    """
+
+    def step(key, state, loss_and_grad, center, hyper):
+        return state, Info(jnp.float32(0), hyper.nbeta, hyper.step_size, 1.0 * hyper.adapt)
+
+    shown = Sampler("shown", 1e-3, slt.sgld(1e-3).init, step)
+    posterior = slt.LocalPosterior(lambda p, x: p["w"] * x[:, 0], {"w": jnp.zeros(())}, 10, nbeta=7.0, localization=1.0)
+    plan = Schedule(2, 5, 20, 1, 4, 1, "full", 1, 8, hot=50.0)
+    engine = Engine(posterior, as_source(jnp.ones((10, 1))), shown, plan, jax.random.key(0), one_device(2))
+    run = engine.start()
+    for _ in engine.steps(run):
+        pass
+    heat = 50.0 ** np.maximum(0, 1 - np.arange(25) / 10)
+    np.testing.assert_allclose(run.trace.drift_sq, [7.0 * np.ones(25), 7.0 / heat], rtol=1e-5)
+    np.testing.assert_allclose(run.trace.virial, [1e-3 * np.ones(25), 1e-3 * np.sqrt(heat)], rtol=1e-5)
+    np.testing.assert_array_equal(run.trace.distance_sq, 2 * [np.arange(25) < 10])

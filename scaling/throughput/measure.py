@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from scaling.throughput.compare import machine
+
 
 def peak_mb() -> int:
     """Most resident memory of this process so far, MiB."""
@@ -47,10 +49,11 @@ def whole_call(case: str, folder: Path, baseline: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def overhead(folder: Path, rounds: int = 5, steps: int = 10) -> dict[str, Any]:
+def overhead(folder: Path, rounds: int = 7, steps: int = 10) -> dict[str, Any]:
     """Seconds a step of the engine, for each sampler, over those of the bare loop, turn by turn.
 
-    One device, one chain, no baseline in the step. ``overhead`` is that of SGLD, ``overheads`` has them all.
+    One device, one chain, no baseline in the step. Medians over the rounds of each round's ratio. ``overhead`` is that
+    of SGLD, ``overheads`` has them all.
     """
     import slt_jax as slt
     from scaling.throughput import work as bench
@@ -80,8 +83,10 @@ def overhead(folder: Path, rounds: int = 5, steps: int = 10) -> dict[str, Any]:
             begin = time.perf_counter()
             loop(steps)
             seconds[name].append((time.perf_counter() - begin) / steps)
-    middle = {name: statistics.median(values) for name, values in seconds.items()}
-    overheads = {name: middle[name] / middle["bare"] - 1 for name in samplers}
+    def ratio(name: str) -> float:
+        return statistics.median(own / bare for own, bare in zip(seconds[name], seconds["bare"], strict=True))
+
+    overheads = {name: ratio(name) - 1 for name in samplers}
     return {"seconds": seconds, "overheads": overheads, "overhead": overheads["sgld"], "peak_rss_mb": peak_mb()}
 
 
@@ -136,6 +141,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("gpt"), help="the GPT's checkpoint, written by train")
     parser.add_argument("--baseline", choices=["full", "paired"], default="full")
     parser.add_argument("--devices", type=int, default=None, help="JAX devices on a CPU; default one per core")
+    parser.add_argument("--out", type=Path, help="also write the result to this JSON file, with machine and versions")
     args = parser.parse_args()
     one = args.case in ("overhead", "floor", "gpt2_small", "train")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -150,7 +156,10 @@ def main() -> None:
     else:
         found = {"overhead": lambda: overhead(args.folder), "gpt2_small": gpt2_small, "floor": floor}[args.case]()
     record = {"case": args.case, "devices": jax.device_count(), "cores": cores, **found}
-    print("RESULT", json.dumps({k: float(v) if isinstance(v, np.floating) else v for k, v in record.items()}))
+    record = {k: float(v) if isinstance(v, np.floating) else v for k, v in record.items()}
+    print("RESULT", json.dumps(record))
+    if args.out:
+        args.out.write_text(json.dumps({**machine(), **record}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
