@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slt_jax.kernels.langevin import uniform_index
+from slt_jax.mesh import addressable
 from slt_jax.posterior import check_count, path_of, tree_digest
 
 PyTree = Any
@@ -66,7 +67,7 @@ class ArrayData:
 
     def fingerprint(self) -> str:
         """SHA-256 over structure, types, shapes and bytes."""
-        return tree_digest(self.arrays)
+        return tree_digest(addressable(self.arrays))
 
 
 class HostData:

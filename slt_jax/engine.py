@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from slt_jax.batches import Prefetcher, Source, draw_indices
-from slt_jax.mesh import chain_sharding, shared_sharding
+from slt_jax.mesh import chain_sharding, gathered, own_rows, place, place_rows, shared_sharding, to_host
 from slt_jax.posterior import LocalPosterior, LossProgram
 from slt_jax.samplers.base import Hyper, Position, Sampler
 
@@ -70,6 +69,7 @@ class Trace(NamedTuple):
     distance_sq: Any
     kinetic: Any
     acceptance: Any
+    pull: Any
 
 
 @dataclass
@@ -295,23 +295,15 @@ def _batch_grad(program: LossProgram, position, frozen, batch):
     return jax.grad(program.mean_loss)(position, frozen, batch)
 
 
-def to_host(tree: PyTree) -> PyTree:
-    """NumPy copies, whole on every process."""
-    if jax.process_count() > 1:
-        return multihost_utils.process_allgather(tree, tiled=True)
-    return jax.tree.map(np.array, tree)
-
-
 class Engine:
     """A posterior, a data source and a sampler, compiled for a mesh; ``advance`` moves a ``Run`` by some steps."""
 
     def __init__(self, posterior: LocalPosterior, source: Source, sampler: Sampler, plan: Schedule, key, mesh: Mesh):
-        self.posterior, self.source, self.sampler, self.mesh, self.key = posterior, source, sampler, mesh, key
+        self.posterior, self.source, self.sampler, self.mesh = posterior, source, sampler, mesh
         center, frozen = posterior.program.split(posterior.center)
-        put = lambda tree: jax.device_put(tree, jax.tree.map(lambda x: shared_sharding(mesh, x), tree))  # noqa: E731
-        self.center, self.frozen, self.arrays = put(center), put(frozen), put(source.arrays)
+        self.key, self.center, self.frozen = self.put(key), self.put(center), self.put(frozen)
+        self.arrays = self.put(source.arrays)
         self.per_chain = NamedSharding(mesh, PartitionSpec("chain"))
-        self._put = put
         self.configure(plan, 1.0 if sampler.step_size is None else sampler.step_size, sampler.friction or 0.1)
 
     def configure(self, plan: Schedule, step_size: float, friction: float) -> None:
@@ -336,10 +328,19 @@ class Engine:
             sampler.family == "exact",
         )
         if plan.control_variate:
-            self.center_grad = self._put(self.full_grad())
+            self.center_grad = self.put(self.full_grad())
+
+    def put(self, tree: PyTree) -> PyTree:
+        """``tree``, which every process holds whole, on the mesh, once for all chains."""
+        return jax.tree.map(lambda x: place(x, shared_sharding(self.mesh, x)), tree)
+
+    def fetch(self, indices: np.ndarray) -> PyTree:
+        """The examples ``indices``, where programs together with ``center`` can use them."""
+        batch = self.source.fetch(indices)
+        return batch if self.per_chain.is_fully_addressable else self.put(batch)
 
     def _keys(self, key: jax.Array) -> jax.Array:
-        return _chain_keys(jax.device_put(key, shared_sharding(self.mesh, key)), self.plan.num_chains, self.per_chain)
+        return _chain_keys(key, self.plan.num_chains, self.per_chain)
 
     def localize(self, localization: float) -> None:
         """Give a posterior without a localization this one."""
@@ -368,7 +369,7 @@ class Engine:
                 if self.source.on_host:
                     with Prefetcher(self.source) as ahead:
                         ahead.submit(self._indices(run.step))
-                        batches = jax.device_put(ahead.result(), self.per_chain)
+                        batches = self._on_chains(ahead.result())
                 self.advance(run, min(self.static.length, end - run.step), batches)
         finally:
             self.keys, self.hyper, self.hot = keys, hyper, hot
@@ -395,23 +396,24 @@ class Engine:
     def start(self) -> Run:
         """Every chain at the center."""
         num, shape = self.plan.num_chains, (self.plan.num_chains, self.plan.total_steps)
-
         if self.static.whole:
-            at = _loss_and_grad(self.static, self.frozen, self.arrays)
-            first = jax.jit(lambda: self.sampler.init(self.center, at, self.hyper))()
+            first = jax.jit(self._first_exact)(self.center, self.frozen, self.arrays, self.hyper)
         else:
             first = self.sampler.init(self.center)
         shardings = tuple(chain_sharding(self.mesh, x) for x in jax.tree.leaves(first))
         state = _spread(num, shardings, first)
-        alive = jax.device_put(jnp.ones(num, bool), self.per_chain)
+        alive = place(np.ones(num, bool), self.per_chain)
         return Run(state, alive, Trace(*(np.full(shape, np.nan, np.float32) for _ in Trace._fields)))
+
+    def _first_exact(self, center: Position, frozen: PyTree, arrays: PyTree, hyper: Hyper) -> PyTree:
+        return self.sampler.init(center, _loss_and_grad(self.static, frozen, arrays), hyper)
 
     def full_loss(self) -> float:
         """L_n(w*): the mean over the whole data set, in blocks of ``batch_size``."""
         total, num, size = 0.0, self.source.num_data, self.plan.batch_size
         for begin in range(0, num, size):
             indices = np.arange(begin, min(begin + size, num))
-            batch = self.source.fetch(indices)
+            batch = self.fetch(indices)
             total += float(_batch_loss(self.posterior.program, self.center, self.frozen, batch)) * len(indices)
         return total / num
 
@@ -421,7 +423,7 @@ class Engine:
         total: Position = jax.tree.map(jnp.zeros_like, self.center)
         for begin in range(0, num, size):
             indices = np.arange(begin, min(begin + size, num))
-            part = _batch_grad(self.posterior.program, self.center, self.frozen, self.source.fetch(indices))
+            part = _batch_grad(self.posterior.program, self.center, self.frozen, self.fetch(indices))
             share = len(indices) / num
             part = jax.tree.map(lambda g: g * share, part)  # noqa: B023  (called at once)
             total = jax.tree.map(jnp.add, total, part)
@@ -452,6 +454,7 @@ class Engine:
             self.advance(run, size)
             took = time.perf_counter() - began
             size = max(1, min(size * 4, int(size * seconds / max(took, 1e-9)))) if size > 1 else 4
+            size = gathered(size, self.mesh)[0]  # clocks differ, and all processes must take the same steps
             yield run
 
     def _host_steps(self, run: Run):
@@ -459,7 +462,7 @@ class Engine:
         with Prefetcher(self.source) as ahead:
             ahead.submit(self._indices(run.step))
             while run.step < self.plan.total_steps:
-                batches = jax.device_put(ahead.result(), self.per_chain)
+                batches = self._on_chains(ahead.result())
                 steps = min(length, self.plan.total_steps - run.step)
                 if run.step + steps < self.plan.total_steps:
                     ahead.submit(self._indices(run.step + steps))
@@ -467,8 +470,12 @@ class Engine:
                 yield run
 
     def _indices(self, start: int) -> np.ndarray:
+        """What the chains of this process draw in the chunk from step ``start``."""
         drawn = _chunk_indices(self.keys, start, self.static.length, self.source.num_data, self.plan.batch_size)
-        return np.asarray(to_host(drawn))
+        return to_host(drawn)[own_rows(self.plan.num_chains, self.per_chain)]
+
+    def _on_chains(self, batches: PyTree) -> PyTree:
+        return jax.tree.map(lambda x: place_rows(x, self.plan.num_chains, self.per_chain), batches)
 
     def _shared(self) -> tuple:
         return self.center, self.frozen, self.arrays, self.hyper, self.center_grad

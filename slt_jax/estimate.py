@@ -1,11 +1,13 @@
 """The front door: losses of local chains into a learning coefficient with an error bar."""
 
 import contextlib
+import dataclasses
 import functools
 import math
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +18,9 @@ from jax.sharding import AxisType, Mesh
 
 from slt_jax.batches import as_source, check_batch_size
 from slt_jax.calibrate import Choice, calibrate, default_budget
-from slt_jax.checkpoint import RunStore, versions
-from slt_jax.engine import Engine, Run, Schedule, Trace, to_host
-from slt_jax.mesh import chain_mesh, check_mesh
+from slt_jax.checkpoint import RunStore, first_difference, versions
+from slt_jax.engine import Engine, Run, Schedule, Trace
+from slt_jax.mesh import addressable, chain_mesh, check_mesh, gathered, leads, place, spans_processes, to_host
 from slt_jax.posterior import LocalPosterior, check_count, check_positive
 from slt_jax.probe import Probe
 from slt_jax.progress import Progress
@@ -82,11 +84,15 @@ def estimate_llc(
         batch_size: examples in one step's minibatch, drawn with replacement, its own for each chain; default
             ``min(256, num_data)``.
         key: ``jax.random.key(...)`` or an integer seed.
-        mesh: devices, with an axis ``chain`` (and ``model``); default as many devices as divide ``num_chains``.
+        mesh: devices, with an axis ``chain`` (and ``model``); default as many devices as divide ``num_chains``. With
+            several processes (``jax.distributed.initialize``) those of all; every process makes the same call on the
+            same data, which each holds whole, and gets the same result.
         chain_batch: chains advanced together on one device; 1 uses least memory. Must divide the chains of a device.
         checkpoint_dir: where to keep state and traces; the same call with the same directory resumes an interrupted run
-            and ends bit for bit equal to an unbroken one on the same mesh, versions and device kind.
-        progress: show a progress bar with steps/s and the running estimate, and what the calibration chose.
+            and ends bit for bit equal to an unbroken one on the same mesh, versions and device kind. Several processes
+            need a disk that they share.
+        progress: show a progress bar with steps/s and the running estimate, and what the calibration chose; on the
+            first process.
         micro_batches: parts in which a minibatch goes through the model, to save memory; must divide ``batch_size``.
         baseline: ``"paired"`` subtracts L_m(w*) on the same batch at each draw (one more forward pass a draw, much less
             variance); ``"full"`` subtracts L_n(w*) over all data, computed once.
@@ -146,10 +152,12 @@ def estimate_llc(
 
     control = bool(control_variate) and not is_open
     engine = Engine(posterior, source, sampler, schedule(first, control), key, mesh)
-    full = _full_loss(engine) if baseline == "full" else None
+    if spans_processes(mesh):
+        _check_same_call(engine, key, request, int(chunk_size), checkpoint_dir is not None)
+    full = gathered(_full_loss(engine), mesh)[0] if baseline == "full" else None
     store = None
     if checkpoint_dir is not None:
-        store = RunStore(checkpoint_dir, _identity(engine, key, request))
+        store = RunStore(checkpoint_dir, _identity(engine, key, request), mesh)
     choice = None
     if is_open:
         choice = _calibrated(engine, store, sampler, posterior, request)
@@ -157,7 +165,7 @@ def estimate_llc(
         pass_over = -(-source.num_data // batch_size) if choice.control_variate else 0
         lengths = lay(choice.gradients + pass_over, 2 if choice.control_variate else 1)
         engine.configure(schedule(lengths, choice.control_variate), choice.step_size, choice.friction)
-        if progress:
+        if progress and leads(mesh):
             print(*(f"  {line}" for line in choice.lines), sep="\n", file=sys.stderr)
     run = _run(engine, store, progress, checkpoint_seconds)
     return _result(engine, run, full, choice)
@@ -224,19 +232,24 @@ def _calibrated(
     """The calibration's choice; a resumed run reads that of its first start."""
     found = None if store is None else store.read_note("calibration")
     if found is not None:
-        return Choice(**{**found, "lines": tuple(found["lines"])})
+        return _choice_of(found)
     plan = engine.plan
     total = request.budget or plan.num_chains * plan.total_steps
     control = False if sampler.family == "exact" else request.control_variate
     try:
         check = functools.partial(_check_at_center, engine)
         choice = calibrate(engine, sampler, posterior.localization, control, total, check)
+        choice = _choice_of(gathered(choice.to_dict(), engine.mesh)[0])
     except BaseException:
         _abandon(store)
         raise
     if store is not None:
         store.write_note("calibration", choice.to_dict())
     return choice
+
+
+def _choice_of(found: dict[str, Any]) -> Choice:
+    return Choice(**{**found, "lines": tuple(found["lines"])})
 
 
 def check_key(key: Any) -> jax.Array:
@@ -323,8 +336,24 @@ def _check_finite(engine: Engine, loss: float, where: str) -> None:
         )
 
 
+def _check_same_call(engine: Engine, key: jax.Array, request: _Request, chunk_size: int, saves: bool) -> None:
+    """Raise ValueError, on all processes, when one of them asks for something else than process 0."""
+    mine = {**_identity(engine, key, request), "chunk_size": chunk_size, "checkpoint_dir is given": saves}
+    first, *others = gathered(mine, engine.mesh)
+    for number, other in enumerate(others, start=1):
+        if (differs := first_difference(other, first)) is not None:
+            name, there, here = differs
+            raise ValueError(
+                f"process {number} samples with another {name} than process 0: {there!r} there, {here!r} here. Let "
+                "every process make the same call on the same data, or give each a mesh of jax.local_devices()."
+            )
+
+
 def _identity(engine: Engine, key: jax.Array, request: _Request) -> dict[str, Any]:
     plan, mesh = engine.plan, engine.mesh
+    posterior = engine.posterior
+    if spans_processes(mesh):
+        posterior = dataclasses.replace(posterior, center=addressable(posterior.center))
     batch = engine.source.fetch(np.zeros(plan.batch_size, np.int64))
     # In this order a refusal names what was changed: the traced loss_fn, last, changes with most of the others.
     return {
@@ -336,7 +365,7 @@ def _identity(engine: Engine, key: jax.Array, request: _Request) -> dict[str, An
         "mesh": {name: int(size) for name, size in mesh.shape.items()},
         "device": mesh.devices.flat[0].device_kind,
         "data": {"examples": engine.source.num_data, "fingerprint": engine.source.fingerprint()},
-        "posterior": engine.posterior.fingerprint(batch),
+        "posterior": posterior.fingerprint(batch),
     }
 
 
@@ -345,45 +374,53 @@ def _run(engine: Engine, store: RunStore | None, progress: bool, every: float) -
     if store is not None and (saved := store.restore(run.state, _host_part(run))):
         run.step, run.state, host = saved
         run.trace = Trace(*(host[name] for name in Trace._fields))
-        run.alive = jax.device_put(jnp.asarray(host["alive"]), engine.per_chain)
+        run.alive = place(np.asarray(host["alive"]), engine.per_chain)
     try:
-        with Progress(engine, enabled=progress, every=every) as bar:
+        with Progress(engine, enabled=progress and leads(engine.mesh), every=every) as bar:
             for _ in engine.steps(run):
                 if bar.first_chunk:
                     _check_center(engine, run)
                 bar.update(run)
-                if store is not None and (bar.save_due() or run.step == engine.plan.total_steps):
+                if store is not None and (
+                    gathered(bar.save_due(), engine.mesh)[0] or run.step == engine.plan.total_steps
+                ):
                     store = _save(store, run)
     except BaseException:
         _abandon(store)
         raise
-    run.cost = bar.cost(run)
+    run.cost = gathered(bar.cost(run), engine.mesh)[0]
     if store is not None:
         _finish(store, run)
     return run
 
 
 def _host_part(run: Run) -> dict[str, np.ndarray]:
-    return {**run.trace._asdict(), "alive": np.asarray(run.alive)}
+    return {**run.trace._asdict(), "alive": to_host(run.alive)}
 
 
 def _save(store: RunStore, run: Run) -> RunStore | None:
     """Save; a directory that fails costs the durability of the run, not the run."""
-    try:
-        store.save(run.step, run.state, _host_part(run))
-    except Exception as error:
-        _forgo(store, run, error)
-        _abandon(store)
-        return None
-    return store
+    if (why := _failure(store, lambda: store.save(run.step, run.state, _host_part(run)))) is None:
+        return store
+    _forgo(store, run, why)
+    _abandon(store)
+    return None
 
 
 def _finish(store: RunStore, run: Run) -> None:
-    try:
-        store.wait()
-    except Exception as error:
-        _forgo(store, run, error)
+    if (why := _failure(store, store.wait)) is not None:
+        _forgo(store, run, why)
     _abandon(store)
+
+
+def _failure(store: RunStore, action: Callable[[], None]) -> str | None:
+    """What went wrong with ``action`` on the first process on which it did; None when all went well."""
+    told = None
+    try:
+        action()
+    except Exception as error:
+        told = str(error)
+    return next((why for why in gathered(told, store.mesh) if why is not None), None)
 
 
 def _abandon(store: RunStore | None) -> None:
@@ -393,8 +430,7 @@ def _abandon(store: RunStore | None) -> None:
             store.close()
 
 
-def _forgo(store: RunStore, run: Run, error: Exception) -> None:
-    why = str(error)
+def _forgo(store: RunStore, run: Run, why: str) -> None:
     why = why if len(why) <= 300 else f"{why[:100]} ... {why[-200:]}"  # the system's reason comes last
     note = f"checkpoints in {store.path} stopped at or before step {run.step} ({why}); the estimate is complete."
     run.notes.append(note)
@@ -425,7 +461,7 @@ def _looks(engine: Engine, run: Run) -> dict[str, float]:
 
 def _result(engine: Engine, run: Run, full_loss: float | None, choice: Choice | None) -> LLCResult:
     plan, posterior = engine.plan, engine.posterior
-    probe = _looks(engine, run)
+    probe = gathered(_looks(engine, run), engine.mesh)[0]
     steps = plan.num_chains * plan.total_steps * (2 if plan.control_variate else 1)
     passes = -(-engine.source.num_data // plan.batch_size) if plan.control_variate else 0
     spent = {"steps": steps, "calibration": choice.gradients if choice else 0.0, "control": passes}

@@ -119,7 +119,7 @@ class Probe:
         num = engine.source.num_data
         self.num_blocks = max(1, min(blocks, num // self._batch))
         chosen = self._random.choice(num, self.num_blocks * self._batch, replace=num < self._batch)
-        fetched = engine.source.fetch(np.sort(chosen))
+        fetched = engine.fetch(np.sort(chosen))
         self._blocks = jax.tree.map(lambda x: x.reshape(self.num_blocks, self._batch, *x.shape[1:]), fetched)
         self.gradients = 0.0
 
@@ -152,7 +152,7 @@ class Probe:
         found = []
         for _ in range(repeats):
             drawn = self._random.integers(0, engine.source.num_data, 2 * half)
-            parts = [engine.source.fetch(part) for part in (drawn[:half], drawn[half:])]
+            parts = [engine.fetch(part) for part in (drawn[:half], drawn[half:])]
             found.append(_noise(engine.posterior.program, position, engine.center, engine.frozen, *parts))
             self.gradients += 4 * half / self._batch
         scale = engine.posterior.nbeta**2 * half / (2 * self._batch)

@@ -205,7 +205,7 @@ def test_hmc_samples_the_whole_data_set():
     """A few moves on sufficient data; nbeta is that of the data set, not of its pseudo-inputs."""
     method = Method("hmc", 1e-7, localization=1.0, num_warmup=1, num_draws=4, num_data=300)
     teacher = teachers.make_teacher("B", "1K", 0)
-    posterior, data = posterior_and_data(teacher, method, devices.mesh_for(4))
+    posterior, data = posterior_and_data(teacher, method)
     moved = [w + np.float32(0.01) for w in teacher.weights]
     whole = teachers.loss_fn(moved, teachers.make_data(teacher, 300, seed=0)).mean()
     assert posterior.loss_fn(moved, data).mean() == pytest.approx(float(whole), rel=1e-4)

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from slt_jax.batches import HostData
+from slt_jax.mesh import chain_mesh
 
 
 def cluster(
@@ -49,60 +49,18 @@ def start(processes: dict[str, Any] | None, cpu_devices: int | None) -> None:
 
 
 def mesh_for(num_chains: int, most: int | None = None) -> Mesh:
-    """A mesh of as many devices as divide ``num_chains``, equally many of each process.
-
-    Args:
-      most: devices of one process to use; default all.
+    """slt-jax's own mesh, of at most ``most`` devices of each process.
 
     Raises:
       ValueError: the chains cannot be shared out equally among the processes.
     """
-    processes = jax.process_count()
-    if num_chains % processes:
+    if num_chains % (processes := jax.process_count()):
         raise ValueError(
             f"{num_chains} chains cannot be shared out equally among {processes} processes. Give --chains "
             f"{processes * -(-num_chains // processes)}, or fewer processes."
         )
-    own = [[d for d in jax.devices() if d.process_index == p] for p in range(processes)]
-    limit = min(*map(len, own), num_chains // processes, num_chains if most is None else most)
-    used = max(k for k in range(1, limit + 1) if num_chains // processes % k == 0)
-    chosen = np.array([devices[:used] for devices in own]).reshape(-1)
-    return Mesh(chosen, ("chain",), axis_types=(AxisType.Auto,))
-
-
-class OnEveryHost(HostData):
-    """A data set that every process holds whole, read by the host.
-
-    With several processes every one of them must cut its steps into the same chunks: those of data read by the host
-    have a fixed length, others are cut by the clock.
-    """
-
-    def __init__(self, arrays: Any):
-        self.data = arrays
-        self.num_data = len(jax.tree.leaves(arrays)[0])
-
-    def fetch(self, indices: np.ndarray) -> Any:
-        return jax.tree.map(lambda a: a[np.asarray(indices)], self.data)
-
-    def fingerprint(self) -> str:
-        return "the same arguments draw the same data"
-
-
-def everywhere(tree: Any, mesh: Mesh) -> Any:
-    """Arrays equal on all processes, as arrays that span the mesh; with one process, as they are."""
-    if jax.process_count() == 1:
-        return tree
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
-
-
-def key_everywhere(seed: int, mesh: Mesh) -> Any:
-    """A random key that spans the mesh; with one process the seed."""
-    if jax.process_count() == 1:
-        return seed
-    whole = NamedSharding(mesh, PartitionSpec())
-    data = np.asarray(jax.random.key_data(jax.random.key(seed, impl="threefry2x32")))
-    wrap = jax.jit(lambda d: jax.random.wrap_key_data(d, impl="threefry2x32"), out_shardings=whole)
-    return wrap(jax.device_put(data, whole))
+    own = [[d for d in jax.devices() if d.process_index == p][:most] for p in range(processes)]
+    return chain_mesh(num_chains, [device for devices in own for device in devices])
 
 
 def first_says(value: float) -> float:

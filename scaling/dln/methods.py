@@ -2,13 +2,11 @@
 
 from dataclasses import dataclass, replace
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 import slt_jax as slt
 from scaling.dln import drawn
-from scaling.dln.devices import OnEveryHost, everywhere, key_everywhere
 from scaling.dln.teachers import SIZES, Teacher, loss_fn, make_data, output, sufficient_data
 
 SAMPLERS = ("default", "sgld", "leimkuhler-matthews", "preconditioned", "sghmc", "sgnht", "hmc")
@@ -113,36 +111,27 @@ def sampler_of(method: Method) -> slt.Sampler:
     raise ValueError(f"the sampler must be one of {', '.join(SAMPLERS)}, got {method.sampler!r}.")
 
 
-def posterior_and_data(teacher: Teacher, method: Method, mesh: Mesh) -> tuple[slt.LocalPosterior, object]:
+def posterior_and_data(teacher: Teacher, method: Method) -> tuple[slt.LocalPosterior, object]:
     """What is sampled, and the data set in the form that the sampler takes. ``num_data`` is that of the whole set."""
-    several = jax.process_count() > 1
-    if method.sampler == "hmc" and several:
-        raise ValueError("hmc keeps its data in memory and runs in one process. Start it without the others.")
     num_data = SIZES[teacher.size].num_data if method.num_data is None else method.num_data
     if method.data == "drawn":
-        data = np.arange(num_data, dtype=np.int32)
         posterior = drawn.posterior(teacher, num_data, method.nbeta, method.localization)
-        placed = replace_center(posterior, mesh)
-    else:
-        data = make_data(teacher, num_data, method.label_noise, seed=teacher.seed)
-        center = everywhere(list(teacher.weights), mesh)
-        placed = slt.LocalPosterior(loss_fn, center, num_data, nbeta=method.nbeta, localization=method.localization)
+        return posterior, np.arange(num_data, dtype=np.int32)
+    data = make_data(teacher, num_data, method.label_noise, seed=teacher.seed)
+    posterior = slt.LocalPosterior(
+        loss_fn, list(teacher.weights), num_data, nbeta=method.nbeta, localization=method.localization
+    )
     if method.sampler == "hmc":
         rows = sufficient_data(data[0])
         data = (rows, np.asarray(output(teacher.weights, rows), np.float32))
-    return placed, OnEveryHost(data) if several else data
-
-
-def replace_center(posterior: slt.LocalPosterior, mesh: Mesh) -> slt.LocalPosterior:
-    return replace(posterior, center=everywhere(posterior.center, mesh))
+    return posterior, data
 
 
 def estimate(teacher: Teacher, method: Method, mesh: Mesh) -> slt.LLCResult:
     """Raises FloatingPointError where the loss at the teacher is not finite."""
-    posterior, data = posterior_and_data(teacher, method, mesh)
+    posterior, data = posterior_and_data(teacher, method)
     return slt.estimate_llc(
         posterior, data, sampler=sampler_of(method), num_chains=method.num_chains, budget=method.budget,
         num_warmup=method.num_warmup, num_draws=method.num_draws,
-        batch_size=None if method.sampler == "hmc" else method.batch_size, key=key_everywhere(teacher.seed, mesh),
-        mesh=mesh,
+        batch_size=None if method.sampler == "hmc" else method.batch_size, key=teacher.seed, mesh=mesh,
     )  # fmt: skip
