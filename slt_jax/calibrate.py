@@ -17,9 +17,11 @@ from slt_jax.corrections import heating
 from slt_jax.engine import Engine
 from slt_jax.probe import Noise, Probe
 from slt_jax.samplers.base import Sampler
+from slt_jax.whitening import Whitening
 
 STEP_SHARE = 0.25
 KAPPA = 1e6  # curvature over localization
+KAPPA_METRIC = 1e9  # the same where a metric takes care of the range
 REACH = 2.5  # of a flat direction, in typical weights
 FRICTION = 0.02  # the least: soft directions relax in friction / (step_size curvature) steps
 MOST_FRICTION = 0.7
@@ -47,7 +49,12 @@ class Choice:
 
 
 def step_scale(sampler: Sampler, rich: bool) -> float:
-    """step_size times the largest curvature: smaller where the step size itself biases, and where steps are plenty."""
+    """step_size times the largest curvature: smaller where the step size itself biases, and where steps are plenty.
+
+    In a metric's coordinates all directions are about as stiff as the stiffest, and the curvature still varies from
+    place to place: a step as short as where steps are plenty costs little there.
+    """
+    rich = rich or sampler.metric
     return {"euler": 0.1, "matthews": 0.5}.get(sampler.family, STEP_SHARE) / (4 if rich else 1)
 
 
@@ -80,27 +87,37 @@ def calibrate(
     check(*probe.loss_and_grad_norm(engine.center))
     at_center = probe.sharpness(engine.center, rounds)
     curvature = at_center
-    settle = localization if localization is not None else _localization(curvature, engine.center)
+    kappa = KAPPA_METRIC if sampler.metric else KAPPA
+    settle = localization if localization is not None else _localization(curvature / kappa, engine.center)
     engine.localize(settle)
     step_size, friction = sampler.step_size, sampler.friction
     full_pass = math.ceil(engine.source.num_data / engine.plan.batch_size)
-    if step_size is None or friction is None or control is None:
+    if sampler.metric:
+        pilot = Whitening(engine, probe, allowed)
+        curvature, positions = pilot.explore(at_center, settle)
+        lines.append(
+            f"Kronecker metric: largest curvature {at_center:.3g} at w*, {curvature:.3g} in its coordinates "
+            f"({pilot.rounds} rounds of a pilot run)"
+        )
+    elif step_size is None or friction is None or control is None:
         steps = max(12, int(0.4 * allowed / engine.plan.num_chains))
         pilot = _Pilot(engine, sampler, probe, steps, max(4, rounds // 3), allowed)
         curvature, positions = pilot.explore(curvature, step_size)
         if localization is None:
-            settle = _localization(curvature, engine.center)
+            settle = _localization(curvature / kappa, engine.center)
             engine.localize(settle)
-    lines.append(f"largest curvature of nbeta L: {at_center:.3g} at w*, {curvature:.3g} where a pilot run went")
+    stiffest = at_center if sampler.metric else curvature
+    if not sampler.metric:
+        lines.append(f"largest curvature of nbeta L: {at_center:.3g} at w*, {curvature:.3g} where a pilot run went")
     if localization is None:
         why = f"a flat direction moves a weight by {REACH} typical weights"
-        why = f"largest curvature / {KAPPA:.0g}" if settle * KAPPA < 1.01 * curvature else why
+        why = f"largest curvature / {kappa:.0g}" if settle * kappa < 1.01 * stiffest else why
         lines.append(f"localization {settle:.3g}: {why}")
     if step_size is None or friction is None or control is None:
         noise = _mean_noise([probe.noise(p, 2)[0] for p in positions])
         scale = max(pilot.llc, 1e-3)
         if step_size is None:
-            step_size = step_scale(sampler, rich) / (curvature + settle)
+            step_size = step_scale(sampler, rich) / (curvature + (0.0 if sampler.metric else settle))
             lines.append(f"step_size {step_size:.3g}: {step_scale(sampler, rich):.2g} / curvature")
         first = 0.1 if friction is None else friction
         heat = [heating(family, step_size, first, n) / scale for n in noise]
@@ -115,7 +132,7 @@ def calibrate(
         mine = noise.controlled if control else noise.plain
         if friction is None:
             limit = HEAT_CONTROLLED if control else HEAT
-            least = 0.1 if rich else FRICTION
+            least = 0.3 if sampler.metric else 0.1 if rich else FRICTION
             friction, step_size, line = _damp(family, step_size, mine, scale, limit, least, sampler.step_size is None)
             lines.append(line)
         elif sampler.step_size is None:
@@ -127,12 +144,12 @@ def calibrate(
     return Choice(step_size, friction, settle, bool(control), spent, curvature, tuple(lines))
 
 
-def _localization(curvature: float, center: tuple) -> float:
-    """A flat direction moves a weight by REACH typical weights, or by sqrt(KAPPA) times the spread of a stiff one."""
+def _localization(least: float, center: tuple) -> float:
+    """A flat direction moves a weight by REACH typical weights, or by as little as ``least`` allows."""
     count = sum(w.size for w in center)
     mean_square = sum(float(jnp.sum(w * w)) for w in center) / count
     # All zeros have no scale of their own: flat directions then move by 1.
-    return max(curvature / KAPPA, REACH**-2 / mean_square if mean_square > 0 else 1.0)
+    return max(least, REACH**-2 / mean_square if mean_square > 0 else 1.0)
 
 
 def _mean_noise(found: list[Noise]) -> Noise:

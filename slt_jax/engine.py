@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from slt_jax.batches import Prefetcher, Source, draw_indices
 from slt_jax.mesh import chain_sharding, gathered, own_rows, place, place_rows, shared_sharding, to_host
 from slt_jax.posterior import LocalPosterior, LossProgram
-from slt_jax.samplers.base import Hyper, Position, Sampler
+from slt_jax.samplers.base import Hyper, Metric, Position, Sampler
 
 PyTree = Any
 _BATCH, _NOISE = 0, 1  # what a step's key is folded with
@@ -304,6 +304,7 @@ class Engine:
         self.key, self.center, self.frozen = self.put(key), self.put(center), self.put(frozen)
         self.arrays = self.put(source.arrays)
         self.per_chain = NamedSharding(mesh, PartitionSpec("chain"))
+        self.metric: Metric = ()
         self.configure(plan, 1.0 if sampler.step_size is None else sampler.step_size, sampler.friction or 0.1)
 
     def configure(self, plan: Schedule, step_size: float, friction: float) -> None:
@@ -347,6 +348,11 @@ class Engine:
         self.posterior = dataclasses.replace(self.posterior, localization=localization)
         self.hyper = self.hyper._replace(localization=jnp.float32(localization))
 
+    def measure_in(self, metric: Metric) -> None:
+        """Let samplers that take a metric move in its coordinates from now on."""
+        self.metric = self.put(metric)
+        self.hyper = self.hyper._replace(metric=self.metric)
+
     def position(self, run: Run, chain: int) -> Position:
         """Where one chain is, on every process."""
         state = run.state.position
@@ -383,7 +389,7 @@ class Engine:
             step_size,
             friction,
         )
-        return Hyper(*(jnp.float32(x) for x in numbers), jnp.bool_(False))
+        return Hyper(*(jnp.float32(x) for x in numbers), jnp.bool_(False), self.metric)
 
     def _length(self) -> int:
         """Most steps in one chunk: bounded for host data by the memory of the batches."""

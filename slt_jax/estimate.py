@@ -222,7 +222,8 @@ def _lay_out(
             )
     hot = request.hot
     if hot is None:
-        hot = 10.0 if sampler.step_size is None and sampler.family != "exact" and chains >= 2 and warmup >= 200 else 1.0
+        plain = sampler.step_size is None and sampler.family != "exact" and not sampler.metric
+        hot = 10.0 if plain and chains >= 2 and warmup >= 200 else 1.0
     return int(chains), int(draws), int(warmup), int(thinning), float(hot)
 
 
@@ -231,7 +232,7 @@ def _calibrated(
 ) -> Choice:
     """The calibration's choice; a resumed run reads that of its first start."""
     found = None if store is None else store.read_note("calibration")
-    if found is not None:
+    if found is not None and not sampler.metric:  # the metric is not kept: it is measured again, a function of the key
         return _choice_of(found)
     plan = engine.plan
     total = request.budget or plan.num_chains * plan.total_steps

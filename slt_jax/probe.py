@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from slt_jax.posterior import LossProgram
-from slt_jax.samplers.base import Position, displacement, gaussian, inner
+from slt_jax.samplers.base import Position, displacement, gaussian, inner, root
 
 
 class Noise(NamedTuple):
-    """Trace of the covariance of nbeta grad L_m(w): of the plain gradient, and with control variates at w*."""
+    """Trace of the covariance of nbeta grad L_m(w): of the plain gradient, and with control variates at w*.
+
+    In the coordinates of the engine's metric, if it has one.
+    """
 
     plain: float
     controlled: float
@@ -72,10 +75,19 @@ def _grad_blocks(program: LossProgram, position, frozen, blocks):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _noise(program: LossProgram, position, center, frozen, first, second):
+def _curvature(program: LossProgram, position, direction, frozen, blocks, nbeta, localization, reach):
+    """(nbeta Hessian of L + localization) times ``direction``, by a central secant ``reach`` times as long as it."""
+    ahead = _grad_over(program, frozen, blocks, _plus(position, _scaled(reach, direction)))[1]
+    behind = _grad_over(program, frozen, blocks, _plus(position, _scaled(-reach, direction)))[1]
+    bent = _scaled(nbeta / (2 * reach), displacement(ahead, behind))
+    return _plus(bent, _scaled(localization, direction))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _noise(program: LossProgram, position, center, frozen, first, second, metric):
     def difference(at):
         grads = [jax.grad(program.mean_loss)(at, frozen, half) for half in (first, second)]
-        return displacement(*grads)
+        return root(metric, displacement(*grads))
 
     here, there = difference(position), difference(center)
     rest = displacement(here, there)
@@ -83,20 +95,20 @@ def _noise(program: LossProgram, position, center, frozen, first, second):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _acceptance(program: LossProgram, position, center, frozen, blocks, nbeta, localization, step_size, key):
+def _acceptance(program: LossProgram, position, center, frozen, blocks, nbeta, localization, step_size, metric, key):
     """Metropolis acceptance of one Euler-Maruyama step, which is one leapfrog step from a fresh momentum."""
 
     def energy(w):
         loss, grad = _grad_over(program, frozen, blocks, w)
         away = displacement(w, center)
-        force = tuple(nbeta * g + localization * x for g, x in zip(grad, away, strict=True))
+        force = root(metric, tuple(nbeta * g + localization * x for g, x in zip(grad, away, strict=True)))
         return loss, inner(away, away), force
 
     time = jnp.sqrt(step_size)
     momentum = gaussian(key, position)
     loss, distance, force = energy(position)
     half = tuple(p - 0.5 * time * f for p, f in zip(momentum, force, strict=True))
-    loss2, distance2, force2 = energy(_plus(position, _scaled(time, half)))
+    loss2, distance2, force2 = energy(_plus(position, root(metric, _scaled(time, half))))
     last = tuple(p - 0.5 * time * f for p, f in zip(half, force2, strict=True))
     change = nbeta * (loss2 - loss) + 0.5 * localization * (distance2 - distance)
     change += 0.5 * (inner(last, last) - inner(momentum, momentum))
@@ -139,6 +151,13 @@ class Probe:
         self.gradients += 2 * iterations * self.num_blocks
         return float(found)
 
+    def curvature(self, position: Position, direction: Position, reach: float) -> Position:
+        """(nbeta Hessian + localization) times ``direction``, by a secant ``reach`` times as long; two gradients."""
+        engine, posterior = self._engine, self._engine.posterior
+        self.gradients += 2 * self.num_blocks
+        numbers = (jnp.float32(x) for x in (posterior.nbeta, posterior.localization, reach))
+        return _curvature(posterior.program, position, direction, engine.frozen, self._blocks, *numbers)
+
     def loss_and_grad_norm(self, position: Position) -> tuple[float, float]:
         """Mean loss over the fixed examples, and the norm of its gradient."""
         engine = self._engine
@@ -153,7 +172,8 @@ class Probe:
         for _ in range(repeats):
             drawn = self._random.integers(0, engine.source.num_data, 2 * half)
             parts = [engine.fetch(part) for part in (drawn[:half], drawn[half:])]
-            found.append(_noise(engine.posterior.program, position, engine.center, engine.frozen, *parts))
+            around = (position, engine.center, engine.frozen)
+            found.append(_noise(engine.posterior.program, *around, *parts, engine.metric))
             self.gradients += 4 * half / self._batch
         scale = engine.posterior.nbeta**2 * half / (2 * self._batch)
         values = scale * np.array([[float(x) for x in pair] for pair in found])
@@ -167,6 +187,7 @@ class Probe:
         numbers = (jnp.float32(x) for x in (posterior.nbeta, posterior.localization, step_size))
         return float(
             _acceptance(
-                posterior.program, position, engine.center, engine.frozen, self._blocks, *numbers, self._next_key()
+                posterior.program, position, engine.center, engine.frozen, self._blocks, *numbers, engine.metric,
+                self._next_key(),
             )
         )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
+from slt_jax.corrections import heating
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(4000, 8)).astype(np.float32)
@@ -44,6 +45,29 @@ def test_the_step_follows_the_scale_of_the_loss(scale):
     exact = result.settings["nbeta"] * np.linalg.eigvalsh(scale**2 * X.T @ X / 4000)[-1]
     assert chosen["curvature"] == pytest.approx(exact, rel=0.15)
     assert chosen["step_size"] * (exact + chosen["localization"]) == pytest.approx(0.25, rel=0.5)
+
+
+def test_a_flat_direction_moves_a_weight_by_two_and_a_half_typical_ones():
+    """All weights are 1: the localization is 2.5^-2, unless the curvature asks for more than a millionth of it."""
+    assert estimate().settings["localization"] == pytest.approx(0.16, rel=1e-6)
+    stiff = estimate(posterior(scale=1e3)).settings
+    assert stiff["localization"] == pytest.approx(stiff["calibration"]["curvature"] / 1e6, rel=1e-6)
+
+
+def test_friction_lets_minibatch_noise_add_what_it_may():
+    """3 % of the pilot run's own LLC, in which the directions that the localization holds have no part.
+
+    Eight noisy directions, LLC 4, heated to about 5 by the pilot's lower friction; and forty flat ones. Kills: half of
+    the room; a pilot's LLC with the flat directions in it, which would be above 10.
+    """
+    flat = slt.LocalPosterior(
+        lambda p, xy: 0.5 * (xy[0] @ (p["w"][:8] - 1) - xy[1]) ** 2, {"w": jnp.ones(48)}, 4000, localization=5.0
+    )
+    result = estimate(flat, noise=0.2, control_variate=False, budget=8000)
+    settings, probe = result.settings, result.settings["probe"]
+    assert 0.021 < settings["friction"] < 0.69
+    added = heating("baoab", settings["step_size"], settings["friction"], probe["noise"])
+    assert added == pytest.approx(0.17, rel=0.3)
 
 
 @pytest.mark.parametrize("budget", [2_000, 20_000])

@@ -30,6 +30,15 @@ def test_euler_bias_is_exact_on_a_quadratic():
     assert found.step_size == pytest.approx(raw - d / 2)
 
 
+def test_sghmc_bias_is_that_of_its_docstring_to_first_order():
+    """raw = d / 2 / (1 - k / (4 - 2 friction)), E|G|^2 = d a as k goes to 0."""
+    d, a, friction = 50, 40.0, SETTINGS["friction"]
+    for eps in (1e-4, 1e-5):
+        raw = d / 2 / (1 - eps * a / (4 - 2 * friction))
+        found = bias_of("sghmc", raw, d * a, NAN2, (0.0, 0.0), {"step_size": eps, "friction": friction})
+        assert found.step_size == pytest.approx(raw - d / 2, rel=eps * a)
+
+
 def test_a_large_bias_is_told_and_not_taken_off():
     found = bias_of("euler", 10.0, 4000.0, NAN2, NAN2, SETTINGS)
     assert found.applied == 0.0

@@ -40,6 +40,14 @@ def test_sharpness_is_the_largest_eigenvalue():
     assert probe.gradients == 2 * 30 * 4
 
 
+def test_curvature_is_the_hessian_of_the_whole_exponent():
+    """Kills: a one-sided length of the secant; a localization left out."""
+    probe, direction = probe_of(linear), RNG.normal(size=5).astype(np.float32)
+    (found,) = probe.curvature((jnp.ones(5),), (jnp.asarray(direction),), 0.1)
+    np.testing.assert_allclose(found, (NBETA / 64 * X.T @ X + PULL * np.eye(5)) @ direction, rtol=1e-3, atol=1e-3)
+    assert probe.gradients == 2 * 4
+
+
 def test_where_the_hessian_vanishes_the_curvature_is_that_of_the_posterior():
     """w^4: the secant over s has slope 4 nbeta s^2, and s^2 = 1 / that: 2 sqrt(nbeta)."""
     probe = probe_of(lambda p, x: p["w"][0] ** 4 + 0 * x[:, 0], np.zeros((64, 1), np.float32), size=1)

@@ -18,12 +18,24 @@ Position = tuple[jax.Array, ...]
 LossAndGrad = Callable[[Position], tuple[jax.Array, Position]]
 
 
+class Factor(NamedTuple):
+    """P^(1/2) of one leaf: ``left`` U, ``right`` V (None for the identity) and ``scale`` 1 / sqrt(t), as a matrix."""
+
+    left: Any
+    right: Any
+    scale: jax.Array
+
+
+Metric = tuple[Factor, ...]
+
+
 class Hyper(NamedTuple):
     """Scalars of the target and of the step; all may be traced.
 
     ``step_size``: eps, in squared units of weight. A kinetic sampler's time step is its square root, so that one
     undamped step from rest moves by the same -(eps/2) G as one of SGLD. ``friction``: the share of momentum lost in one
     step, dimensionless. ``adapt``: whether running statistics may still change (the first half of the warm-up).
+    ``metric``: P^(1/2) for samplers that take one; () for none.
     """
 
     nbeta: jax.Array | float
@@ -31,6 +43,7 @@ class Hyper(NamedTuple):
     step_size: jax.Array | float
     friction: jax.Array | float = 0.1
     adapt: jax.Array | bool = False
+    metric: Metric = ()
 
 
 class Info(NamedTuple):
@@ -60,7 +73,8 @@ class Sampler(NamedTuple):
     calibration, and so is a ``friction`` of None. ``family`` says which theory of its bias applies: ``"euler"``
     (Euler-Maruyama), ``"matthews"`` (Leimkuhler-Matthews), ``"baoab"``, ``"sghmc"``, ``"sgnht"``, ``"exact"`` or
     ``""`` for none. An ``"exact"`` one takes every gradient over the whole data set, and its ``init`` is
-    ``init(position, loss_and_grad, hyper)``.
+    ``init(position, loss_and_grad, hyper)``. ``metric``: whether its step moves in the coordinates of ``hyper.metric``,
+    which the calibration measures.
     """
 
     name: str
@@ -69,6 +83,21 @@ class Sampler(NamedTuple):
     step: Callable[[jax.Array, Any, LossAndGrad, Position, Hyper], tuple[Any, Info]]
     friction: float | None = 0.1
     family: str = ""
+    metric: bool = False
+
+
+def root(metric: Metric, tree: Position) -> Position:
+    """P^(1/2) applied leaf by leaf; the tree itself without a metric."""
+    return tuple(_apply(f, x) for f, x in zip(metric, tree, strict=True)) if metric else tree
+
+
+def _apply(factor: Factor, leaf: jax.Array) -> jax.Array:
+    x = leaf.reshape(factor.scale.shape)
+    x = x if factor.left is None else factor.left.T @ x
+    x = (x if factor.right is None else x @ factor.right) * factor.scale
+    x = x if factor.left is None else factor.left @ x
+    x = x if factor.right is None else x @ factor.right.T
+    return x.reshape(leaf.shape).astype(leaf.dtype)
 
 
 def drift(grad: Position, position: Position, center: Position, hyper: Hyper) -> Position:

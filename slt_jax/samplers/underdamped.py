@@ -17,6 +17,7 @@ from slt_jax.samplers.base import (
     drift,
     gaussian,
     inner,
+    root,
 )
 
 
@@ -34,60 +35,71 @@ def step(
 ) -> tuple[UnderdampedState, Info]:
     """One BAOAB step of underdamped Langevin dynamics; the two half kicks between drifts are one.
 
-    Update, with time step h = sqrt(step_size) and unit mass::
+    Update, with time step h = sqrt(step_size) and R = P^(1/2) the root of the metric, 1 without one::
 
         G  = nbeta grad L_m(w) + localization (w - w*)
-        q  = p - h G
+        q  = p - h R G
         p' = e^-friction q + sqrt(1 - e^(-2 friction)) xi,      xi ~ N(0, 1)
-        w' = w + (h / 2) (q + p')
+        w' = w + (h / 2) R (q + p')
 
-    Target density: exp(-nbeta L_n(w) - (localization/2)|w - w*|^2 - |p|^2 / 2), as step_size goes to 0.
+    Target density: exp(-nbeta L_n(w) - (localization/2)|w - w*|^2 - |p|^2 / 2), as step_size goes to 0: p is the
+    momentum in the coordinates R^-1 w, in which the mass is 1. R is constant, so it changes no stationary law.
 
     Args:
         key: a ``jax.random.key`` used for this step's noise alone.
         state: position and momentum, tuples of arrays. The momentum is BAOAB's in the middle of its drift.
         loss_and_grad: position -> (L_m(w), grad L_m(w)) on this step's batch.
         center: w*, shaped like the position.
-        hyper: nbeta, localization, step_size and friction, scalars.
+        hyper: nbeta, localization, step_size and friction, scalars, and the metric.
 
     Returns:
-        The moved state, and Info with the thermometer: ``kinetic`` = (|p|^2 + |q|^2) / (2 d).
+        The moved state, and Info with G'PG and the thermometer: ``kinetic`` = (|p|^2 + |q|^2) / (2 d).
 
     Error: no bias on a quadratic; second order in h elsewhere. Gradient noise of covariance S = nbeta^2 C / B heats
     a mode of curvature a by (step_size S / 4) coth(friction / 2) / (1 - step_size a / 4), which ``kinetic`` - 1 reads
-    to first order. Stable for step_size a < 4.
+    to first order; with a metric, a and S are those of its coordinates. Stable for step_size a < 4.
 
     Source: Leimkuhler and Matthews, J. Chem. Phys. 138 (2013) 174102.
     """
     loss, grad = loss_and_grad(state.position)
     force = drift(grad, state.position, center, hyper)
+    turned = root(hyper.metric, force)
     time = jnp.sqrt(hyper.step_size)
     keep = jnp.exp(-hyper.friction)
     spread = jnp.sqrt(-jnp.expm1(-2 * hyper.friction))
-    kicked = tuple((p - time * f).astype(p.dtype) for p, f in zip(state.momentum, force, strict=True))
+    kicked = tuple((p - time * f).astype(p.dtype) for p, f in zip(state.momentum, turned, strict=True))
     noise = gaussian(key, state.position)
     momentum = tuple((keep * q + spread * x).astype(q.dtype) for q, x in zip(kicked, noise, strict=True))
-    moved = tuple(
-        (w + 0.5 * time * (q + p)).astype(w.dtype) for w, q, p in zip(state.position, kicked, momentum, strict=True)
-    )
+    drifted = root(hyper.metric, tuple(q + p for q, p in zip(kicked, momentum, strict=True)))
+    moved = tuple((w + 0.5 * time * x).astype(w.dtype) for w, x in zip(state.position, drifted, strict=True))
     away = displacement(state.position, center)
     kinetic = (inner(state.momentum, state.momentum) + inner(kicked, kicked)) / (2 * dimension(kicked))
-    info = Info(loss, inner(force, force), inner(away, force), inner(away, away), kinetic)
+    info = Info(loss, inner(turned, turned), inner(away, force), inner(away, away), kinetic)
     return UnderdampedState(moved, momentum), info
 
 
-def underdamped(step_size: float | None = None, friction: float | None = None) -> Sampler:
-    """Underdamped Langevin dynamics by the BAOAB splitting, unit mass.
+def underdamped(step_size: float | None = None, friction: float | None = None, *, metric: str | None = None) -> Sampler:
+    """Underdamped Langevin dynamics by the BAOAB splitting.
 
     Args:
         step_size: the square of the time step, in squared units of weight: a tenth of 1 / (largest curvature) is safe.
         friction: share of the momentum lost in one step; 0.1 mixes fast, 1 is close to SGLD. Low friction with noisy
             gradients heats the chain.
+        metric: ``"kronecker"`` moves in coordinates in which the posterior is nearly round, see ``slt_jax.metric``; the
+            calibration measures them, and ``step_size`` is then in their units. None: the weights' own coordinates.
 
     What is left out is chosen by the calibration.
     """
+    if metric not in (None, "kronecker"):
+        raise ValueError(f"metric must be 'kronecker' or None, got {metric!r}. None moves every weight alike.")
+    if metric and step_size is not None:
+        raise ValueError(
+            f"a metric is measured together with its step size, got step_size = {step_size}. Leave step_size out."
+        )
     for name, value in {"step_size": step_size, "friction": friction}.items():
         if value is not None:
             check_positive(name, value, "Leave it out to have it chosen.")
     step_size = None if step_size is None else float(step_size)
-    return Sampler("underdamped", step_size, init, step, None if friction is None else float(friction), "baoab")
+    friction = None if friction is None else float(friction)
+    name = f"underdamped-{metric}" if metric else "underdamped"
+    return Sampler(name, step_size, init, step, friction, "baoab", metric is not None)

@@ -1,0 +1,180 @@
+"""The Kronecker metric: its algebra, what it makes of a Kronecker Hessian, and the law of a sampler moving in it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import slt_jax as slt
+from slt_jax.kernels.langevin import normal
+from slt_jax.metric import factor_of, largest, matrix_shape, measure
+from slt_jax.samplers.base import Factor, Hyper, root
+
+ROWS, COLUMNS, PULL = 12, 7, 1.0
+
+
+def spread(size, decades, seed):
+    """A symmetric positive matrix with eigenvalues over ``decades``, in a random basis."""
+    basis = np.linalg.qr(np.random.default_rng(seed).normal(size=(size, size)))[0]
+    return (basis * np.logspace(0, -decades, size)) @ basis.T
+
+
+A, B = 1e6 * spread(ROWS, 3, 0), spread(COLUMNS, 3, 1)
+DENSE = np.kron(A, B) + PULL * np.eye(ROWS * COLUMNS)  # of the flattened matrix, row by row
+
+
+def curvature(position, direction, reach):
+    (x,) = direction
+    return (jnp.asarray(A @ np.asarray(x, np.float64) @ B + PULL * np.asarray(x), jnp.float32),)
+
+
+def dense_root(factor):
+    columns = [_root_of(factor, unit) for unit in np.eye(ROWS * COLUMNS, dtype=np.float32)]
+    return np.array(columns, np.float64).T
+
+
+def _root_of(factor, flat):
+    return np.asarray(root((factor,), (jnp.asarray(flat.reshape(ROWS, COLUMNS)),))[0]).reshape(-1)
+
+
+@pytest.fixture(scope="module")
+def metric():
+    return measure(curvature, [(jnp.zeros((ROWS, COLUMNS)),)], 8, 1.0, PULL, jax.random.key(0))
+
+
+@pytest.mark.quick
+def test_the_root_is_symmetric_and_leaves_alone_what_has_no_metric(metric):
+    matrix = dense_root(metric[0])
+    np.testing.assert_allclose(matrix, matrix.T, atol=1e-6 * np.abs(matrix).max())
+    assert np.linalg.eigvalsh(matrix).min() > 0
+    tree = (jnp.ones(3),)
+    assert root((), tree) is tree
+
+
+def test_a_kronecker_hessian_becomes_round(metric):
+    """Six decades become little more than one. Kills: a scale that is the curvature, or the fourth root of it."""
+    assert np.linalg.cond(DENSE) > 3e5
+    matrix = dense_root(metric[0])
+    values = np.linalg.eigvalsh(matrix @ DENSE @ matrix)
+    assert values.max() / values.min() < 20
+    assert 0.3 < np.median(values) < 3
+    found = largest(curvature, metric, (jnp.zeros((ROWS, COLUMNS)),), 30, jax.random.key(1))
+    assert found == pytest.approx(values.max(), rel=0.05)
+
+
+def test_scales_come_from_other_probes_than_bases():
+    """With a right factor of rank 1, four probes see four of twelve left directions: the others are no less stiff."""
+    one = np.outer(np.ones(COLUMNS), np.ones(COLUMNS)) / COLUMNS
+    rng = np.random.default_rng(0)
+    first, second = (np.stack([1e4 * rng.normal(size=(ROWS, COLUMNS)) @ one for _ in range(4)]) for _ in range(2))
+    hessian = 1e4 * np.kron(np.eye(ROWS), one)
+    right, wrong = (dense_root(factor_of(first, other, 1.0)) for other in (second, first))
+    assert np.linalg.eigvalsh(right @ hessian @ right).max() < 10
+    assert np.linalg.eigvalsh(wrong @ hessian @ wrong).max() > 1000
+
+
+def test_leaves_of_any_shape_are_matrices():
+    assert [matrix_shape(s) for s in ((), (5,), (3, 4), (2, 3, 4))] == [(1, 1), (5, 1), (3, 4), (6, 4)]
+    probes = np.random.default_rng(0).normal(size=(4, 5, 1))
+    vector = factor_of(probes, probes, 1e-9)
+    assert vector.left is None
+    assert vector.right is None
+    assert vector.scale.shape == (5, 1)
+
+
+def test_one_step_against_numpy():
+    """q = p - h R G, w' = w + (h / 2) R (q + p'), with R = P^(1/2). Kills: P, or nothing, in place of R."""
+    sampler = slt.underdamped(metric="kronecker")
+    basis = np.linalg.qr(np.random.default_rng(2).normal(size=(2, 2)))[0].astype(np.float32)
+    factor = Factor(jnp.asarray(basis), None, jnp.asarray([[0.5, 2.0, 1.0], [3.0, 0.1, 1.0]]))
+    key, friction, eps, nbeta, pull = jax.random.key(3), 0.3, 0.02, 7.0, 3.0
+    center = (jnp.linspace(-1, 1, 6).reshape(2, 3),)
+    state = sampler.init(tuple(c + 0.3 for c in center))._replace(momentum=(0.1 * jnp.ones((2, 3)),))
+    loss = lambda p: (jnp.sum(p[0] ** 3) / 3, (p[0] ** 2,))  # noqa: E731
+    moved, info = sampler.step(key, state, loss, center, Hyper(nbeta, pull, eps, friction, False, (factor,)))
+    turn = lambda x: basis @ ((basis.T @ x) * np.asarray(factor.scale))  # noqa: E731
+    w, p, x = (np.asarray(v, np.float64) for v in (state.position[0], state.momentum[0], noise_of(key)))
+    force = nbeta * w**2 + pull * 0.3
+    q = p - np.sqrt(eps) * turn(force)
+    after = np.exp(-friction) * q + np.sqrt(1 - np.exp(-2 * friction)) * x
+    np.testing.assert_allclose(moved.position[0], w + np.sqrt(eps) / 2 * turn(q + after), rtol=2e-5)
+    np.testing.assert_allclose(moved.momentum[0], after, rtol=2e-5)
+    assert float(info.drift_sq) == pytest.approx(np.sum(turn(force) ** 2), rel=1e-5)
+    assert float(info.virial) == pytest.approx(0.3 * force.sum(), rel=1e-5)
+    assert float(info.kinetic) == pytest.approx((np.sum(p**2) + np.sum(q**2)) / 12, rel=1e-5)
+
+
+def noise_of(key):
+    return normal(jax.random.fold_in(key, 0), (2, 3))
+
+
+def test_the_stationary_law_is_the_target_s(metric):
+    """From equilibrium, the mean energy is d / 2: on a quadratic BAOAB has no bias, in any metric."""
+    sampler, chains, steps = slt.underdamped(metric="kronecker"), 100, 300
+    lower = np.linalg.cholesky(np.linalg.inv(DENSE))
+    rng = np.random.default_rng(0)
+    start = (rng.normal(size=(chains, ROWS * COLUMNS)) @ lower.T).reshape(chains, ROWS, COLUMNS)
+    stiff, soft = jnp.asarray(A, jnp.float32), jnp.asarray(B, jnp.float32)
+    loss = lambda p: (0.5 * jnp.sum(p[0] * (stiff @ p[0] @ soft)), (stiff @ p[0] @ soft,))  # noqa: E731
+    hyper = Hyper(*map(jnp.float32, (1.0, PULL, 0.2, 0.3)), jnp.bool_(False), metric)
+
+    @jax.jit
+    @jax.vmap
+    def energy(key, w):
+        state = sampler.init((w,))._replace(momentum=(jax.random.normal(key, w.shape),))
+
+        def body(state, i):
+            state, info = sampler.step(jax.random.fold_in(key, i), state, loss, (jnp.zeros_like(w),), hyper)
+            return state, info.loss + 0.5 * PULL * info.distance_sq
+
+        return jax.lax.scan(body, state, jnp.arange(steps))[1].mean()
+
+    found = np.asarray(energy(jax.random.split(jax.random.key(1), chains), jnp.asarray(start, jnp.float32)), np.float64)
+    z = (found.mean() - ROWS * COLUMNS / 2) / (found.std(ddof=1) / np.sqrt(chains))
+    assert abs(z) < 4
+
+
+DATA = np.random.default_rng(0).choice([0.5, 1.5], size=(2000, 1)).astype(np.float32)
+
+
+def posterior(nbeta=1.0):
+    stiff, soft = jnp.asarray(A, jnp.float32), jnp.asarray(B, jnp.float32)
+
+    def loss_fn(params, factor):
+        w, bias = params["w"], params["b"]
+        return (0.5 * jnp.sum(w * (stiff @ w @ soft)) + 50 * jnp.sum(bias**2)) * factor[:, 0] / DATA.mean()
+
+    center = {"w": jnp.zeros((ROWS, COLUMNS)), "b": jnp.zeros((2, 3, 1))}
+    return slt.LocalPosterior(loss_fn, center, len(DATA), nbeta=nbeta, localization=PULL)
+
+
+@pytest.fixture(scope="module")
+def estimate():
+    return slt.estimate_llc(posterior(), DATA, sampler=slt.underdamped(metric="kronecker"), budget=6000)
+
+
+def test_six_decades_in_six_thousand_gradients(estimate):
+    x = np.r_[np.outer(np.linalg.eigvalsh(A), np.linalg.eigvalsh(B)).reshape(-1), np.full(6, 100.0)]
+    exact = np.sum(x / (x + PULL)) / 2
+    assert estimate.llc_stderr < 0.05 * exact
+    assert abs(estimate.llc - exact) < 4 * estimate.llc_stderr
+    assert estimate.verdict == "converged"
+    assert "Kronecker metric" in estimate.settings["calibration"]["lines"][0]
+    spent = estimate.settings["gradients"]
+    assert spent["calibration"] < 0.2 * 6000
+    assert sum(spent.values()) < 1.05 * 6000
+
+
+def test_a_resumed_run_measures_the_same_metric(tmp_path, estimate):
+    options = {"sampler": slt.underdamped(metric="kronecker"), "budget": 6000, "checkpoint_dir": tmp_path / "run"}
+    for _ in range(2):
+        again = slt.estimate_llc(posterior(), DATA, **options)
+        np.testing.assert_array_equal(again.loss_trace, estimate.loss_trace)
+
+
+@pytest.mark.quick
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="'kronecker' or None, got 'diagonal'"):
+        slt.underdamped(metric="diagonal")
+    with pytest.raises(ValueError, match="Leave step_size out"):
+        slt.underdamped(1e-4, metric="kronecker")
