@@ -23,6 +23,7 @@ STEP_SHARE = 0.25
 KAPPA = 1e6  # curvature over localization
 KAPPA_METRIC = 1e9  # the same where a metric takes care of the range
 REACH = 2.5  # of a flat direction, in typical weights
+REACH_METRIC = 0.35  # the same in a metric's coordinates, in which chains do get that far
 FRICTION = 0.02  # the least: soft directions relax in friction / (step_size curvature) steps
 MOST_FRICTION = 0.7
 HEAT = 0.03  # of the estimate, that minibatch noise may add before friction rises
@@ -87,8 +88,8 @@ def calibrate(
     check(*probe.loss_and_grad_norm(engine.center))
     at_center = probe.sharpness(engine.center, rounds)
     curvature = at_center
-    kappa = KAPPA_METRIC if sampler.metric else KAPPA
-    settle = localization if localization is not None else _localization(curvature / kappa, engine.center)
+    kappa, reach = (KAPPA_METRIC, REACH_METRIC) if sampler.metric else (KAPPA, REACH)
+    settle = localization if localization is not None else _localization(curvature / kappa, reach, engine.center)
     engine.localize(settle)
     step_size, friction = sampler.step_size, sampler.friction
     full_pass = math.ceil(engine.source.num_data / engine.plan.batch_size)
@@ -104,13 +105,13 @@ def calibrate(
         pilot = _Pilot(engine, sampler, probe, steps, max(4, rounds // 3), allowed)
         curvature, positions = pilot.explore(curvature, step_size)
         if localization is None:
-            settle = _localization(curvature / kappa, engine.center)
+            settle = _localization(curvature / kappa, reach, engine.center)
             engine.localize(settle)
     stiffest = at_center if sampler.metric else curvature
     if not sampler.metric:
         lines.append(f"largest curvature of nbeta L: {at_center:.3g} at w*, {curvature:.3g} where a pilot run went")
     if localization is None:
-        why = f"a flat direction moves a weight by {REACH} typical weights"
+        why = f"a flat direction moves a weight by {reach} typical weights"
         why = f"largest curvature / {kappa:.0g}" if settle * kappa < 1.01 * stiffest else why
         lines.append(f"localization {settle:.3g}: {why}")
     if step_size is None or friction is None or control is None:
@@ -144,12 +145,12 @@ def calibrate(
     return Choice(step_size, friction, settle, bool(control), spent, curvature, tuple(lines))
 
 
-def _localization(least: float, center: tuple) -> float:
-    """A flat direction moves a weight by REACH typical weights, or by as little as ``least`` allows."""
+def _localization(least: float, reach: float, center: tuple) -> float:
+    """A flat direction moves a weight by ``reach`` typical weights, or by as little as ``least`` allows."""
     count = sum(w.size for w in center)
     mean_square = sum(float(jnp.sum(w * w)) for w in center) / count
     # All zeros have no scale of their own: flat directions then move by 1.
-    return max(least, REACH**-2 / mean_square if mean_square > 0 else 1.0)
+    return max(least, reach**-2 / mean_square if mean_square > 0 else 1.0)
 
 
 def _mean_noise(found: list[Noise]) -> Noise:

@@ -38,55 +38,56 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return int(np.prod(shape[:-1])), shape[-1]
 
 
-def factor_of(first: np.ndarray, second: np.ndarray, least: float) -> Factor:
-    """The Factor of one leaf from products H u, ``(probes, rows, columns)``: bases from one set, scales from the other.
-
-    The mean squares are drawn towards their own product form (row sums times column sums), which is what few probes can
-    tell. No curvature is taken to be below ``least``.
-    """
-    left = _eigenvectors(np.einsum("kij,klj->il", first, first)) if first.shape[2] > 1 else None
-    right = _eigenvectors(np.einsum("kij,kil->jl", first, first)) if first.shape[2] > 1 else None
-    turned = second if left is None else np.einsum("ai,kaj->kij", left, second)
-    turned = turned if right is None else np.einsum("kij,jb->kib", turned, right)
-    square = np.mean(turned**2, axis=0)
-    total = square.sum()
-    product = np.outer(square.sum(1), square.sum(0)) / total if total > 0 else square
-    square = (len(second) * square + _PRIOR * product) / (len(second) + _PRIOR)
-    scale = 1 / np.sqrt(np.maximum(np.sqrt(square), least))
-    put = lambda x: None if x is None else jnp.asarray(x, jnp.float32)  # noqa: E731
-    return Factor(put(left), put(right), put(scale))
-
-
-def _eigenvectors(gram: np.ndarray) -> np.ndarray | None:
-    return np.linalg.eigh(gram)[1] if 1 < len(gram) <= LARGEST_SIDE else None
-
-
-def products(
-    curvature: Curvature, positions: list[Position], count: int, reach: float, key: jax.Array
-) -> list[np.ndarray]:
-    """H u at each position for ``count`` probes u ~ N(0, 1), a leaf at a time: ``(probes, rows, columns)``, float64.
-
-    ``reach``: length of the secant for a unit of u.
-    """
-    found = []
-    for i, position in enumerate(positions):
-        for k in range(count):
-            probe = gaussian(jax.random.fold_in(key, i * count + k), position)
-            found.append(curvature(position, probe, reach))
-    leaves = range(len(positions[0]))
-    shapes = [matrix_shape(w.shape) for w in positions[0]]
-    return [np.stack([np.asarray(p[j], np.float64).reshape(shapes[j]) for p in found]) for j in leaves]
-
-
 def measure(
     curvature: Curvature, positions: list[Position], count: int, reach: float, least: float, key: jax.Array
 ) -> Metric | None:
-    """The Metric at these positions, from 2 ``count`` probes at each; None when a product is not finite."""
-    keys = [jax.random.fold_in(key, i) for i in range(2)]
-    first, second = (products(curvature, positions, count, reach, k) for k in keys)
-    if not all(np.isfinite(x).all() for x in (*first, *second)):
+    """The Metric at these positions; None when a product is not finite.
+
+    Bases from ``count`` probes at each position, scales from as many others. The mean squares are drawn towards their
+    own product form (row sums times column sums), which is what few probes can tell. Holds one product at a time.
+
+    Args:
+        reach: length of the secant for a unit of the probe. least: no curvature is taken to be below it.
+    """
+    shapes = [matrix_shape(w.shape) for w in positions[0]]
+    grams = [[0.0, 0.0] for _ in shapes]
+    for product in _products(curvature, positions, count, reach, jax.random.fold_in(key, 0)):
+        for gram, x in zip(grams, product, strict=True):
+            gram[0] = gram[0] + x @ x.T if _turns(x.shape, 0) else 0.0
+            gram[1] = gram[1] + x.T @ x if _turns(x.shape, 1) else 0.0
+        if not all(np.isfinite(x).all() for x in product):
+            return None
+    bases = [[np.linalg.eigh(g)[1] if np.ndim(g) else None for g in gram] for gram in grams]
+    squares = [np.zeros(shape) for shape in shapes]
+    for product in _products(curvature, positions, count, reach, jax.random.fold_in(key, 1)):
+        for square, (left, right), x in zip(squares, bases, product, strict=True):
+            x = x if left is None else left.T @ x
+            square += (x if right is None else x @ right) ** 2
+    if not all(np.isfinite(square).all() for square in squares):
         return None
-    return tuple(factor_of(a, b, least) for a, b in zip(first, second, strict=True))
+    probes = count * len(positions)
+    return tuple(_factor(*basis, square / probes, probes, least) for basis, square in zip(bases, squares, strict=True))
+
+
+def _turns(shape: tuple[int, int], side: int) -> bool:
+    """Whether this side of a matrix gets a basis: not that of a vector, nor a very long one."""
+    return min(shape) > 1 and shape[side] <= LARGEST_SIDE
+
+
+def _products(curvature: Curvature, positions: list[Position], count: int, reach: float, key: jax.Array):
+    """H u for ``count`` probes u ~ N(0, 1) at each position: a float64 matrix for each leaf."""
+    for i, position in enumerate(positions):
+        for k in range(count):
+            found = curvature(position, gaussian(jax.random.fold_in(key, i * count + k), position), reach)
+            yield [np.asarray(x, np.float64).reshape(matrix_shape(x.shape)) for x in found]
+
+
+def _factor(left, right, square: np.ndarray, probes: int, least: float) -> Factor:
+    total = square.sum()
+    product = np.outer(square.sum(1), square.sum(0)) / total if total > 0 else square
+    square = (probes * square + _PRIOR * product) / (probes + _PRIOR)
+    put = lambda x: None if x is None else jnp.asarray(x, jnp.float32)  # noqa: E731
+    return Factor(put(left), put(right), put(1 / np.sqrt(np.maximum(np.sqrt(square), least))))
 
 
 def largest(curvature: Curvature, metric: Metric, position: Position, iterations: int, key: jax.Array) -> float:

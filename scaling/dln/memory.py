@@ -15,7 +15,10 @@ from scaling.dln.methods import Method
 from scaling.dln.teachers import Shape, draw_shape
 
 # Fitted from above to the peaks of processes on a CPU: README.md, "Memory".
-STATES = {"default": 2, "sgld": 1, "leimkuhler-matthews": 2, "preconditioned": 2, "sghmc": 2, "sgnht": 2, "hmc": 3}
+STATES = {
+    "default": 2, "kronecker": 2, "sgld": 1, "leimkuhler-matthews": 2, "preconditioned": 2, "sghmc": 2, "sgnht": 2,
+    "hmc": 3,
+}  # fmt: skip
 PROGRAM = 750 * 2**20  # the interpreter, JAX, and what it compiles
 
 
@@ -37,7 +40,7 @@ def need_of(shape: Shape, method: Method, chains: int, devices: int, accelerated
     """What sampling a teacher takes in one process, with D devices and C chains of its own.
 
         data         (3/2 + D) 4 n (H_0 + H_L);   4 n where inputs are drawn
-        weights      [2 + s C + D (1 + p + 2 + 3 s)] 4 sum_k H_{k-1} H_k
+        weights      [2 + s C + D (1 + p + 2 + 3 s)] 4 sum_k H_{k-1} H_k;   for a metric 7 + 3 D more
         activations  4 D 4 (batch size) sum_k H_k
 
     s: copies in a sampler's state (1 for SGLD, 2 with a momentum); p = min(4, C) for the chains' ends that a
@@ -54,6 +57,9 @@ def need_of(shape: Shape, method: Method, chains: int, devices: int, accelerated
     layers = 4 * 4.0 * method.batch_size * sum(widths)
     ends = min(4, chains) if method.protocol == "ours" else 0
     kept, moved = (1 + ends) * weights + target, (2 + 3 * s) * weights
+    if method.sampler == "kronecker":  # scales and bases on each device, one product in float64
+        kept += 3 * weights
+        target += 3.5 * weights
     if not accelerated:
         on_devices = devices * (kept + moved) + s * chains * weights
         return Need((1.5 + devices) * data, 2 * (weights + target) + on_devices, devices * layers, PROGRAM)

@@ -9,7 +9,7 @@ import slt_jax as slt
 from scaling.dln import drawn
 from scaling.dln.teachers import SIZES, Teacher, loss_fn, make_data, output, sufficient_data
 
-SAMPLERS = ("default", "sgld", "leimkuhler-matthews", "preconditioned", "sghmc", "sgnht", "hmc")
+SAMPLERS = ("default", "kronecker", "sgld", "leimkuhler-matthews", "preconditioned", "sghmc", "sgnht", "hmc")
 WITHOUT_FRICTION = ("sgld", "leimkuhler-matthews", "preconditioned", "hmc")
 PUBLISHED_BATCH = 500
 LEAPFROGS = 64  # of one HMC move
@@ -19,7 +19,8 @@ LEAPFROGS = 64  # of one HMC move
 class Method:
     """All that a row's numbers depend on, besides the teacher and the code. None is open.
 
-    ``default`` is underdamped Langevin. ``hmc`` draws from the same posterior exactly, over sufficient data.
+    ``default`` is underdamped Langevin, ``kronecker`` the same in a measured metric. ``hmc`` draws from the same
+    posterior exactly, over sufficient data.
     ``budget``: minibatch gradients for calibration and all chains; or ``num_warmup`` and ``num_draws`` of a chain.
     ``data``: ``stored`` is ``teachers.make_data``, ``drawn`` takes no memory (``drawn``).
     """
@@ -96,6 +97,8 @@ def sampler_of(method: Method) -> slt.Sampler:
     match method.sampler:
         case "default":
             return slt.underdamped(step_size, friction)
+        case "kronecker":
+            return slt.underdamped(step_size, friction, metric="kronecker")
         case "sgld":
             return slt.sgld(step_size)
         case "leimkuhler-matthews":
