@@ -15,6 +15,7 @@ _TREND_SIGMA = 3.0
 _BIAS_LIMIT = 0.15
 _SLOPE_LIMIT = 0.05
 _KINETIC_LIMIT = 0.15
+_KINETIC_LIMIT_METRIC = 0.05  # where all directions are about as stiff as the stiffest
 _VIRIAL_LIMIT = 0.2
 _SLOPE_SIGMA = 2.5
 _DEGREE_LIMIT = 6.25  # x^2 y^4 has 6
@@ -41,6 +42,7 @@ class Evidence:
     ``bias``: of the raw estimate. ``nbeta_slope``, ``localization_slope``: d LLC / d log nbeta, d LLC / d log
     localization. ``degree``: see ``degree_of``. ``held``: 1 - mean <w - w*, nbeta grad L> / d, the share of the
     directions that the localization holds and not the loss. ``hot``: which of the chains started hot. ``num_free``: d.
+    ``metric``: whether the chains moved in a metric's coordinates.
     """
 
     virial: float = math.nan
@@ -54,6 +56,7 @@ class Evidence:
     hot: np.ndarray | None = None
     num_stopped: int = 0
     num_free: int = 1
+    metric: bool = False
 
 
 @dataclass(frozen=True)
@@ -289,7 +292,7 @@ def _biased(draws, facts):
     if bias is None:
         return None
     explained = 2 * bias.noise / facts.evidence.num_free if math.isfinite(bias.noise) else 0.0
-    if abs(kinetic - 1 - explained) > _KINETIC_LIMIT:
+    if abs(kinetic - 1 - explained) > (_KINETIC_LIMIT_METRIC if facts.evidence.metric else _KINETIC_LIMIT):
         return "biased by the step size", (
             f"the kinetic temperature is {kinetic:.3g}, not 1: the chains do not follow this step. Halve step_size, or "
             "leave it out."

@@ -482,6 +482,7 @@ def _result(engine: Engine, run: Run, full_loss: float | None, choice: Choice | 
         "num_free": posterior.num_free,
         "sampler": engine.sampler.name,
         "family": engine.sampler.family,
+        "metric": engine.sampler.metric,
         "step_size": choice.step_size if choice else engine.sampler.step_size,
         "friction": choice.friction if choice else engine.sampler.friction,
         "gradients": spent,

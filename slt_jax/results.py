@@ -114,6 +114,7 @@ class LLCResult:
             hot,
             len(self.stopped),
             s["num_free"],
+            s.get("metric", False),
         )
         return assess(self.llc_draws, evidence)
 

@@ -215,6 +215,13 @@ def test_the_share_of_directions_that_the_localization_holds():
     assert abs(result.health.evidence.held - (2 + np.sum(5 / stiff)) / 5) < 4 * error
 
 
+def test_heat_is_judged_more_strictly_in_a_metric_s_coordinates():
+    bias = bias_of("baoab", 30.0, 1.0, NAN2, (1.0, 1.0), SETTINGS)
+    for metric, verdict in ((False, "converged"), (True, "biased by the step size")):
+        evidence = Evidence(kinetic=1.09, bias=bias, num_free=900, metric=metric)
+        assert assess(gamma_draws(30.0, 4, 1000), evidence).verdict == verdict
+
+
 def test_chains_that_hardly_moved_in_most_directions_have_not_converged():
     """The flat trace of the few directions that have settled says nothing about the others."""
     health = assess(gamma_draws(30.0, 4, 1000), Evidence(virial=0.1))
