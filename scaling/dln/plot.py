@@ -30,7 +30,7 @@ STYLE = {
     "published": ("#CC79A7", "D", "published recipe, where the truth is known"),
 }
 PUBLISHED = "published"
-plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 200})
+LOOK = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "savefig.dpi": 200}
 
 
 def known(rows: Sequence[Row]) -> list[Row]:
@@ -175,11 +175,17 @@ def main() -> None:
     if args.out is None or not groups:
         return
     args.out.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context(LOOK):
+        draw(groups, args.out, args.ours)
+
+
+def draw(groups: Sequence[Group], folder: Path, ours: str) -> None:
+    """All pictures, as PNG files."""
     pictures = {"truth": truth_picture(groups), "errors": error_picture(groups), "order": order_picture(groups)}
-    if protocol_pairs(groups, args.ours):
-        pictures["protocols"] = protocol_picture(groups, args.ours)
+    if protocol_pairs(groups, ours):
+        pictures["protocols"] = protocol_picture(groups, ours)
     for name, figure in pictures.items():
-        figure.savefig(args.out / f"{name}.png")
+        figure.savefig(folder / f"{name}.png")
         plt.close(figure)
 
 
