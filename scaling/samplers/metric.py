@@ -63,7 +63,7 @@ def table(store: Store) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "metric-1k.jsonl")
-    parser.add_argument("--count", type=int, default=10)
+    parser.add_argument("--count", type=int, default=5)
     parser.add_argument("--table", action="store_true", help="only print the table")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 2)
