@@ -8,6 +8,7 @@ import pytest
 import slt_jax as slt
 from slt_jax.kernels.langevin import normal
 from slt_jax.metric import largest, matrix_shape, measure
+from slt_jax.progress import Progress
 from slt_jax.samplers.base import Factor, Hyper, root
 
 ROWS, COLUMNS, PULL = 12, 7, 1.0
@@ -176,11 +177,30 @@ def test_six_decades_in_six_thousand_gradients(estimate):
     assert sum(spent.values()) < 1.05 * 6000
 
 
-def test_a_resumed_run_measures_the_same_metric(tmp_path, estimate):
-    options = {"sampler": slt.underdamped(metric="kronecker"), "budget": 6000, "checkpoint_dir": tmp_path / "run"}
-    for _ in range(2):
-        again = slt.estimate_llc(posterior(), DATA, **options)
-        np.testing.assert_array_equal(again.loss_trace, estimate.loss_trace)
+def test_a_resumed_run_measures_the_same_metric(tmp_path, estimate, monkeypatch):
+    """Stopped in the middle, after a save. Kills: going on without the metric."""
+    options = {
+        "sampler": slt.underdamped(metric="kronecker"), "budget": 6000, "checkpoint_dir": tmp_path / "run",
+        "chunk_size": 100, "checkpoint_seconds": 0,
+    }  # fmt: skip
+    update, seen = Progress.update, []
+
+    def stop(bar, run):
+        seen.append(run.step)
+        if run.step > 600:
+            raise KeyboardInterrupt
+        update(bar, run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "update", stop)
+        with pytest.raises(KeyboardInterrupt):
+            slt.estimate_llc(posterior(), DATA, **options)
+    assert len(seen) > 3
+    monkeypatch.setattr(Progress, "update", lambda bar, run: (seen.append(run.step), update(bar, run)))
+    count = len(seen)
+    again = slt.estimate_llc(posterior(), DATA, **options)
+    assert seen[count] > 100  # it went on from a save, and not from the start
+    np.testing.assert_array_equal(again.loss_trace, estimate.loss_trace)
 
 
 @pytest.mark.quick
