@@ -17,7 +17,7 @@ from scaling.dln.teachers import Shape, draw_shape
 # Fitted from above to the peaks of processes on a CPU: README.md, "Memory".
 STATES = {
     "default": 2, "kronecker": 2, "sgld": 1, "leimkuhler-matthews": 2, "preconditioned": 2, "sghmc": 2, "sgnht": 2,
-    "hmc": 3,
+    "hmc": 3, "gibbs": 4,
 }  # fmt: skip
 PROGRAM = 750 * 2**20  # the interpreter, JAX, and what it compiles
 

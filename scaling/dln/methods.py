@@ -7,10 +7,12 @@ from jax.sharding import Mesh
 
 import slt_jax as slt
 from scaling.dln import drawn
-from scaling.dln.teachers import SIZES, Teacher, loss_fn, make_data, output, sufficient_data
+from scaling.dln.gibbs import gibbs, localization_of
+from scaling.dln.teachers import SIZES, Teacher, end_to_end, loss_fn, make_data, output, sufficient_data
 
-SAMPLERS = ("default", "kronecker", "sgld", "leimkuhler-matthews", "preconditioned", "sghmc", "sgnht", "hmc")
-WITHOUT_FRICTION = ("sgld", "leimkuhler-matthews", "preconditioned", "hmc")
+SAMPLERS = ("default", "kronecker", "sgld", "leimkuhler-matthews", "preconditioned", "sghmc", "sgnht", "hmc", "gibbs")
+WHOLE = ("hmc", "gibbs")  # these take no minibatches
+WITHOUT_FRICTION = ("sgld", "leimkuhler-matthews", "preconditioned", *WHOLE)
 PUBLISHED_BATCH = 500
 LEAPFROGS = 64  # of one HMC move
 
@@ -20,7 +22,7 @@ class Method:
     """All that a row's numbers depend on, besides the teacher and the code. None is open.
 
     ``default`` is underdamped Langevin, ``kronecker`` the same in a measured metric. ``hmc`` draws from the same
-    posterior exactly, over sufficient data.
+    posterior exactly, over sufficient data; so does ``gibbs``, layer by layer and in float64, at any nbeta.
     ``budget``: minibatch gradients for calibration and all chains; or ``num_warmup`` and ``num_draws`` of a chain.
     ``data``: ``stored`` is ``teachers.make_data``, ``drawn`` takes no memory (``drawn``).
     """
@@ -46,15 +48,17 @@ class Method:
         if self.data == "drawn" and (self.label_noise > 0 or self.sampler == "hmc"):
             what = "hmc" if self.sampler == "hmc" else f"label noise of {self.label_noise}"
             raise ValueError(f"{what} needs all inputs at once, got --data drawn. Take --data stored.")
-        if self.sampler == "hmc" and self.label_noise > 0:
+        if self.sampler == "gibbs" and self.step_size is not None:
+            raise ValueError(f"gibbs has no step size, got --step-size {self.step_size}. Leave it out.")
+        if self.sampler in WHOLE and self.label_noise > 0:
             raise ValueError(
-                f"hmc sees the noiseless loss, which projected noise only shifts; got --label-noise "
+                f"{self.sampler} sees the noiseless loss, which projected noise only shifts; got --label-noise "
                 f"{self.label_noise}. Leave it out: the posterior is the same."
             )
-        if self.sampler == "hmc" and self.budget is not None:
+        if self.sampler in WHOLE and self.budget is not None:
+            takes = f"a move takes {LEAPFROGS} gradients" if self.sampler == "hmc" else "a move draws every layer"
             raise ValueError(
-                f"hmc uses no minibatches, got --budget {self.budget}. Give --draws; a move takes {LEAPFROGS} "
-                "gradients over all data."
+                f"{self.sampler} uses no minibatches, got --budget {self.budget}. Give --draws; {takes} over all data."
             )
         if self.budget is not None and self.num_draws is not None:
             raise ValueError(f"--budget {self.budget} and --draws {self.num_draws} both set the length. Give one.")
@@ -80,11 +84,12 @@ def published(size: str, num_data: int | None = None, data: str = "stored", labe
 def filled(method: Method, size: str) -> Method:
     """With the class's number of examples and, where no length is given, its published number of gradients.
 
-    hmc: 800 draws after half as many moves.
+    hmc: 800 draws after half as many moves; gibbs: 200, and the localization is told from the weights alone.
     """
     method = replace(method, num_data=SIZES[size].num_data if method.num_data is None else method.num_data)
-    if method.sampler == "hmc":
-        draws = 800 if method.num_draws is None else method.num_draws
+    if method.sampler in WHOLE:
+        usual = 800 if method.sampler == "hmc" else 200
+        draws = usual if method.num_draws is None else method.num_draws
         warmup = draws // 2 if method.num_warmup is None else method.num_warmup
         return replace(method, num_draws=draws, num_warmup=warmup)
     if method.budget is None and method.num_draws is None:
@@ -114,6 +119,29 @@ def sampler_of(method: Method) -> slt.Sampler:
     raise ValueError(f"the sampler must be one of {', '.join(SAMPLERS)}, got {method.sampler!r}.")
 
 
+def _exact_rows(teacher: Teacher, num_data: int, data: str) -> tuple[np.ndarray, np.ndarray]:
+    """Sufficient data, float64: of the stored set, or of the law that drawn inputs have."""
+    if data == "drawn":
+        rows = np.eye(teacher.widths[0]) * np.sqrt(100 / 3 * teacher.widths[0])
+    else:
+        rows = sufficient_data(make_data(teacher, num_data, seed=teacher.seed)[0].astype(np.float64))
+    return rows, rows @ end_to_end(teacher.weights)
+
+
+def _by_gibbs(teacher: Teacher, method: Method, mesh: Mesh) -> slt.LLCResult:
+    """In float64, which JAX must have been told (``jax_enable_x64``)."""
+    num_data = SIZES[teacher.size].num_data if method.num_data is None else method.num_data
+    rows, outputs = _exact_rows(teacher, num_data, method.data)
+    center = [w.astype(np.float64) for w in teacher.weights]
+    pull = localization_of(center) if method.localization is None else method.localization
+    posterior = slt.LocalPosterior(loss_fn, center, num_data, nbeta=method.nbeta, localization=pull)
+    sampler = gibbs(center, rows / np.sqrt(len(rows)), posterior.nbeta, pull)
+    return slt.estimate_llc(
+        posterior, (rows, outputs), sampler=sampler, num_chains=method.num_chains, num_warmup=method.num_warmup,
+        num_draws=method.num_draws, key=teacher.seed, mesh=mesh,
+    )  # fmt: skip
+
+
 def posterior_and_data(teacher: Teacher, method: Method) -> tuple[slt.LocalPosterior, object]:
     """What is sampled, and the data set in the form that the sampler takes. ``num_data`` is that of the whole set."""
     num_data = SIZES[teacher.size].num_data if method.num_data is None else method.num_data
@@ -132,6 +160,8 @@ def posterior_and_data(teacher: Teacher, method: Method) -> tuple[slt.LocalPoste
 
 def estimate(teacher: Teacher, method: Method, mesh: Mesh) -> slt.LLCResult:
     """Raises FloatingPointError where the loss at the teacher is not finite."""
+    if method.sampler == "gibbs":
+        return _by_gibbs(teacher, method, mesh)
     posterior, data = posterior_and_data(teacher, method)
     return slt.estimate_llc(
         posterior, data, sampler=sampler_of(method), num_chains=method.num_chains, budget=method.budget,

@@ -41,7 +41,7 @@ def row_of(teacher: Teacher, method: Method, result: slt.LLCResult | str, second
     return {
         **row,
         **{name: found[name] for name in FOUND},
-        **{name: settings[name] for name in CHOSEN},
+        **{name: settings[name] if settings[name] == settings[name] else None for name in CHOSEN},  # no NaN in JSON
         "gradients": {**spent, "total": sum(spent.values())},
         "device": settings["devices"],
     }

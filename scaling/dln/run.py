@@ -127,6 +127,7 @@ def main(argv: list[str] | None = None) -> int:
         for size in args.sizes:
             method_of(args, size)
         devices.start(processes, args.devices)
+        jax.config.update("jax_enable_x64", args.sampler == "gibbs")
         sweep(args)
     except (ValueError, TypeError, MemoryError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
