@@ -1,7 +1,6 @@
 """The exact layer-by-layer sampler of deep linear networks, against dense Gaussians, quadrature and the theorem."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 

@@ -37,7 +37,7 @@ def draw_layer(
     stiffness: float,
     localization: float,
 ) -> jax.Array:
-    """One layer W ``(h, h')`` from exp(-(stiffness / 2) |before W after - target|^2 - (localization / 2) |W - center|^2).
+    """One layer W from exp(-(stiffness / 2) |before W after - target|^2 - (localization / 2) |W - center|^2).
 
     Args:
         before: ``(a, h)``. after: ``(h', b)``. target: ``(a, b)``. center: ``(h, h')``.
