@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-from scaling.dln import teachers, truth
+from scaling.dln import curve, rows, teachers, truth
 from scaling.dln.gibbs import draw_layer, gibbs, localization_of
 from scaling.dln.methods import Method, _exact_rows, filled
 
@@ -94,3 +94,51 @@ def test_what_gibbs_does_not_take():
     ):
         with pytest.raises(ValueError, match=text):
             Method("gibbs", **options)
+
+
+# --- what nbeta resolves
+
+
+def test_the_resolved_rank_rises_from_nothing_to_all_of_it():
+    widths, costs = (5, 4, 6), [1.0, 1e-4, 1e-8]
+    ends = [float(truth.learning_coefficient(widths, k)[0]) for k in range(4)]
+    assert truth.resolved_coefficient(widths, costs, 0.0) == (0, ends[0])
+    assert truth.resolved_coefficient(widths, costs, 1e3)[0] == 1
+    assert truth.resolved_coefficient(widths, costs, 1e3)[1] == pytest.approx(ends[1] + 1e3 * (1e-4 + 1e-8))
+    assert truth.resolved_coefficient(widths, costs, 1e12) == (3, ends[3])
+
+
+def test_a_singular_value_below_the_resolution_does_not_count():
+    """Rank 2 of which nbeta sees one: the exact sampler reads the coefficient of rank 1, and of rank 2 later."""
+    first, second = np.diag([1.0, 0.03, 0.0, 0.0]), np.diag([1.0, 0.03, 0.0, 0.0])
+    layers = [np.asarray(w, np.float32) for w in (first, second)]
+    costs = np.array([1.0, 0.03**4]) / 4
+    for nbeta, rank in ((1e5, 1), (1e9, 2)):
+        found_rank, value = truth.resolved_coefficient((4, 4, 4), costs, nbeta)
+        assert found_rank == rank
+        found = sampled(layers, nbeta, 0.1)
+        assert abs(found.llc / value - 1) < 0.05
+
+
+def test_a_row_of_type_a_says_what_its_nbeta_resolves():
+    teacher = teachers.make_teacher("A", "1K", 0)
+    told = rows.resolved(teacher, 1e6)
+    assert told["resolved_rank"] == 0
+    assert told["resolved"] == pytest.approx(0.685 * float(teacher.truth), rel=0.01)
+    assert rows.resolved(teachers.make_teacher("B", "1K", 0), 1e6) == {}
+
+
+def test_the_curve_has_a_line_for_each_class_and_nbeta():
+    made = [
+        {"class": size, "kind": "A", "seed": seed, "request": {"sampler": "gibbs"}, "llc": llc, "truth": 10.0 + seed,
+         "resolved": 8.0, "resolved_rank": 1, "rank": 1 + seed, "nbeta": nbeta, "verdict": "converged"}
+        for size in ("1K", "10K") for nbeta, llc in ((1e4, 8.0), (1e8, 11.0)) for seed in (0, 1)
+    ]  # fmt: skip
+    other = {**made[0], "request": {"sampler": "default"}}
+    kept = curve.curve_rows([other, *made, {**made[0], "llc": None}, {**made[0], "kind": "B"}])
+    assert kept == made
+    lines = curve.curve_table(kept).splitlines()
+    assert len(lines) == 2 + 4
+    assert lines[3] == "| 1K | 1e+08 | 2 | 5.0% | 9.0% | 0.0% | 1 | 37.5% | 2 |"
+    figure = curve.curve_picture(kept)
+    assert [axis.get_title() for axis in figure.axes] == ["class 1K, type A", "class 10K, type A", "what nβ resolves"]

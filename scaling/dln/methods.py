@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 import slt_jax as slt
 from scaling.dln import drawn
 from scaling.dln.gibbs import gibbs, localization_of
-from scaling.dln.teachers import SIZES, Teacher, end_to_end, loss_fn, make_data, output, sufficient_data
+from scaling.dln.teachers import INPUT_VARIANCE, SIZES, Teacher, end_to_end, loss_fn, make_data, output, sufficient_data
 
 SAMPLERS = ("default", "kronecker", "sgld", "leimkuhler-matthews", "preconditioned", "sghmc", "sgnht", "hmc", "gibbs")
 WHOLE = ("hmc", "gibbs")  # these take no minibatches
@@ -122,7 +122,7 @@ def sampler_of(method: Method) -> slt.Sampler:
 def _exact_rows(teacher: Teacher, num_data: int, data: str) -> tuple[np.ndarray, np.ndarray]:
     """Sufficient data, float64: of the stored set, or of the law that drawn inputs have."""
     if data == "drawn":
-        rows = np.eye(teacher.widths[0]) * np.sqrt(100 / 3 * teacher.widths[0])
+        rows = np.eye(teacher.widths[0]) * np.sqrt(INPUT_VARIANCE * teacher.widths[0])
     else:
         rows = sufficient_data(make_data(teacher, num_data, seed=teacher.seed)[0].astype(np.float64))
     return rows, rows @ end_to_end(teacher.weights)

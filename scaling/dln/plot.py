@@ -4,7 +4,8 @@
 
 Pictures: ``truth.png`` (estimate against truth), ``errors.png`` (relative error by class and type), ``order.png``
 (couples of teachers that the estimates rank right), ``protocols.png`` (the published protocol's error beside ours,
-teacher by teacher). The tables go to standard output.
+teacher by teacher), and ``curve.png`` (type A along nbeta) where there are rows of the exact sampler, which the others
+leave out. The tables go to standard output.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from scaling.dln.curve import curve_picture, curve_rows, curve_table
 from scaling.dln.records import ranked_right, read_rows, relative_errors
 from scaling.dln.tables import Group, Row, against_local, grouped, table
 
@@ -170,23 +172,36 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the pictures; without it only the tables")
     parser.add_argument("--ours", default="default", help="the method that stands beside the published protocol")
     args = parser.parse_args()
-    groups = grouped(row for file in args.files for row in read_rows(file)[0])
-    print(table(groups))
-    if args.out is None or not groups:
+    rows = [row for file in args.files for row in read_rows(file)[0]]
+    curve = curve_rows(rows)
+    groups = grouped(row for row in rows if row["request"]["sampler"] != "gibbs")
+    if groups:
+        print(table(groups))
+    if curve:
+        print(f"\n{curve_table(curve)}")
+    if args.out is None:
         return
     args.out.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(LOOK):
         draw(groups, args.out, args.ours)
+        if curve:
+            save(curve_picture(curve), args.out / "curve.png")
 
 
 def draw(groups: Sequence[Group], folder: Path, ours: str) -> None:
     """All pictures, as PNG files."""
+    if not groups:
+        return
     pictures = {"truth": truth_picture(groups), "errors": error_picture(groups), "order": order_picture(groups)}
     if protocol_pairs(groups, ours):
         pictures["protocols"] = protocol_picture(groups, ours)
     for name, figure in pictures.items():
-        figure.savefig(folder / f"{name}.png")
-        plt.close(figure)
+        save(figure, folder / f"{name}.png")
+
+
+def save(figure: Figure, path: Path) -> None:
+    figure.savefig(path)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 
 import slt_jax as slt
 from scaling.dln.methods import Method
-from scaling.dln.teachers import Teacher
+from scaling.dln.teachers import INPUT_VARIANCE, Teacher, end_to_end
+from scaling.dln.truth import resolved_coefficient
 
 KEY = ("class", "kind", "seed", "request")  # two rows that agree in these are the same run
 FOUND = (
@@ -44,4 +46,14 @@ def row_of(teacher: Teacher, method: Method, result: slt.LLCResult | str, second
         **{name: settings[name] if settings[name] == settings[name] else None for name in CHOSEN},  # no NaN in JSON
         "gradients": {**spent, "total": sum(spent.values())},
         "device": settings["devices"],
+        **resolved(teacher, settings["nbeta"]),
     }
+
+
+def resolved(teacher: Teacher, nbeta: float) -> dict[str, Any]:
+    """For type A, the rank that this nbeta resolves and the coefficient of such a network."""
+    if teacher.kind != "A":
+        return {}
+    values = np.linalg.svd(end_to_end(teacher.weights), compute_uv=False)[: teacher.rank]
+    rank, value = resolved_coefficient(teacher.widths, values**2 * INPUT_VARIANCE / teacher.widths[-1], nbeta)
+    return {"resolved_rank": rank, "resolved": round(value, 4)}

@@ -26,6 +26,7 @@ import numpy as np
 from scaling.dln import truth
 
 KINDS = ("A", "B", "C", "published")
+INPUT_VARIANCE = 100 / 3  # of a uniform number on [-10, 10]
 
 
 class Size(NamedTuple):

@@ -72,6 +72,26 @@ def learning_coefficient(widths: Sequence[int], rank: int) -> tuple[Fraction, in
     return value, a * (ell - a) + 1
 
 
+def resolved_coefficient(widths: Sequence[int], costs: Sequence[float], nbeta: float) -> tuple[int, float]:
+    """What nbeta resolves of a teacher of type A: (rank, value).
+
+    A singular value s_i of W* too small to matter at this nbeta might as well not be there. Leaving out all but the
+    first k costs the loss c = sum_{i>k} s_i^2 (in units of the loss), and the network is then one of rank k:
+
+        value = min_k [learning_coefficient(widths, k) + nbeta sum_{i>k} costs_i]
+
+    A heuristic, not a theorem: the smallest mean loss that any of these ranks offers, without entropies and without
+    the (m - 1) / log(nbeta) of a multiplicity. It has nothing to fit. As nbeta grows it ends at the theorem's value.
+
+    Args:
+      costs: squared singular values of the output, in units of the loss, largest first; as many as the rank.
+    """
+    left = np.concatenate([np.cumsum(np.asarray(costs, float)[::-1])[::-1], [0.0]])
+    values = [float(learning_coefficient(widths, k)[0]) + nbeta * left[k] for k in range(len(left))]
+    best = int(np.argmin(values))
+    return best, float(values[best])
+
+
 def generic_rank_table(widths: Sequence[int], layer_ranks: Sequence[int]) -> np.ndarray:
     """``rank_table`` of layers drawn independently in general position: the smallest rank among those multiplied.
 
