@@ -24,11 +24,13 @@ KAPPA = 1e6  # curvature over localization
 KAPPA_METRIC = 1e9  # the same where a metric takes care of the range
 REACH = 2.5  # of a flat direction, in typical weights
 REACH_METRIC = 0.35  # the same in a metric's coordinates, in which chains do get that far
-FRICTION = 0.02  # the least: soft directions relax in friction / (step_size curvature) steps
+FRICTION = 0.1  # the least; noise grows as chains spread, and what the pilot saw of it is too little
+FRICTION_SHORT = 0.02  # the same for short chains: soft directions relax in friction / (step_size curvature) steps
 MOST_FRICTION = 0.7
 HEAT = 0.03  # of the estimate, that minibatch noise may add before friction rises
 HEAT_CONTROLLED = 0.01  # with control variates, whose noise is not confined to directions that count
 _SHARE = 0.15  # of the gradients, for all of this
+_SHORT = 4000  # steps of a chain, up to which it is short
 _RICH = 15_000  # gradients for calibration, from which on a shorter step is affordable
 _PILOT = 2**31 - 7  # folded into the key of the pilot's noise
 
@@ -133,7 +135,8 @@ def calibrate(
         mine = noise.controlled if control else noise.plain
         if friction is None:
             limit = HEAT_CONTROLLED if control else HEAT
-            least = 0.3 if sampler.metric else 0.1 if rich else FRICTION
+            short = total < _SHORT * engine.plan.num_chains
+            least = 0.3 if sampler.metric else FRICTION_SHORT if short else FRICTION
             friction, step_size, line = _damp(family, step_size, mine, scale, limit, least, sampler.step_size is None)
             lines.append(line)
         elif sampler.step_size is None:
