@@ -1,0 +1,5 @@
+"""Cross-entropy from hidden states and the unembedding, without the logits of all tokens at once."""
+
+from slt_jax.kernels.cross_entropy.chunked import cross_entropy
+
+__all__ = ["cross_entropy"]
