@@ -18,6 +18,7 @@ _KINETIC_LIMIT = 0.15
 _KINETIC_LIMIT_METRIC = 0.05  # where all directions are about as stiff as the stiffest
 _VIRIAL_LIMIT = 0.2
 _SLOPE_SIGMA = 2.5
+_SPIKE_LIMIT = 4.0
 _DEGREE_LIMIT = 6.25  # x^2 y^4 has 6
 _HELD_DEGREE_LIMIT = 4.0  # where the localization holds more directions than the loss
 _ERROR_LIMIT = 0.125
@@ -218,7 +219,7 @@ def _findings(draws: np.ndarray, facts: Health) -> list[tuple[str, str, float]]:
     for rule in (_diverged, _too_short):
         if found := rule(draws, facts):
             return [(found[0], found[1], math.nan)]
-    rules = (_no_minimum, _moving, _apart, _unexplored, _unsure, _biased, _dependent)
+    rules = (_no_minimum, _moving, _apart, _unexplored, _unsure, _biased, _spiking, _dependent)
     found = [rule(draws, facts) for rule in rules]
     return [(f[0], f[1], f[2] if len(f) == 3 else math.nan) for f in found if f]
 
@@ -306,6 +307,20 @@ def _biased(draws, facts):
         return "heated by minibatch noise", (
             f"noise of the minibatch gradient adds about {bias.noise:.3g} of {mean:.4g}; take a shorter step_size, "
             "more friction, a larger batch_size, or control_variate=True."
+        )
+
+
+def _spiking(draws, facts):
+    """nbeta L has the variance LLC - d LLC / d log nbeta: about the LLC, and less while it still rises with nbeta.
+
+    Rare excursions, of chains that a step has thrown off and that come back, make it many times as large; the mean then
+    hangs on a few draws, and neither R-hat nor the thermometer need show it.
+    """
+    mean, rise = draws.mean(), facts.evidence.nbeta_slope.value
+    if facts.rhat <= _RHAT_LIMIT and mean > 0 and mean - rise > _SPIKE_LIMIT * mean:
+        return "biased by the step size", (
+            f"the variance of nbeta L is {(mean - rise) / mean:.2g} times its mean, where a posterior has about 1: "
+            "chains are thrown off and come back. Halve step_size, or take a larger batch_size."
         )
 
 

@@ -189,6 +189,19 @@ def test_verdicts_from_the_evidence(verdict):
     assert health.flags == (verdict,)
 
 
+def test_losses_that_spike_are_no_posterior():
+    """One draw in two hundred is thrown off: in the mean it counts, and R-hat and trend are in order."""
+    calm = gamma_draws(30.0, 4, 2000)
+    spiked = np.where(np.random.default_rng(5).random(calm.shape) < 0.005, 40 * calm, calm)
+    health = result_of(spiked).health
+    assert health.rhat < 1.01
+    assert (health.verdict, health.flags) == ("biased by the step size", ("biased by the step size",))
+    assert "the variance of nbeta L is" in health.reason
+    assert result_of(calm).health.verdict == "converged"
+    wide = result_of(gamma_draws(30.0, 4, 2000) + np.random.default_rng(6).normal(size=calm.shape) * math.sqrt(60))
+    assert wide.health.verdict == "converged"  # three times the variance: below the limit
+
+
 @pytest.mark.parametrize(
     ("degree", "held", "verdict"),
     [

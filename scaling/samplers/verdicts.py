@@ -1,6 +1,7 @@
 """Does the verdict tell good estimates from bad ones? Two hundred runs, most of them with deliberately bad settings.
 
-    python -m scaling.samplers.verdicts --out scaling/samplers/results/verdicts.jsonl     # ten minutes on two cores
+    python -m scaling.samplers.verdicts                 # ten minutes on two cores
+    python -m scaling.samplers.verdicts --held-out      # other problems and other keys; no limit was set on these
 
 Problems whose posterior's value is known exactly at any nbeta and localization, so that "off" means wrong about this
 very posterior. Settings: step sizes over four decades (as multiples of 1 / curvature), for SGLD and for underdamped
@@ -23,21 +24,34 @@ NAMES = (
     "x^2 + y^4", "deep linear 2-3-3, rank 0",
 )  # fmt: skip
 CURVATURE = dict(zip(NAMES, (2e3, 2e3, 2.2e3, 7e2, 4e3, 3e4), strict=True))
+HELD_OUT = (
+    "quadratic, d = 2", "|w|^4, d = 2", "|w|^6, d = 3", "x^2 y^2", "one tanh unit", "Gaussian mixture",
+    "deep linear 2-2-2, rank 0",
+)  # fmt: skip
 PULL = 1.0
 
 
-def settings() -> Iterator[tuple[str, str, dict]]:
+def curvature_of(name: str) -> float:
+    """The largest curvature that a calibration meets."""
+    target = by_name(name)
+    result = slt.estimate_llc(posterior_of(target, 0.0), target.data, budget=10_000, key=99)
+    return result.settings["calibration"]["curvature"]
+
+
+def settings(held_out: bool) -> Iterator[tuple[str, str, dict]]:
     """(name of the problem, name of the setting, arguments)."""
     lengths = {"num_chains": 4, "num_warmup": 1000, "num_draws": 2000}
-    for name in NAMES:
-        scale = 1 / CURVATURE[name]
+    if held_out:
+        lengths["key"] = 100
+    for name in HELD_OUT if held_out else NAMES:
+        scale = 1 / (curvature_of(name) if held_out else CURVATURE[name])
         for share in (1e-3, 3e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 2.0, 3.5, 10.0):
             yield name, f"sgld {share:g}", {"sampler": slt.sgld(share * scale), **lengths}
         for share in (1e-3, 1e-2, 0.1, 0.5, 2.0, 3.5, 10.0):
             yield name, f"underdamped {share:g}", {"sampler": slt.underdamped(share * scale, 0.2), **lengths}
         for draws in (8, 20, 60):
             for share in (0.01, 0.1):
-                few = {"num_chains": 2, "num_warmup": draws, "num_draws": draws}
+                few = {**lengths, "num_chains": 2, "num_warmup": draws, "num_draws": draws}
                 yield name, f"few steps {draws}, sgld {share:g}", {"sampler": slt.sgld(share * scale), **few}
         for batch in (2, 8):
             for share in (0.03, 0.3):
@@ -46,7 +60,7 @@ def settings() -> Iterator[tuple[str, str, dict]]:
         for away in (0.05, 0.3):
             for share in (0.03, 0.1):
                 yield name, f"no minimum {away:g}, sgld {share:g}", {"sampler": slt.sgld(share * scale), **lengths}
-        for key in range(4):
+        for key in range(100, 104) if held_out else range(4):
             yield name, f"defaults {key}", {"key": key, "budget": 60_000}
 
 
@@ -92,13 +106,17 @@ def judge(rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "verdicts.jsonl")
+    parser.add_argument("--out", type=Path, help="default: results/verdicts.jsonl or results/verdicts-held-out.jsonl")
+    parser.add_argument("--held-out", action="store_true", help="the problems on which no limit was set")
     parser.add_argument("--table", action="store_true", help="only print what is there")
     args = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 2)
+    if args.out is None:
+        name = "verdicts-held-out.jsonl" if args.held_out else "verdicts.jsonl"
+        args.out = Path(__file__).parent / "results" / name
     if not args.table:
         with args.out.open("w") as file:
-            for name, setting, options in settings():
+            for name, setting, options in settings(args.held_out):
                 file.write(json.dumps(run(name, setting, options)) + "\n")
                 file.flush()
     judge([json.loads(line) for line in args.out.read_text().splitlines()])
