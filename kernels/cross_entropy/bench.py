@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from slt_jax.checkpoint import versions
 from slt_jax.kernels.cross_entropy import cross_entropy, reference

@@ -1,6 +1,6 @@
 """Cross-entropy of a language model's head, some rows at a time: the logits of all tokens are never held together.
 
-One row's loss needs the logits of that row alone, and so do its gradients. With p = softmax(h E'), weights g from above,
+One row needs its own logits alone, for the loss and for its gradients. With p = softmax(h E'), weights g from above,
 
     d/dh_t = g_t (p_t - e_y) E        d/dE = sum_t g_t (p_t - e_y)' h_t
 
@@ -81,7 +81,7 @@ def _step(table: jax.Array, total: jax.Array, chunk: tuple) -> tuple[jax.Array, 
 
 
 def _add_outer(total: jax.Array, slope: jax.Array, hidden: jax.Array) -> jax.Array:
-    """total + slope' hidden, in place, a block of tokens at a time: whole, the product would be as large as the table."""
+    """total + slope' hidden, in place, some tokens at a time: the whole product would be as large as the table."""
     block = min(TOKENS, len(total))
     whole = len(total) // block
 
