@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slt_jax.kernels.langevin import normal, random_words, reference, uniform_index
+from slt_jax.kernels.langevin import bench, normal, random_words, reference, shapes, uniform_index
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("shape", [(), (0,), (1,), (7,), (3, 5, 2), (1000, 1001)])
+@pytest.mark.parametrize("shape", [(0,), (1,), *shapes.TESTED])
 def test_normal_is_bit_equal_to_the_reference(shape):
     key = jax.random.key(42)
     np.testing.assert_array_equal(normal(key, shape), reference.normal(key, shape, jnp.float32))
@@ -60,3 +60,25 @@ def test_a_range_that_does_not_fit_is_refused(num):
 def test_an_array_past_the_counter_is_refused():
     with pytest.raises(ValueError, match="counter"):
         jax.eval_shape(lambda k: random_words(k, (2**16, 2**16)), jax.random.key(0))
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the temporaries of XLA's CPU compiler")
+def test_the_update_holds_no_second_copy_of_anything():
+    """Compiled, not run: 10M donated weights; the plain generator needs a buffer for its noise."""
+    like, key = jax.ShapeDtypeStruct(shapes.TIMED["10M weights"], jnp.float32), jax.random.key(0)
+    temporary = {
+        name: bench.program(draw).lower(key, like, like, like).compile().memory_analysis().temp_size_in_bytes
+        for name, draw in {"fused": normal, "plain": reference.normal}.items()
+    }
+    assert temporary["fused"] < 4096
+    assert temporary["plain"] > 4 * 10_000_000
+
+
+def test_the_update_is_bit_equal_with_both_generators():
+    key, w = jax.random.key(5), jnp.linspace(-1, 1, 1001).reshape(7, 11, 13)
+    grad, center = jnp.cos(w), 0.5 * w
+    found = bench.program(normal)(key, w + 0, grad, center)
+    expected = bench.program(reference.normal)(key, w + 0, grad, center)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-7)  # the compiler may contract a * b + c in one
+    moved, copy = bench.program(normal, True)(key, w + 0, grad, center)
+    np.testing.assert_array_equal(copy, moved.astype(jnp.bfloat16))

@@ -1,0 +1,185 @@
+"""Parts of a decoder by name: which weights of a checkpoint move, for refined LLCs.
+
+Names: ``layer 3``, ``layer 3 head 5``, ``attention``, ``layer 3 mlp``, ``embedding``, ``unembedding``, ``norms``; with
+commas between them, a union. All restrictions of one shape, such as every head of a model, share one compiled program:
+the chosen slices are an argument of the loss, and so is where they go.
+
+A head is its queries, keys, values and its part of the output, with their biases where they belong to one head. Under
+grouped-query attention the keys and values are those it reads, which the heads of its group share; a union of such
+heads has them once.
+"""
+
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slt_jax.posterior import LocalPosterior, path_of
+
+PyTree = Any
+Path = tuple[str, ...]
+_TERM = re.compile(
+    r"(?:layer (?P<layer>\d+))?\s*(?:head (?P<head>\d+)|(?P<part>attention|mlp|norms|embedding|unembedding))?"
+)
+_HEAD_AXIS = {"q": 2, "k": 2, "v": 2, "o": 1, "q_bias": 1, "k_bias": 1, "v_bias": 1}
+EXAMPLES = "'layer 3', 'layer 3 head 5', 'attention', 'layer 3 mlp', 'embedding', or several with commas"
+
+
+class Where(NamedTuple):
+    """What of one leaf is chosen: all of it, or slices. ``layers`` and ``heads`` are sorted, without repetition."""
+
+    whole: bool = False
+    layers: tuple[int, ...] = ()
+    heads: tuple[tuple[int, int], ...] = ()  # (layer, head)
+
+
+class Shape(NamedTuple):
+    """The part of a restriction that a compiled program depends on: how many slices of which leaf, not which ones."""
+
+    path: Path
+    kind: str  # whole, layers, heads
+    axis: int  # of the heads
+
+
+def restricted(posterior: LocalPosterior, name: str) -> LocalPosterior:
+    """The same posterior with only the named weights of its decoder free.
+
+    Args:
+        posterior: whose ``center`` is a decoder's parameters (``slt_jax.models.Decoder``), without a mask.
+        name: see the module.
+
+    Raises:
+        ValueError: a name that is not understood, or a layer, head or part that this decoder does not have.
+    """
+    if posterior.mask is not None:
+        raise ValueError("the posterior has a mask already. Restrict it by name or by mask, not both.")
+    chosen = choose(posterior.center, name)
+    shapes, parts, at = [], [], []
+    leaves = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(posterior.center)}
+    for path, where in chosen.items():
+        axis = _HEAD_AXIS.get(path[-1], 0)
+        for kind, index in _indices(where):
+            shapes.append(Shape(path, kind, axis))
+            at.append(index)
+            parts.append(_take(leaves[path], kind, axis, index))
+    loss_fn = _loss(posterior.loss_fn, tuple(shapes))
+    center = {"part": parts, "at": at, "rest": posterior.center}
+    return replace(posterior, loss_fn=loss_fn, center=center, mask=lambda path: path[0] == "part")
+
+
+def head_names(params: PyTree) -> list[str]:
+    """``layer L head H`` for every head of the decoder, layer by layer."""
+    layers, heads, _ = _sizes(_paths(params))
+    return [f"layer {layer} head {head}" for layer in range(layers) for head in range(heads)]
+
+
+def choose(params: PyTree, name: str) -> dict[Path, Where]:
+    """Leaves by path, and what of each the name covers. Raises ValueError."""
+    shapes = _paths(params)
+    found: dict[Path, list[Where]] = {}
+    for term in name.split(","):
+        for path, where in _term(shapes, term.strip()).items():
+            found.setdefault(path, []).append(where)
+    return {path: _union(found[path]) for path in shapes if path in found}
+
+
+def _paths(params: PyTree) -> dict[Path, tuple[int, ...]]:
+    shapes = {path_of(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    if ("blocks", "attention", "q") not in shapes:
+        some = ", ".join("/".join(path) for path in list(shapes)[:4])
+        raise ValueError(
+            f"restrictions by name need a decoder's parameters, with blocks/attention/q; got {some}, ... Give "
+            "LocalPosterior a mask instead."
+        )
+    return shapes
+
+
+def _sizes(shapes: dict[Path, tuple[int, ...]]) -> tuple[int, int, int]:
+    """(layers, heads, heads that share one key and value)."""
+    layers, _, heads, _ = shapes["blocks", "attention", "q"]
+    return layers, heads, heads // shapes["blocks", "attention", "k"][2]
+
+
+def _term(shapes: dict[Path, tuple[int, ...]], term: str) -> dict[Path, Where]:
+    match = _TERM.fullmatch(term)
+    if not match or not term:
+        raise ValueError(f"no part of a decoder is called {term!r}. Names are {EXAMPLES}.")
+    layer, head, part = match["layer"], match["head"], match["part"]
+    layers, heads, shared = _sizes(shapes)
+    if layer is not None and int(layer) >= layers:
+        raise ValueError(f"{term!r}: this decoder has layers 0 to {layers - 1}.")
+    if head is not None:
+        if layer is None:
+            raise ValueError(f"{term!r} needs a layer: 'layer 0 {term}'.")
+        if int(head) >= heads:
+            raise ValueError(f"{term!r}: each layer has heads 0 to {heads - 1}.")
+        own = {name: int(head) // (shared if name[0] in "kv" else 1) for name in _HEAD_AXIS}
+        paths = {name: ("blocks", "attention", name) for name in _HEAD_AXIS}
+        return {p: Where(heads=((int(layer), own[name]),)) for name, p in paths.items() if p in shapes}
+    if layer is not None and part in ("embedding", "unembedding"):
+        raise ValueError(f"{term!r}: the {part} belongs to no layer. Write {part!r}.")
+    paths = [path for path in shapes if _covers(path, part, layer is not None)]
+    if not paths:
+        raise ValueError(f"{term!r}: this decoder has none; its head is tied to the embedding.")
+    return {path: Where(whole=True) if layer is None else Where(layers=(int(layer),)) for path in paths}
+
+
+def _covers(path: Path, part: str | None, one_layer: bool) -> bool:
+    if part is None:
+        return path[0] == "blocks"
+    if part == "norms":
+        return any("norm" in step for step in path) and (path[0] == "blocks" or not one_layer)
+    return path[0] == {"embedding": "embedding", "unembedding": "head"}.get(part, "blocks") and (
+        path[0] != "blocks" or path[1] == part
+    )
+
+
+def _union(found: list[Where]) -> Where:
+    """What is chosen twice counts once: the whole takes in its layers, a layer its heads."""
+    if any(where.whole for where in found):
+        return Where(whole=True)
+    layers = sorted({layer for where in found for layer in where.layers})
+    heads = sorted({pair for where in found for pair in where.heads if pair[0] not in layers})
+    return Where(False, tuple(layers), tuple(heads))
+
+
+def _indices(where: Where) -> list[tuple[str, np.ndarray]]:
+    if where.whole:
+        return [("whole", np.zeros(0, np.int32))]
+    found = [("layers", np.asarray(where.layers, np.int32)), ("heads", np.asarray(where.heads, np.int32))]
+    return [(kind, index) for kind, index in found if len(index)]
+
+
+def _place(kind: str, axis: int, index: Any) -> Any:
+    if kind == "layers":
+        return index
+    layer, head = index[:, 0], index[:, 1]
+    return (layer, head) if axis == 1 else (layer, slice(None), head)
+
+
+def _take(leaf: jax.Array, kind: str, axis: int, index: np.ndarray) -> jax.Array:
+    return leaf if kind == "whole" else jnp.asarray(leaf)[_place(kind, axis, index)]
+
+
+@functools.lru_cache(maxsize=64)
+def _loss(loss_fn: Callable, shapes: tuple[Shape, ...]) -> Callable:
+    """One function for all restrictions of these shapes, so that they compile once."""
+
+    def restricted_loss(params: dict, batch: PyTree) -> jax.Array:
+        chosen: dict[Path, list[tuple]] = {}
+        for shape, part, at in zip(shapes, params["part"], params["at"], strict=True):
+            chosen.setdefault(shape.path, []).append((shape, part, at))
+
+        def filled(path: tuple, leaf: jax.Array) -> jax.Array:
+            for (_, kind, axis), part, at in chosen.get(path_of(path), []):
+                leaf = part if kind == "whole" else leaf.at[_place(kind, axis, at)].set(part, unique_indices=True)
+            return leaf
+
+        return loss_fn(jax.tree_util.tree_map_with_path(filled, params["rest"]), batch)
+
+    return restricted_loss
