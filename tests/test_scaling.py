@@ -29,7 +29,8 @@ def product_flops(jaxpr) -> float:
         else:
             for name in ("jaxpr", "call_jaxpr"):
                 if name in eqn.params:
-                    total += product_flops(getattr(eqn.params[name], "jaxpr", eqn.params[name]))
+                    runs = eqn.params.get("length", 1)  # of a scan
+                    total += runs * product_flops(getattr(eqn.params[name], "jaxpr", eqn.params[name]))
     return total
 
 

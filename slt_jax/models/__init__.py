@@ -1,5 +1,6 @@
 """Models that slt-jax brings: one small decoder-only transformer."""
 
-from slt_jax.models.decoder import Decoder, DecoderConfig
+from slt_jax.models.config import DecoderConfig, RopeScaling
+from slt_jax.models.decoder import Decoder
 
-__all__ = ["Decoder", "DecoderConfig"]
+__all__ = ["Decoder", "DecoderConfig", "RopeScaling"]

@@ -1,105 +1,183 @@
-"""A decoder-only transformer in GPT-2's layout, as a Flax NNX module."""
+"""A decoder-only transformer, as a Flax NNX module whose blocks are stacked on a leading layer axis.
 
-import dataclasses
-import math
-from typing import Any
+Parameter paths and shapes (biases and norms only where the configuration has them)::
+
+    embedding/tokens                (vocab_size, width)
+    embedding/positions             (context_length, width)
+    blocks/norm1/{scale,bias}       (layers, width)                         read by attention
+    blocks/attention/q              (layers, width, heads, head_width)      k, v: with kv_heads; q_bias: without width
+    blocks/attention/{q,k}_norm/scale  (layers, head_width)
+    blocks/attention/o              (layers, heads, head_width, width)      o_bias: (layers, width)
+    blocks/norm2/{scale,bias}       (layers, width)                         read by the MLP
+    blocks/mlp/{up,gate}            (layers, width, mlp_width)              up_bias, gate_bias: without width
+    blocks/mlp/down                 (layers, mlp_width, width)              down_bias: (layers, width)
+    norm/{scale,bias}               (width,)
+    head                            (vocab_size, width)
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from slt_jax.posterior import check_count
+from slt_jax.models.attention import attend, rotary_table, rotate
+from slt_jax.models.config import DecoderConfig
+
+_ACTIVATIONS = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "silu": jax.nn.silu,
+    "relu": jax.nn.relu,
+}
+_KEPT = {
+    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "input": jax.checkpoint_policies.nothing_saveable,
+}
 
 
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """Shape of a decoder. GPT-2 small is ``DecoderConfig(50257, 1024, 768, 12, 12)``."""
+class Norm(nnx.Module):
+    """Layer norm, or RMS norm (no mean taken off, no bias), over the last axis; computed in float32 at least."""
 
-    vocab_size: int
-    context_length: int
-    width: int
-    num_layers: int
-    num_heads: int
-    norm_epsilon: float = 1e-5
+    def __init__(self, shape: tuple[int, ...], kind: str, epsilon: float):
+        self.centered, self.epsilon = kind == "layer", epsilon
+        self.scale = nnx.Param(jnp.ones(shape))
+        self.bias = nnx.Param(jnp.zeros(shape)) if self.centered else None
 
-    def __post_init__(self):
-        for field in ("vocab_size", "context_length", "width", "num_layers", "num_heads"):
-            check_count(field, getattr(self, field), 1)
-        if self.width % self.num_heads:
-            raise ValueError(f"num_heads = {self.num_heads} does not divide width = {self.width}.")
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if self.centered:
+            wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        return _plus(wide * self.scale.get_value(), self.bias).astype(x.dtype)
 
-    def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+
+class Attention(nnx.Module):
+    """Causal attention of one layer; its weights are stacked over layers, and a call sees one layer's."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        layers, width, inner = config.num_layers, config.width, config.head_width
+        self.scale = inner**-0.5 if config.attention_scale is None else config.attention_scale
+        for name, heads in (("q", config.num_heads), ("k", config.num_kv_heads), ("v", config.num_kv_heads)):
+            setattr(self, name, _weight((layers, width, heads, inner), rngs))
+            setattr(self, f"{name}_bias", _bias((layers, heads, inner), config.qkv_bias))
+        self.o = _weight((layers, config.num_heads, inner, width), rngs)
+        self.o_bias = _bias((layers, width), config.out_bias)
+        for name in ("q_norm", "k_norm"):
+            setattr(self, name, Norm((layers, inner), "rms", config.norm_epsilon) if config.qk_norm else None)
+
+    def __call__(self, x: jax.Array, table: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+        q, k, v = (
+            _plus(jnp.einsum("mtw,whd->mthd", x, weight.get_value()), bias)
+            for weight, bias in ((self.q, self.q_bias), (self.k, self.k_bias), (self.v, self.v_bias))
+        )
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if table is not None:
+            q, k = rotate(q, table), rotate(k, table)
+        mixed = attend(q, k, v, self.scale)
+        return _plus(jnp.einsum("mthd,hdw->mtw", mixed, self.o.get_value()), self.o_bias)
+
+
+class MLP(nnx.Module):
+    """The MLP of one layer, gated or not; its weights are stacked over layers, and a call sees one layer's."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        layers, width, inner = config.num_layers, config.width, config.mlp_width
+        self.activation = config.activation
+        self.up, self.down = _weight((layers, width, inner), rngs), _weight((layers, inner, width), rngs)
+        self.up_bias = _bias((layers, inner), config.mlp_bias)
+        self.down_bias = _bias((layers, width), config.mlp_bias)
+        self.gate = _weight((layers, width, inner), rngs) if config.gated_mlp else None
+        self.gate_bias = _bias((layers, inner), config.mlp_bias and config.gated_mlp)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        act, up = _ACTIVATIONS[self.activation], _plus(x @ self.up.get_value(), self.up_bias)
+        inner = act(up) if self.gate is None else act(_plus(x @ self.gate.get_value(), self.gate_bias)) * up
+        return _plus(inner @ self.down.get_value(), self.down_bias)
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and MLP, both added to the residual stream."""
+    """Attention and MLP, each after a norm and added to the residual stream. A call sees one layer's weights."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        width, small = config.width, nnx.initializers.normal(0.02)
-        self.heads = config.num_heads
-        self.norm1 = nnx.LayerNorm(width, epsilon=config.norm_epsilon, rngs=rngs)
-        self.qkv = nnx.Linear(width, 3 * width, kernel_init=small, rngs=rngs)
-        self.proj = nnx.Linear(width, width, kernel_init=small, rngs=rngs)
-        self.norm2 = nnx.LayerNorm(width, epsilon=config.norm_epsilon, rngs=rngs)
-        self.up = nnx.Linear(width, 4 * width, kernel_init=small, rngs=rngs)
-        self.down = nnx.Linear(4 * width, width, kernel_init=small, rngs=rngs)
+        shape = (config.num_layers, config.width)
+        self.parallel = config.parallel_residual
+        self.norm1, self.norm2 = (Norm(shape, config.norm, config.norm_epsilon) for _ in range(2))
+        self.attention, self.mlp = Attention(config, rngs=rngs), MLP(config, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        m, length, width = x.shape
-        q, k, v = jnp.split(self.qkv(self.norm1(x)).reshape(m, length, 3 * self.heads, -1), 3, axis=2)
-        mixed = jax.lax.platform_dependent(q, k, v, cpu=causal_attention, default=_flash_attention)
-        x = x + self.proj(mixed.reshape(m, length, width))
-        return x + self.down(nnx.gelu(self.up(self.norm2(x)), approximate=True))
+    def __call__(self, x: jax.Array, table: tuple[jax.Array, jax.Array] | None) -> jax.Array:
+        after = x + self.attention(self.norm1(x), table)
+        return after + self.mlp(self.norm2(x if self.parallel else after))
+
+
+class Embedding(nnx.Module):
+    """A vector for each token, and for each position where positions are learned."""
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        self.tokens = _weight((config.vocab_size, config.width), rngs)
+        learned = config.positions == "learned"
+        self.positions = _weight((config.context_length, config.width), rngs) if learned else None
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = jnp.take(self.tokens.get_value(), tokens, axis=0)
+        return x if self.positions is None else x + self.positions.get_value()[: tokens.shape[1]]
 
 
 class Decoder(nnx.Module):
-    """tokens ``(m, T)`` -> logits ``(m, T, vocab_size)``; learned positions, head tied to the embedding."""
+    """tokens ``(m, T)`` -> logits ``(m, T, vocab_size)``."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        small = nnx.initializers.normal(0.02)
         self.config = config
-        self.embedding = nnx.Embed(config.vocab_size, config.width, embedding_init=small, rngs=rngs)
-        self.positions = nnx.Embed(config.context_length, config.width, embedding_init=small, rngs=rngs)
-        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.num_layers)])
-        self.norm = nnx.LayerNorm(config.width, epsilon=config.norm_epsilon, rngs=rngs)
+        self.embedding = Embedding(config, rngs=rngs)
+        self.blocks = Block(config, rngs=rngs)
+        self.norm = Norm((config.width,), config.norm, config.norm_epsilon)
+        self.head = None if config.tied_head else _weight((config.vocab_size, config.width), rngs)
 
     def hidden(self, tokens: jax.Array) -> jax.Array:
         """What the head sees: ``(m, T, width)``. Raises ValueError when T is past the context length."""
-        if tokens.shape[1] > self.config.context_length:
-            raise ValueError(
-                f"sequences of {tokens.shape[1]} tokens do not fit context_length = {self.config.context_length}."
-            )
-        x = self.embedding(tokens) + self.positions(jnp.arange(tokens.shape[1]))
-        for block in self.blocks:
-            x = block(x)
+        config, length = self.config, tokens.shape[1]
+        if length > config.context_length:
+            raise ValueError(f"sequences of {length} tokens do not fit context_length = {config.context_length}.")
+        table = rotary_table(config, length) if config.positions == "rotary" else None
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def one(x: jax.Array, layer: nnx.State) -> tuple[jax.Array, None]:
+            return nnx.merge(graphdef, layer)(x, table), None
+
+        # One compiled block, run num_layers times: compile time does not grow with depth.
+        body = one if config.keep == "all" else jax.checkpoint(one, prevent_cse=False, policy=_KEPT[config.keep])
+        x, _ = jax.lax.scan(body, self.embedding(tokens), stacked)
         return self.norm(x)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        return self.embedding.attend(self.hidden(tokens))
+        return self.hidden(tokens) @ self._head().T
 
     def losses(self, tokens: jax.Array) -> jax.Array:
         """Mean next-token cross-entropy of each sequence, nats per token, float32 ``(m,)``.
 
-        NaN for a sequence with an id outside the vocabulary. The target's logit is read as a product with its embedding
-        row, which spares a gather and a scatter over the vocabulary-sized logits.
+        NaN for a sequence with an id outside the vocabulary. The target's logit is read as a product with its row of
+        the head, which spares a gather and a scatter over the vocabulary-sized logits.
         """
         x, targets = self.hidden(tokens)[:, :-1].astype(jnp.float32), tokens[:, 1:]
-        table = self.embedding.embedding.get_value().astype(jnp.float32)
+        table = self._head().astype(jnp.float32)
         logits = x.reshape(-1, x.shape[-1]) @ table.T
         norm = jax.nn.logsumexp(logits, axis=-1).reshape(targets.shape)
         chosen = jnp.sum(x * jnp.take(table, targets, axis=0, mode="clip"), axis=-1)
         inside = jnp.all((tokens >= 0) & (tokens < self.config.vocab_size), axis=1)
         return jnp.where(inside, jnp.mean(norm - chosen, axis=-1), jnp.nan)
 
-
-def causal_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Scaled dot-product attention over the past, for ``(m, T, heads, head width)``."""
-    scores = jnp.einsum("mthd,mshd->mhts", q * (1 / math.sqrt(q.shape[-1])), k)
-    seen = jnp.tril(jnp.ones((q.shape[1], q.shape[1]), bool))
-    weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(scores.dtype).min), axis=-1)
-    return jnp.einsum("mhts,mshd->mthd", weights, v)
+    def _head(self) -> jax.Array:
+        return (self.embedding.tokens if self.head is None else self.head).get_value()
 
 
-def _flash_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True)
+def _weight(shape: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Param:
+    return nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
+
+
+def _bias(shape: tuple[int, ...], present: bool) -> nnx.Param | None:
+    return nnx.Param(jnp.zeros(shape)) if present else None
+
+
+def _plus(x: jax.Array, bias: nnx.Param | None) -> jax.Array:
+    return x if bias is None else x + bias.get_value()

@@ -1,15 +1,105 @@
-"""Decoder checkpoints on disk: a folder with ``config.json`` and an Orbax tree ``params``."""
+"""Decoder checkpoints: Hugging Face's (``config.json`` and safetensors), and slt-jax's own (and an Orbax tree)."""
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx
+from jax.sharding import Mesh
 
-from slt_jax.models.decoder import Decoder, DecoderConfig
+from slt_jax.models.config import DecoderConfig
+from slt_jax.models.decoder import Decoder
+from slt_jax.models.layouts import read_config
+from slt_jax.models.tensors import list_tensors
+from slt_jax.models.weights import make_plan
+
+FORMAT = 2
+_WANTED = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json"]
+
+
+def load_checkpoint(path: str | os.PathLike, *, mesh: Mesh | None = None) -> tuple[Decoder, dict[str, Any]]:
+    """(model, all of config.json) of a folder of either kind, or of a repository on the Hugging Face Hub.
+
+    ``mesh`` as in ``load_pretrained``; slt-jax's own folders go to one device.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``load_pretrained`` and ``load_decoder``.
+    """
+    folder = Path(path).absolute()
+    if folder.is_dir() and "model_type" not in _read_record(folder):
+        return load_decoder(folder)
+    return load_pretrained(path, mesh=mesh)
+
+
+def load_pretrained(
+    path: str | os.PathLike, *, mesh: Mesh | None = None, revision: str | None = None
+) -> tuple[Decoder, dict[str, Any]]:
+    """A GPT-2, GPT-NeoX (Pythia), Llama, Qwen2 or Qwen3 checkpoint as (model, all of config.json).
+
+    The weights are float32 whatever the file's type. Beside them the host holds one layer's tensor, or 32 MiB.
+
+    Args:
+        path: a folder with ``config.json`` and one or many ``.safetensors``, or a repository's name, such as
+            ``EleutherAI/pythia-160m``, which ``huggingface_hub`` downloads into its cache.
+        mesh: spread each array over the mesh's ``model`` axis, each device reading its own part. Default: all on this
+            process's first device.
+        revision: of the repository, such as Pythia's ``step3000``.
+
+    Raises:
+        FileNotFoundError: no such folder or repository, or a file is missing from it.
+        ValueError: naming the architecture, the field of config.json, the tensor, the shape or the file that is not
+            known. A tensor is never left out, nor initialized.
+    """
+    folder = _folder_of(path, revision)
+    record = _read_record(folder)
+    layout, config = read_config(record, str(folder / "config.json"))
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    paths = {"/".join(map(str, keys)): keys for keys, _ in nnx.to_flat_state(state)}
+    plan = make_plan(config, layout, list(paths), list_tensors(folder), str(folder))
+    for name, keys in paths.items():
+        nnx.replace_by_pure_dict(state, _nested(keys, plan.array(name, mesh)))
+    return nnx.merge(graphdef, state), record
+
+
+def _nested(keys: tuple, value: Any) -> Any:
+    for key in reversed(keys):
+        value = {key: value}
+    return value
+
+
+def _folder_of(path: str | os.PathLike, revision: str | None) -> Path:
+    folder, name = Path(path).absolute(), os.fspath(path)
+    if folder.is_dir() and revision is None:
+        return folder
+    if folder.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise FileNotFoundError(f"{folder} has no config.json, and {name!r} is no name of a repository.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{name!r} is no folder here, so it must be a repository on the Hugging Face Hub, and that failed with "
+            f"{type(error).__name__}: {str(error).strip()[:300]}"
+        ) from error
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    """config.json. Raises FileNotFoundError or ValueError naming it."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no config.json, so it is not a whole checkpoint.")
+    try:
+        record = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is truncated or foreign: {error!r}.") from error
+    if not isinstance(record, dict) or not {"decoder", "model_type"} & set(record):
+        raise ValueError(f"{file} is truncated or foreign: it has neither a 'model_type' nor a 'decoder'.")
+    return record
 
 
 def save_decoder(path: str | os.PathLike, model: Decoder, extra: dict[str, Any] | None = None) -> None:
@@ -18,22 +108,28 @@ def save_decoder(path: str | os.PathLike, model: Decoder, extra: dict[str, Any] 
     folder.mkdir(parents=True)
     with ocp.StandardCheckpointer() as writer:
         writer.save(folder / "params", nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    record = {"format": FORMAT, "decoder": model.config.to_dict(), **(extra or {})}
     # Last, so that a folder with a config is a whole checkpoint.
-    (folder / "config.json").write_text(json.dumps({"decoder": model.config.to_dict(), **(extra or {})}, indent=1))
+    (folder / "config.json").write_text(json.dumps(record, indent=1))
 
 
 def load_decoder(path: str | os.PathLike) -> tuple[Decoder, dict[str, Any]]:
-    """(model, all of config.json). Raises FileNotFoundError, or ValueError naming what is foreign or truncated."""
+    """(model, all of config.json) that ``save_decoder`` wrote.
+
+    Raises FileNotFoundError, or ValueError naming what is foreign, truncated or of an earlier version.
+    """
     folder = Path(path).absolute()
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json, so it is not a whole decoder checkpoint of slt-jax.")
+    record = _read_record(folder)
+    if "decoder" in record and record.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder} is in format {record.get('format', 1)} of slt-jax's decoder checkpoints, and this version reads "
+            f"format {FORMAT}. Train it again; for the demo, remove its folder."
+        )
     try:
-        record = json.loads((folder / "config.json").read_text())
-        config = DecoderConfig(**record["decoder"])
-    except (ValueError, KeyError, TypeError) as error:
+        config = DecoderConfig.from_dict(record["decoder"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / 'config.json'} is truncated or foreign: {error!r}.") from error
-    abstract = nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-    graphdef, state = nnx.split(abstract)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), nnx.to_pure_dict(state))
     try:

@@ -1,0 +1,129 @@
+"""Which decoder: GPT-2, GPT-NeoX, Llama and Qwen layouts as one configuration."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from slt_jax.posterior import check_count, check_positive
+
+_DERIVED: Any = None  # filled in from the other fields
+Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Slower rotary frequencies, for a context longer than the model's first one.
+
+    ``linear``: every frequency divided by ``factor``. ``llama3``: so for wavelengths over ``original_context /
+    low_frequency_factor``, unchanged under ``original_context / high_frequency_factor``, and a blend between.
+    """
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_context: int = 8192
+
+    def __post_init__(self):
+        _check_choice("kind", self.kind, ("linear", "llama3"))
+        for field in ("factor", "low_frequency_factor", "high_frequency_factor", "original_context"):
+            check_positive(field, getattr(self, field), "It comes from rope_scaling in the checkpoint's config.json.")
+        if self.low_frequency_factor >= self.high_frequency_factor:
+            raise ValueError(
+                f"low_frequency_factor = {self.low_frequency_factor} must be below high_frequency_factor = "
+                f"{self.high_frequency_factor}."
+            )
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder's mathematics. The defaults are GPT-2's: its small is ``DecoderConfig(50257, 1024, 768, 12, 12)``.
+
+    Args:
+        width: of the residual stream.
+        num_kv_heads: keys and values, each shared by ``num_heads / num_kv_heads`` neighbouring heads; default all.
+        head_width: default ``width / num_heads``.
+        mlp_width: default ``4 * width``.
+        positions: ``learned`` vectors added to the embedding, or ``rotary``.
+        rotary_width: the first so many numbers of a head are rotated; default all of them.
+        qk_norm: an RMS norm over each head's query and key, before the rotation.
+        gated_mlp: ``down(activation(gate x) * up x)`` in place of ``down(activation(up x))``.
+        qkv_bias, out_bias, mlp_bias: whether queries, keys and values, attention's output, both layers of the MLP
+            have one. A layer norm always has one, an RMS norm never.
+        parallel_residual: attention and MLP both read the block's input; otherwise the MLP reads attention's sum.
+        tied_head: logits are products with the embedding.
+        attention_scale: factor on query times key; default ``1 / sqrt(head_width)``.
+        keep: what each block keeps for its gradient: ``all``; ``products``, those with weight matrices, the rest is
+            computed again; ``input``, the block's input alone. ``products`` is the fastest of them on a CPU: there
+            memory traffic costs more than arithmetic.
+    """
+
+    vocab_size: int
+    context_length: int
+    width: int
+    num_layers: int
+    num_heads: int
+    norm_epsilon: float = 1e-5
+    num_kv_heads: int = _DERIVED
+    head_width: int = _DERIVED
+    mlp_width: int = _DERIVED
+    positions: Literal["learned", "rotary"] = "learned"
+    rotary_width: int = _DERIVED
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    norm: Literal["layer", "rms"] = "layer"
+    qk_norm: bool = False
+    activation: Activation = "gelu_tanh"
+    gated_mlp: bool = False
+    qkv_bias: bool = True
+    out_bias: bool = True
+    mlp_bias: bool = True
+    parallel_residual: bool = False
+    tied_head: bool = True
+    attention_scale: float | None = None
+    keep: Literal["all", "products", "input"] = "products"
+
+    def __post_init__(self):
+        for field in ("vocab_size", "context_length", "width", "num_layers", "num_heads"):
+            check_count(field, getattr(self, field), 1)
+        if self.head_width is None and self.width % self.num_heads:
+            raise ValueError(f"num_heads = {self.num_heads} does not divide width = {self.width}.")
+        for field, value in _derived(self).items():
+            if getattr(self, field) is None:
+                object.__setattr__(self, field, value)
+            check_count(field, getattr(self, field), 1)
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads = {self.num_kv_heads} does not divide num_heads = {self.num_heads}.")
+        if self.positions == "rotary" and (self.rotary_width % 2 or self.rotary_width > self.head_width):
+            raise ValueError(
+                f"rotary_width must be even and at most head_width = {self.head_width}, got {self.rotary_width}."
+            )
+        for field in ("norm_epsilon", "rope_theta", "attention_scale"):
+            if getattr(self, field) is not None:
+                check_positive(field, getattr(self, field), "")
+        _check_choice("positions", self.positions, ("learned", "rotary"))
+        _check_choice("norm", self.norm, ("layer", "rms"))
+        _check_choice("keep", self.keep, ("all", "products", "input"))
+        _check_choice("activation", self.activation, get_args(Activation))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "DecoderConfig":
+        """The inverse of ``to_dict``. Raises TypeError for a field that is not one."""
+        scaling = record.get("rope_scaling")
+        return cls(**{**record, "rope_scaling": RopeScaling(**scaling) if scaling else None})
+
+
+def _derived(config: DecoderConfig) -> dict[str, Any]:
+    head_width = config.head_width or config.width // config.num_heads
+    return {
+        "num_kv_heads": config.num_heads, "head_width": head_width, "mlp_width": 4 * config.width,
+        "rotary_width": head_width,
+    }  # fmt: skip
+
+
+def _check_choice(field: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{field} must be one of {', '.join(choices)}, got {value!r}.")
