@@ -1,0 +1,146 @@
+"""Logits equal those of transformers, from the files that it writes itself. Skipped without torch and transformers."""
+
+import functools
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from slt_jax.models import Decoder
+from slt_jax.models.decoder import _ACTIVATIONS
+from slt_jax.models.hub import load_pretrained
+from slt_jax.models.layouts import _ACTIVATIONS as ACTIVATION_NAMES
+
+torch = pytest.importorskip("torch", reason="needs the extra 'parity'")
+transformers = pytest.importorskip("transformers", reason="needs the extra 'parity'")
+
+# Warnings of the other library are not ours.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SHAPE = {
+    "vocab_size": 61, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 40,
+    "max_position_embeddings": 24, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+GROUPED = {**SHAPE, "num_key_value_heads": 2, "rms_norm_eps": 1e-2}
+GPT2 = {
+    "vocab_size": 61, "n_positions": 24, "n_embd": 24, "n_layer": 3, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0,
+    "layer_norm_epsilon": 1e-2,
+}  # fmt: skip
+NEOX = {**SHAPE, "hidden_size": 64, "layer_norm_eps": 1e-2}
+
+
+def rope(kind="default", theta=100.0, **more):
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": theta, **more}}
+
+
+LLAMA3 = rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+CASES = {
+    "gpt2": ("GPT2", GPT2),
+    "gpt2 n_inner, unscaled, exact gelu": (
+        "GPT2", {**GPT2, "n_inner": 30, "scale_attn_weights": False, "activation_function": "gelu"}
+    ),
+    "gpt2 untied": ("GPT2", {**GPT2, "tie_word_embeddings": False}),
+    "neox parallel, a quarter rotary": ("GPTNeoX", {**NEOX, **rope(partial_rotary_factor=0.25)}),
+    "neox sequential, a quarter rotary": (
+        "GPTNeoX", {**NEOX, **rope(partial_rotary_factor=0.25), "use_parallel_residual": False}
+    ),
+    "neox whole rotary, tied, no bias": (
+        "GPTNeoX", {**NEOX, **rope(partial_rotary_factor=1.0), "tie_word_embeddings": True, "attention_bias": False}
+    ),
+    "llama tied": ("Llama", {**GROUPED, **rope(), "tie_word_embeddings": True}),
+    "llama untied": ("Llama", {**GROUPED, **rope(), "tie_word_embeddings": False}),
+    "llama biases, wide heads": ("Llama", {**GROUPED, "attention_bias": True, "mlp_bias": True, "head_dim": 10}),
+    "llama linear rope": ("Llama", {**GROUPED, **rope("linear", factor=3.0)}),
+    "llama llama3 rope": ("Llama", {**GROUPED, **LLAMA3}),
+    "qwen2": ("Qwen2", {**GROUPED, **rope(theta=1000.0)}),
+    "qwen3": ("Qwen3", {**GROUPED, **rope(), "head_dim": 10}),
+    "qwen3 tied, biases": ("Qwen3", {**GROUPED, "head_dim": 8, "attention_bias": True, "tie_word_embeddings": True}),
+}  # fmt: skip
+
+
+def randomized(case):
+    """A model of the other library with every parameter random: biases and norms too."""
+    family, options = CASES[case]
+    kind = {"GPT2": "GPT2LMHeadModel"}.get(family, f"{family}ForCausalLM")
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(getattr(transformers, f"{family}Config")(**options)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@functools.lru_cache
+def tokens():
+    return np.random.default_rng(0).integers(0, 61, (3, 24)).astype(np.int32)
+
+
+def relative_difference(model, folder):
+    with torch.no_grad():
+        want = model(torch.tensor(tokens(), dtype=torch.long)).logits.numpy()
+    decoder, _ = load_pretrained(folder)
+    got = np.asarray(nnx.jit(Decoder.__call__)(decoder, tokens()))
+    assert np.ptp(want) > 3  # else zeros would agree with anything
+    return np.abs(got - want).max() / np.abs(want).max()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits(case, tmp_path):
+    model = randomized(case)
+    model.save_pretrained(tmp_path)
+    assert relative_difference(model, tmp_path) < 1e-5
+
+
+@pytest.mark.parametrize("case", ["gpt2", "neox sequential, a quarter rotary", "llama tied", "qwen3"])
+def test_logits_from_several_files(case, tmp_path):
+    model = randomized(case)
+    model.save_pretrained(tmp_path, max_shard_size="16KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    assert relative_difference(model, tmp_path) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_files_become_float32(dtype, tmp_path):
+    randomized("llama untied").to(getattr(torch, dtype)).save_pretrained(tmp_path)
+    # Read again: .float() would leave rounded rotary frequencies behind.
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert relative_difference(model, tmp_path) < 1e-5
+    decoder, record = load_pretrained(tmp_path)
+    assert record["dtype"] == dtype
+    assert {str(x.dtype) for x in jax.tree.leaves(nnx.state(decoder))} == {"float32"}
+
+
+def test_a_base_model_without_its_prefix(tmp_path):
+    model = randomized("gpt2")
+    model.transformer.save_pretrained(tmp_path)
+    assert relative_difference(model, tmp_path) < 1e-5
+
+
+def test_activation_names():
+    from transformers.activations import ACT2FN
+
+    x = np.linspace(-4, 4, 101, dtype=np.float32)
+    for name, own in ACTIVATION_NAMES.items():
+        want = ACT2FN[name](torch.tensor(x)).numpy()
+        np.testing.assert_allclose(_ACTIVATIONS[own](x), want, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+OLD = {
+    "neox parallel, a quarter rotary": {"rotary_pct": 0.25, "rotary_emb_base": 100},
+    "llama llama3 rope": {
+        "rope_theta": 100.0,
+        "rope_scaling": {k: v for k, v in LLAMA3["rope_parameters"].items() if k != "rope_theta"},
+    },
+}
+
+
+@pytest.mark.parametrize("case", OLD)
+def test_old_spellings_mean_the_same(case, tmp_path):
+    """Pythia's and Llama 3's config.json were written by older versions, with other fields."""
+    randomized(case).save_pretrained(tmp_path)
+    new, record = load_pretrained(tmp_path)
+    del record["rope_parameters"]
+    (tmp_path / "config.json").write_text(json.dumps({**record, **OLD[case]}))
+    assert load_pretrained(tmp_path)[0].config == new.config
