@@ -27,10 +27,13 @@ class Demo:
 
 @dataclasses.dataclass(frozen=True)
 class Llc:
-    """Estimate the LLC of a decoder checkpoint (a folder with config.json and an Orbax tree) on a token file."""
+    """Estimate the LLC of a checkpoint on a token file.
 
-    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    """The checkpoint folder, e.g. demo-run/checkpoints/step-00980."""
+    The checkpoint: a folder that slt-jax wrote, or a GPT-2, GPT-NeoX (Pythia), Llama, Qwen2 or Qwen3 of Hugging Face.
+    """
+
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    """The folder, e.g. demo-run/checkpoints/step-00980, or a repository on the Hugging Face Hub."""
     tokens: Path
     """Token ids: a one-dimensional .npy file, or raw little-endian .bin."""
     dtype: Literal["uint16", "uint32"] = "uint16"
@@ -56,7 +59,7 @@ class Llc:
     micro_batches: int = 1
     """Parts in which a batch goes through the model, to save memory."""
     only: str | None = None
-    """Sample only parameters whose path holds this text, e.g. blocks/1 or embedding; the rest is frozen."""
+    """Sample only parameters whose path holds this text, e.g. attention/q or embedding; the rest is frozen."""
     bfloat16: bool = False
     """Run the model in bfloat16; the chains keep float32 weights."""
     seed: int = 0
@@ -118,14 +121,14 @@ def _llc(command: Llc) -> int:
     import jax.numpy as jnp
 
     import slt_jax as slt
-    from slt_jax.models.hub import load_decoder
+    from slt_jax.models.hub import load_checkpoint
 
     for path in (command.out, command.plot):
         if path is not None and path.exists():
             raise FileExistsError(f"{path} exists. Remove it, or give another path.")
         if path is not None and not os.access(path.absolute().parent, os.W_OK):
             raise PermissionError(f"{path.absolute().parent} is not a folder that can be written to.")
-    model, _ = load_decoder(command.checkpoint)
+    model, _ = load_checkpoint(command.checkpoint)
     length = model.config.context_length if command.seq_len is None else command.seq_len
     data = slt.token_file(command.tokens, length, dtype=command.dtype, vocab_size=model.config.vocab_size)
     params, loss_fn = slt.from_nnx(model, lambda m, batch: m.losses(batch))

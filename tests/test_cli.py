@@ -76,7 +76,7 @@ def test_traces_and_picture_are_written(files, tmp_path, capsys):
 
 def test_options_reach_the_sampler(files, capsys):
     options = ["--nbeta", "7", "--localization", "9", "--step-size", "2e-5", "--thinning", "3", "--micro-batches", "2"]
-    assert llc(files, "--json", "--only", "blocks/0", "--seq-len", "4", "--bfloat16", *options) == 0
+    assert llc(files, "--json", "--only", "blocks/mlp", "--seq-len", "4", "--bfloat16", *options) == 0
     told = capsys.readouterr()
     settings = json.loads(told.out)["settings"]
     wanted = {
@@ -84,7 +84,7 @@ def test_options_reach_the_sampler(files, capsys):
         "num_draws": 6, "num_warmup": 2, "batch_size": 4, "micro_batches": 2,
     }  # fmt: skip
     assert {name: settings.get(name) for name in wanted} == wanted
-    block = nnx.state(Decoder(CONFIG, rngs=nnx.Rngs(0)).blocks[0], nnx.Param)
+    block = nnx.state(Decoder(CONFIG, rngs=nnx.Rngs(0)).blocks.mlp, nnx.Param)
     assert settings["num_free"] == sum(x.size for x in nnx.to_flat_state(block).leaves)
     assert f"{settings['num_free']:,} weights free, 200 examples of 4 tokens, 2 chains" in told.err
 
