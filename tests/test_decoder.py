@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import slt_jax as slt
-from slt_jax.models import Decoder, DecoderConfig, RopeScaling
+from slt_jax.models import Decoder, DecoderConfig, RopeScaling, decoder
 from slt_jax.models.attention import causal_attention, rotary_frequencies, rotary_table, rotate
 from tests import decoder_reference as reference
 
@@ -221,3 +221,18 @@ def test_shapes_that_do_not_fit_each_other_are_refused():
         RopeScaling("llama3", 8.0, 4.0, 1.0)
     with pytest.raises(ValueError, match="kind must be one of linear, llama3, got 'yarn'"):
         RopeScaling("yarn", 8.0)  # pyright: ignore
+
+
+def test_losses_do_not_depend_on_how_the_logits_are_made(monkeypatch):
+    """All at once, or some rows at a time as for a large vocabulary."""
+    model = Decoder(DecoderConfig(31, 8, 12, 2, 4), rngs=nnx.Rngs(0))
+    params, loss_fn = slt.from_nnx(model, lambda m, tokens: m.losses(tokens))
+    tokens = np.random.default_rng(0).integers(0, 31, (5, 8)).astype(np.int32)
+    tokens[2, 3] = 31
+    run = lambda rows: jax.value_and_grad(lambda p: loss_fn(p, rows).mean())(params)  # noqa: E731
+    plain, losses = run(tokens[:2]), loss_fn(params, tokens)
+    monkeypatch.setattr(decoder, "_MANY_LOGITS", 0)
+    for a, b in zip(*map(jax.tree.leaves, (run(tokens[:2]), plain)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(loss_fn(params, tokens), losses, rtol=1e-5)
+    assert np.flatnonzero(np.isnan(losses)).tolist() == [2]

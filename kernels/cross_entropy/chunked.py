@@ -54,7 +54,7 @@ def _row_losses(hidden: jax.Array, table: jax.Array, targets: jax.Array) -> tupl
 
     The target's logit is a product with its row of the table: read from the logits it would keep them alive.
     """
-    logits = (hidden @ table.T).astype(jnp.float32)
+    logits = jnp.matmul(hidden, table.T, preferred_element_type=jnp.float32)
     norm = jax.nn.logsumexp(logits, axis=1)
     rows = jnp.take(table, targets, axis=0, mode="clip")
     chosen = jnp.sum(hidden.astype(jnp.float32) * rows.astype(jnp.float32), axis=1)

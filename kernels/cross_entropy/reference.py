@@ -11,7 +11,7 @@ def cross_entropy(hidden: jax.Array, table: jax.Array, targets: jax.Array) -> ja
         hidden: ``(N, width)``. table: the unembedding, one row for each token, ``(vocabulary, width)``.
         targets: token ids ``(N,)``. One outside the vocabulary gives NaN.
     """
-    logits = (hidden @ table.T).astype(jnp.float32)
+    logits = jnp.matmul(hidden, table.T, preferred_element_type=jnp.float32)
     inside = (targets >= 0) & (targets < len(table))
     chosen = jnp.take_along_axis(logits, jnp.where(inside, targets, 0)[:, None], axis=1)[:, 0]
     return jnp.where(inside, jax.nn.logsumexp(logits, axis=1) - chosen, jnp.nan)

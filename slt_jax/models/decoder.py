@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from slt_jax.kernels.cross_entropy import cross_entropy
 from slt_jax.models.attention import attend, rotary_table, rotate
 from slt_jax.models.config import DecoderConfig
 
@@ -30,6 +31,7 @@ _ACTIVATIONS = {
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
 }
+_MANY_LOGITS = 2**24  # 64 MiB of them; below, all at once is faster
 _KEPT = {
     "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "input": jax.checkpoint_policies.nothing_saveable,
@@ -156,19 +158,25 @@ class Decoder(nnx.Module):
     def losses(self, tokens: jax.Array) -> jax.Array:
         """Mean next-token cross-entropy of each sequence, nats per token, float32 ``(m,)``.
 
-        NaN for a sequence with an id outside the vocabulary. The target's logit is read as a product with its row of
-        the head, which spares a gather and a scatter over the vocabulary-sized logits.
+        NaN for a sequence with an id outside the vocabulary. Where the logits of all tokens would be large they are
+        made some rows at a time (``slt_jax.kernels.cross_entropy``).
         """
-        x, targets = self.hidden(tokens)[:, :-1].astype(jnp.float32), tokens[:, 1:]
-        table = self._head().astype(jnp.float32)
-        logits = x.reshape(-1, x.shape[-1]) @ table.T
-        norm = jax.nn.logsumexp(logits, axis=-1).reshape(targets.shape)
-        chosen = jnp.sum(x * jnp.take(table, targets, axis=0, mode="clip"), axis=-1)
+        x, targets = self.hidden(tokens)[:, :-1], tokens[:, 1:]
+        each = _token_losses(x.reshape(-1, x.shape[-1]), self._head(), targets.reshape(-1)).reshape(targets.shape)
         inside = jnp.all((tokens >= 0) & (tokens < self.config.vocab_size), axis=1)
-        return jnp.where(inside, jnp.mean(norm - chosen, axis=-1), jnp.nan)
+        return jnp.where(inside, jnp.mean(each, axis=-1), jnp.nan)
 
     def _head(self) -> jax.Array:
         return (self.embedding.tokens if self.head is None else self.head).get_value()
+
+
+def _token_losses(x: jax.Array, table: jax.Array, targets: jax.Array) -> jax.Array:
+    """Cross-entropy of each row. Read as a product with its row of the table, the target's logit needs no gather."""
+    if len(x) * len(table) > _MANY_LOGITS:
+        return cross_entropy(x, table, targets)
+    x, table = x.astype(jnp.float32), table.astype(jnp.float32)
+    chosen = jnp.sum(x * jnp.take(table, targets, axis=0, mode="clip"), axis=-1)
+    return jax.nn.logsumexp(x @ table.T, axis=-1) - chosen
 
 
 def _weight(shape: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Param:
