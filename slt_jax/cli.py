@@ -8,7 +8,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -27,25 +27,31 @@ class Demo:
 
 @dataclasses.dataclass(frozen=True)
 class Llc:
-    """Estimate the LLC of a checkpoint on a token file.
-
-    The checkpoint: a folder that slt-jax wrote, or a GPT-2, GPT-NeoX (Pythia), Llama, Qwen2 or Qwen3 of Hugging Face.
-    """
+    """Estimate the LLC of a language model's checkpoint: GPT-2, GPT-NeoX (Pythia), Llama, Qwen2, Qwen3."""
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    """The folder, e.g. demo-run/checkpoints/step-00980, or a repository on the Hugging Face Hub."""
-    tokens: Path
+    """A folder with config.json and safetensors, a repository on the Hugging Face Hub, or a checkpoint of the demo."""
+    tokens: Path | None = None
     """Token ids: a one-dimensional .npy file, or raw little-endian .bin."""
+    text: Path | None = None
+    """Or a text file, for the checkpoint's tokenizer.json."""
     dtype: Literal["uint16", "uint32"] = "uint16"
     """Type of the ids in a .bin file."""
     seq_len: int | None = None
     """Tokens in one example; default the model's context length."""
+    only: str | None = None
+    """Sample only a part: 'layer 3', 'layer 3 head 5', attention, mlp, embedding, unembedding, norms, 'layer 3 mlp', or
+    several with commas."""
+    heads: bool = False
+    """A table of the refined LLCs of all heads, each with the rest held fast."""
     nbeta: float = 30.0
     """n times the inverse temperature. The default is what published work on language models uses."""
     localization: float = 300.0
     """gamma, the pull to the trained weights. The default is what published work on language models uses."""
-    step_size: float = 1e-4
-    """SGLD's epsilon. Halve it and compare: the estimate should stand still."""
+    sampler: Literal["sgld", "preconditioned", "underdamped"] = "sgld"
+    """How a step moves. The default is what published work on language models uses."""
+    step_size: float | None = None
+    """The sampler's epsilon; default calibrated."""
     chains: int = 4
     """Independent chains, all started at the checkpoint."""
     draws: int = 200
@@ -58,14 +64,12 @@ class Llc:
     """Examples in a step's batch, drawn with replacement, other ones for each chain."""
     micro_batches: int = 1
     """Parts in which a batch goes through the model, to save memory."""
-    only: str | None = None
-    """Sample only parameters whose path holds this text, e.g. attention/q or embedding; the rest is frozen."""
     bfloat16: bool = False
     """Run the model in bfloat16; the chains keep float32 weights."""
     seed: int = 0
     """The same seed gives the same numbers."""
     out: Path | None = None
-    """Write the traces here (zarr)."""
+    """Write the traces here (zarr); with --heads a folder with one for each."""
     plot: Path | None = None
     """Write the picture of the traces here (png, pdf, svg)."""
     checkpoint_dir: Path | None = None
@@ -73,7 +77,7 @@ class Llc:
     json: bool = False
     """Print the result as JSON on standard output."""
     quiet: bool = False
-    """No progress bar."""
+    """No plan and no progress bar."""
 
 
 Command = Annotated[Demo, tyro.conf.subcommand("demo")] | Annotated[Llc, tyro.conf.subcommand("llc")]
@@ -118,41 +122,64 @@ def _demo(command: Demo) -> int:
 
 
 def _llc(command: Llc) -> int:
-    import jax.numpy as jnp
-
     import slt_jax as slt
-    from slt_jax.models.hub import load_checkpoint
+    from slt_jax import language
 
     for path in (command.out, command.plot):
         if path is not None and path.exists():
             raise FileExistsError(f"{path} exists. Remove it, or give another path.")
         if path is not None and not os.access(path.absolute().parent, os.W_OK):
             raise PermissionError(f"{path.absolute().parent} is not a folder that can be written to.")
-    model, _ = load_checkpoint(command.checkpoint)
-    length = model.config.context_length if command.seq_len is None else command.seq_len
-    data = slt.token_file(command.tokens, length, dtype=command.dtype, vocab_size=model.config.vocab_size)
-    params, loss_fn = slt.from_nnx(model, lambda m, batch: m.losses(batch))
-    posterior = slt.LocalPosterior(
-        loss_fn, params, num_data=data.num_data, nbeta=command.nbeta, localization=command.localization,
-        mask=None if (only := command.only) is None else lambda path: only in "/".join(path),
-        forward_dtype=jnp.bfloat16 if command.bfloat16 else None,
+    _check_together(command)
+    case = language.open_case(
+        command.checkpoint, tokens=command.tokens, text=command.text, dtype=command.dtype, seq_len=command.seq_len,
+        nbeta=command.nbeta, localization=command.localization, bfloat16=command.bfloat16,
     )  # fmt: skip
-    print(
-        f"{posterior.num_free:,} weights free, {data.num_data:,} examples of {length} tokens, {command.chains} chains",
-        file=sys.stderr,
-    )
+    samplers = {"sgld": slt.sgld, "preconditioned": slt.preconditioned_sgld, "underdamped": slt.underdamped}
+    options = {
+        "sampler": samplers[command.sampler](command.step_size), "num_chains": command.chains,
+        "num_draws": command.draws, "num_warmup": command.warmup, "thinning": command.thinning,
+        "batch_size": command.batch_size, "micro_batches": command.micro_batches, "key": command.seed,
+    }  # fmt: skip
+    if not command.quiet:
+        print(*language.plan_of(case, command.only, options), sep="\n", file=sys.stderr)
+    if command.heads:
+        return _heads(command, case, options)
+    posterior = case.posterior if command.only is None else language.restricted(case.posterior, command.only)
     result = slt.estimate_llc(
-        posterior, data, sampler=slt.sgld(command.step_size), num_chains=command.chains, num_draws=command.draws,
-        num_warmup=command.warmup, thinning=command.thinning, batch_size=command.batch_size,
-        micro_batches=command.micro_batches, key=command.seed, checkpoint_dir=command.checkpoint_dir,
-        progress=not command.quiet,
-    )  # fmt: skip
+        posterior, case.data, checkpoint_dir=command.checkpoint_dir, progress=not command.quiet, **options
+    )
     print(json.dumps(result.to_dict(), indent=1) if command.json else result)
     if command.out is not None:
         result.save(command.out)
     if command.plot is not None:
         result.plot(command.plot)
     return 3 if result.verdict == "diverged" and not len(result.kept_chains) else 0
+
+
+def _check_together(command: Llc) -> None:
+    alone = {"--only": command.only, "--plot": command.plot, "--checkpoint-dir": command.checkpoint_dir}
+    if command.heads and (given := [name for name, value in alone.items() if value is not None]):
+        raise ValueError(f"--heads makes a table of many results and takes no {', '.join(given)}. Leave it out.")
+
+
+def _heads(command: Llc, case: Any, options: dict[str, Any]) -> int:
+    from slt_jax import language
+
+    def told(name: str, result: Any) -> None:
+        if not command.quiet:
+            print(f"{name}: {result.llc:.4g}, {result.verdict}", file=sys.stderr)
+        if command.out is not None:
+            result.save(command.out / f"{name.replace(' ', '-')}.zarr")
+
+    if command.out is not None:
+        command.out.mkdir()
+    found = language.refined(case.posterior, case.data, language.heads(case), told=told, **options)
+    if command.json:
+        print(json.dumps({name: result.to_dict() for name, result in found.items()}, indent=1))
+    else:
+        print(*language.table(found), sep="\n")
+    return 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from slt_jax.models.hub import save_decoder
 
 CONFIG = DecoderConfig(64, 8, 16, 1, 2)
 TOKENS = np.random.default_rng(0).integers(0, 64, 800).astype(np.uint16)
-SHORT = ["--chains", "2", "--draws", "6", "--warmup", "2", "--batch-size", "4", "--quiet"]
+QUICK = ["--chains", "2", "--draws", "6", "--warmup", "2", "--batch-size", "4"]
+SHORT = [*QUICK, "--quiet"]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_traces_and_picture_are_written(files, tmp_path, capsys):
 
 def test_options_reach_the_sampler(files, capsys):
     options = ["--nbeta", "7", "--localization", "9", "--step-size", "2e-5", "--thinning", "3", "--micro-batches", "2"]
-    assert llc(files, "--json", "--only", "blocks/mlp", "--seq-len", "4", "--bfloat16", *options) == 0
+    assert llc(files, "--json", "--only", "mlp", "--seq-len", "4", "--bfloat16", *options) == 0
     told = capsys.readouterr()
     settings = json.loads(told.out)["settings"]
     wanted = {
@@ -86,7 +87,50 @@ def test_options_reach_the_sampler(files, capsys):
     assert {name: settings.get(name) for name in wanted} == wanted
     block = nnx.state(Decoder(CONFIG, rngs=nnx.Rngs(0)).blocks.mlp, nnx.Param)
     assert settings["num_free"] == sum(x.size for x in nnx.to_flat_state(block).leaves)
-    assert f"{settings['num_free']:,} weights free, 200 examples of 4 tokens, 2 chains" in told.err
+
+
+def test_the_plan_says_what_will_happen_and_where_each_value_came_from(files, capsys):
+    assert main(["llc", str(files / "model"), "--tokens", str(files / "t.npy"), *QUICK, "--nbeta", "20"]) == 0
+    told = capsys.readouterr()
+    lines = told.err.splitlines()
+    assert re.fullmatch(r"model: ([\d,]+) weights, \1 of them free", lines[0])
+    assert lines[1:4] == [
+        "data: 100 examples of 8 tokens, 4 a step",
+        "run: 2 chains of 2 + 6 steps, 16 gradients, 512 tokens",
+        "nbeta 20 (given), localization 300 (as published), step_size calibrated",
+    ]
+    assert "step_size" in told.out
+
+
+def test_a_table_of_all_heads(files, tmp_path, capsys):
+    folder = tmp_path / "heads"
+    assert llc(files, "--heads", "--step-size", "1e-5", "--out", str(folder)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| part | weights | LLC ± standard error | R-hat | verdict |"
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| layer 0 head 0", "| layer 0 head 1"]
+    assert f" {4 * 16 * 8 + 3 * 8:,} " in lines[2]
+    saved = slt.load_result(folder / "layer-0-head-1.zarr")
+    assert llc(files, "--heads", "--step-size", "1e-5", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["layer 0 head 1"]["llc"] == pytest.approx(saved.llc, rel=1e-9)
+
+
+def test_text_goes_through_the_checkpoints_tokenizer(files, tmp_path, capsys):
+    tokenizers = pytest.importorskip("tokenizers")
+    rules = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
+    rules.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    model = tmp_path / "model"
+    save_decoder(model, Decoder(CONFIG, rngs=nnx.Rngs(0)))
+    rules.save(str(model / "tokenizer.json"))
+    (tmp_path / "t.txt").write_text(" ".join(f"w{i}" for i in TOKENS) + " w1 w2")
+    common = [*SHORT, "--step-size", "1e-5", "--json"]
+    assert main(["llc", str(model), "--text", str(tmp_path / "t.txt"), *common]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert main(["llc", str(model), "--tokens", str(files / "t.npy"), *common]) == 0
+    assert found["llc"] == pytest.approx(json.loads(capsys.readouterr().out)["llc"], rel=1e-6)
+    assert main(["llc", str(model), "--text", str(tmp_path / "t.txt"), "--seq-len", "8", "--quiet"]) == 0
+    (tmp_path / "t.txt").write_text("w1 w2")
+    assert main(["llc", str(model), "--text", str(tmp_path / "t.txt")]) == 2
+    assert "has 2 tokens, fewer than two examples of 8" in capsys.readouterr().err
 
 
 def test_the_same_command_resumes(files, tmp_path, capsys):
@@ -105,7 +149,11 @@ def test_the_same_command_resumes(files, tmp_path, capsys):
         (["llc", "{0}/no", "--tokens", "{0}/t.npy"], "no config.json"),
         (["llc", "{0}/model", "--tokens", "{0}/no.npy"], "no.npy"),
         (["llc", "{0}/model", "--tokens", "{0}/t.npy", "--step-size", "-1"], "step_size must be a finite number > 0"),
-        (["llc", "{0}/model", "--tokens", "{0}/t.npy", "--only", "nothing"], "mask"),
+        (["llc", "{0}/model", "--tokens", "{0}/t.npy", "--only", "nothing"], "no part of a decoder is called"),
+        (["llc", "{0}/model", "--tokens", "{0}/t.npy", "--heads", "--only", "mlp"], "takes no --only"),
+        (["llc", "{0}/model"], "either --tokens FILE or --text FILE"),
+        (["llc", "{0}/model", "--tokens", "{0}/t.npy", "--text", "{0}/t.npy"], "either --tokens FILE or --text FILE"),
+        (["llc", "{0}/model", "--text", "{0}/t.npy"], "has no tokenizer.json"),
         (["llc", "{0}/model", "--tokens", "{0}/t.npy", "--seq-len", "9"], "9"),
         (["llc", "{0}/model", "--tokens", "{0}/t.npy", "--batch-size", "1000"], "1000"),
         (["llc", "{0}/model", "--tokens", "{0}/t.npy", "--out", "{0}/no/r.zarr"], "{0}/no"),
@@ -134,7 +182,8 @@ def test_no_chain_left_is_exit_code_3(files, capsys):
         ([], ["demo", "llc"]),
         (["demo"], ["--out", "--smoke", "--quiet"]),
         (["llc"], [
-            "CHECKPOINT", "--tokens", "--dtype", "--seq-len", "--nbeta", "--localization", "--step-size", "--chains",
+            "CHECKPOINT", "--tokens", "--text", "--heads", "--sampler", "--dtype", "--seq-len", "--nbeta",
+            "--localization", "--step-size", "--chains",
             "--draws", "--warmup", "--thinning", "--batch-size", "--micro-batches", "--only", "--bfloat16", "--seed",
             "--out", "--plot", "--checkpoint-dir", "--json", "--quiet",
         ]),

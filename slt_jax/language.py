@@ -1,0 +1,154 @@
+"""What ``slt-jax llc`` does: checkpoint and tokens in; the plan, and one LLC or a table of refined ones, out."""
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from slt_jax.adapters import from_nnx
+from slt_jax.batches import token_file
+from slt_jax.estimate import estimate_llc
+from slt_jax.models.decoder import Decoder
+from slt_jax.models.hub import load_checkpoint
+from slt_jax.models.restrict import head_names, restricted
+from slt_jax.posterior import LocalPosterior
+from slt_jax.results import LLCResult
+
+NBETA, LOCALIZATION = 30.0, 300.0  # what published work on language models uses
+
+
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint, its data, and the posterior around it."""
+
+    model: Decoder
+    posterior: LocalPosterior
+    data: Any
+    length: int
+
+
+def model_losses(model: Decoder, batch: Any) -> Any:
+    return model.losses(batch)
+
+
+def open_case(
+    checkpoint: str | os.PathLike,
+    *,
+    tokens: Path | None = None,
+    text: Path | None = None,
+    dtype: str = "uint16",
+    seq_len: int | None = None,
+    nbeta: float = NBETA,
+    localization: float = LOCALIZATION,
+    bfloat16: bool = False,
+) -> Case:
+    """Read everything and say what is wrong before anything is sampled.
+
+    Args:
+        checkpoint: a folder or a repository's name, see ``load_checkpoint``.
+        tokens: a one-dimensional ``.npy`` or raw ``.bin`` file of token ids; or
+        text: a text file, for the ``tokenizer.json`` beside the checkpoint.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError.
+    """
+    if (tokens is None) == (text is None):
+        raise ValueError("give the data with either --tokens FILE or --text FILE.")
+    model, _ = load_checkpoint(checkpoint)
+    length = model.config.context_length if seq_len is None else seq_len
+    if text is not None:
+        data = tokenized(Path(checkpoint), text, length)
+        num_data = len(data)
+    else:
+        assert tokens is not None
+        data = token_file(tokens, length, dtype=dtype, vocab_size=model.config.vocab_size)
+        num_data = data.num_data
+    params, loss_fn = from_nnx(model, model_losses)
+    forward = jnp.bfloat16 if bfloat16 else None
+    posterior = LocalPosterior(loss_fn, params, num_data, nbeta, localization, forward_dtype=forward)
+    return Case(model, posterior, data, length)
+
+
+def tokenized(checkpoint: Path, text: Path, length: int) -> np.ndarray:
+    """The file's tokens by the checkpoint's own tokenizer, int32 ``(examples, length)``; a rest is left out."""
+    rules = checkpoint / "tokenizer.json"
+    if not rules.is_file():
+        raise FileNotFoundError(f"{checkpoint} has no tokenizer.json. Give token ids with --tokens FILE.")
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise ImportError("--text needs the package tokenizers: pip install 'slt-jax[hf]'.") from error
+    ids = Tokenizer.from_file(str(rules)).encode(text.read_text(), add_special_tokens=False).ids
+    rows = len(ids) // length
+    if rows < 2:
+        raise ValueError(f"{text} has {len(ids)} tokens, fewer than two examples of {length}. Give more, or --seq-len.")
+    return np.asarray(ids[: rows * length], np.int32).reshape(rows, length)
+
+
+def plan_of(case: Case, only: str | None, options: dict[str, Any]) -> list[str]:
+    """What is going to happen, and where each value came from."""
+    free = restricted(case.posterior, only) if only else case.posterior
+    weights = sum(x.size for x in _leaves(case.posterior))
+    chains, draws, thinning = options["num_chains"], options["num_draws"], options["thinning"]
+    warmup = draws if options["num_warmup"] is None else options["num_warmup"]
+    steps = chains * (warmup + draws * thinning)
+    posterior, step_size = case.posterior, options["sampler"].step_size
+    usual = {"nbeta": NBETA, "localization": LOCALIZATION}
+    told = {
+        name: f"{getattr(posterior, name):g} ({'as published' if getattr(posterior, name) == value else 'given'})"
+        for name, value in usual.items()
+    }
+    return [
+        f"model: {weights:,} weights, {free.num_free:,} of them free{f' ({only})' if only else ''}",
+        f"data: {posterior.num_data:,} examples of {case.length} tokens, {options['batch_size']} a step",
+        f"run: {chains} chains of {warmup} + {draws * thinning} steps, {steps:,} gradients, "
+        f"{steps * options['batch_size'] * case.length:,} tokens",
+        f"nbeta {told['nbeta']}, localization {told['localization']}, step_size "
+        + ("calibrated" if step_size is None else f"{step_size:g} (given)"),
+        f"each chain holds {4 * free.num_free / 2**20:,.0f} MiB of weights a copy",
+    ]
+
+
+def _leaves(posterior: LocalPosterior) -> list:
+    import jax
+
+    return jax.tree.leaves(posterior.center)
+
+
+def refined(
+    posterior: LocalPosterior, data: Any, names: list[str], *, told: Callable[[str, LLCResult], None] | None = None,
+    **options: Any,
+) -> dict[str, LLCResult]:
+    """The LLC of each named part with all else held fast: refined LLCs.
+
+    All parts of one shape share one compiled program. A part that fails is left out of none: its verdict says so.
+
+    Args:
+        posterior: over the whole decoder. names: see ``slt_jax.models.restrict``.
+        told: called with each result as it comes.
+        options: of ``estimate_llc``.
+    """
+    found = {}
+    for name in names:
+        found[name] = estimate_llc(restricted(posterior, name), data, **options)
+        if told is not None:
+            told(name, found[name])
+    return found
+
+
+def heads(case: Case) -> list[str]:
+    """The names of all heads."""
+    return head_names(case.posterior.center)
+
+
+def table(found: dict[str, LLCResult]) -> Iterator[str]:
+    """Lines of Markdown."""
+    yield "| part | weights | LLC ± standard error | R-hat | verdict |"
+    yield "|---|---|---|---|---|"
+    for name, result in found.items():
+        llc = f"{result.llc:.3g} ± {result.llc_stderr:.2g}"
+        yield f"| {name} | {result.settings['num_free']:,} | {llc} | {result.health.rhat:.3f} | {result.verdict} |"
