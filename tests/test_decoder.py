@@ -12,7 +12,7 @@ from flax import nnx
 
 import slt_jax as slt
 from slt_jax.models import Decoder, DecoderConfig, RopeScaling, decoder
-from slt_jax.models.attention import causal_attention, rotary_frequencies, rotary_table, rotate
+from slt_jax.models.attention import _device_attention, causal_attention, rotary_frequencies, rotary_table, rotate
 from tests import decoder_reference as reference
 
 CONFIG = DecoderConfig(vocab_size=37, context_length=12, width=24, num_layers=2, num_heads=3)
@@ -175,6 +175,13 @@ def test_attention_is_jax_own(kv_heads):
     jax_own = jax.jit(functools.partial(jax.nn.dot_product_attention, scale=0.2, is_causal=True))(q, k, v)
     own = jax.jit(functools.partial(causal_attention, scale=0.2))(q, k, v)
     np.testing.assert_allclose(own, jax_own, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_device_without_cudnn_takes_the_plain_kernel(dtype):
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 5, 2, 8), dtype)
+    own = jax.jit(functools.partial(_device_attention, scale=0.2))(q, k, v)
+    np.testing.assert_allclose(own, causal_attention(q, k, v, 0.2), rtol=1e-5 if dtype == jnp.float32 else 0.1)
 
 
 def test_parameters_have_their_names_and_axes():
