@@ -314,14 +314,22 @@ def _spiking(draws, facts):
     """nbeta L has the variance LLC - d LLC / d log nbeta: about the LLC, and less while it still rises with nbeta.
 
     Rare excursions, of chains that a step has thrown off and that come back, make it many times as large; the mean then
-    hangs on a few draws, and neither R-hat nor the thermometer need show it.
+    hangs on a few draws, and neither R-hat nor the thermometer need show it. A broad spread says instead that chains
+    wander over slopes, as they do around weights that are no minimum.
     """
     mean, rise = draws.mean(), facts.evidence.nbeta_slope.value
-    if facts.rhat <= _RHAT_LIMIT and mean > 0 and mean - rise > _SPIKE_LIMIT * mean:
+    if not (facts.rhat <= _RHAT_LIMIT and mean > 0 and mean - rise > _SPIKE_LIMIT * mean):
+        return None
+    times = f"the variance of nbeta L is {(mean - rise) / mean:.2g} times its mean, where a posterior has about 1: "
+    low, high = np.quantile(draws, [0.25, 0.75])
+    if ((high - low) / 1.349) ** 2 < draws.var() / _SPIKE_LIMIT:  # a normal spread would make these equal
         return "biased by the step size", (
-            f"the variance of nbeta L is {(mean - rise) / mean:.2g} times its mean, where a posterior has about 1: "
-            "chains are thrown off and come back. Halve step_size, or take a larger batch_size."
+            f"{times}chains are thrown off and come back. Halve step_size, or take a larger batch_size."
         )
+    return "depends on nbeta or localization", (
+        f"{times}a factor e in nbeta would move the estimate by {rise:+.3g}, as around weights that are no minimum. "
+        "Train further, or raise localization."
+    )
 
 
 def _dependent(draws, facts):

@@ -200,6 +200,9 @@ def test_losses_that_spike_are_no_posterior():
     assert result_of(calm).health.verdict == "converged"
     wide = result_of(gamma_draws(30.0, 4, 2000) + np.random.default_rng(6).normal(size=calm.shape) * math.sqrt(60))
     assert wide.health.verdict == "converged"  # three times the variance: below the limit
+    broad = result_of(60 + 30 * np.random.default_rng(7).normal(size=calm.shape)).health
+    assert broad.verdict == "depends on nbeta or localization"
+    assert "as around weights that are no minimum" in broad.reason
 
 
 @pytest.mark.parametrize(
