@@ -205,7 +205,7 @@ def test_an_interrupted_run_says_how_to_go_on(files, tmp_path):
     command = [
         sys.executable, "-c", start, "llc", str(files / "model"), "--tokens", str(files / "t.npy"), "--chains", "2",
         "--warmup", "2", "--batch-size", "4", "--quiet", "--json", "--checkpoint-dir", str(tmp_path / "run"),
-        "--draws", "200000",
+        "--draws", "200000", "--step-size", "1e-5",
     ]  # fmt: skip
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until = time.monotonic() + 120
