@@ -1,5 +1,7 @@
 """Eight virtual devices for every test, so that the chain axis is real even on one CPU."""
 
+import gc
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -7,6 +9,14 @@ import pytest
 import slt_jax as slt
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+    """Every compiled program holds memory maps, of which a process may have 65,530: past them the compiler crashes."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture
