@@ -94,10 +94,12 @@ def calibrate(
     settle = localization if localization is not None else _localization(curvature / kappa, reach, engine.center)
     engine.localize(settle)
     step_size, friction = sampler.step_size, sampler.friction
+    llc, by_pilot = math.inf, 0.0
     full_pass = math.ceil(engine.source.num_data / engine.plan.batch_size)
     if sampler.metric:
         pilot = Whitening(engine, probe, allowed)
         curvature, positions = pilot.explore(at_center, settle)
+        llc, by_pilot = pilot.llc, pilot.gradients
         lines.append(
             f"Kronecker metric: largest curvature {at_center:.3g} at w*, {curvature:.3g} in its coordinates "
             f"({pilot.rounds} rounds of a pilot run)"
@@ -106,6 +108,7 @@ def calibrate(
         steps = max(12, int(0.4 * allowed / engine.plan.num_chains))
         pilot = _Pilot(engine, sampler, probe, steps, max(4, rounds // 3), allowed)
         curvature, positions = pilot.explore(curvature, step_size)
+        llc, by_pilot = pilot.llc, pilot.gradients
         if localization is None:
             settle = _localization(curvature / kappa, reach, engine.center)
             engine.localize(settle)
@@ -118,7 +121,7 @@ def calibrate(
         lines.append(f"localization {settle:.3g}: {why}")
     if step_size is None or friction is None or control is None:
         noise = _mean_noise([probe.noise(p, 2)[0] for p in positions])
-        scale = max(pilot.llc, 1e-3)
+        scale = max(llc, 1e-3)
         if step_size is None:
             step_size = step_scale(sampler, rich) / (curvature + (0.0 if sampler.metric else settle))
             lines.append(f"step_size {step_size:.3g}: {step_scale(sampler, rich):.2g} / curvature")
@@ -144,7 +147,7 @@ def calibrate(
             if now > 2 * HEAT:
                 step_size *= max(2 * HEAT / now, 1e-3)
                 lines.append(f"step_size shortened to {step_size:.3g}: minibatch noise would add {now:.0%}")
-    spent = probe.gradients + (pilot.gradients if "pilot" in locals() else 0)
+    spent = probe.gradients + by_pilot
     return Choice(step_size, friction, settle, bool(control), spent, curvature, tuple(lines))
 
 

@@ -44,16 +44,16 @@ class Llc:
     several with commas."""
     heads: bool = False
     """A table of the refined LLCs of all heads, each with the rest held fast."""
-    nbeta: float = 30.0
-    """n times the inverse temperature. The default is what published work on language models uses."""
-    localization: float = 300.0
-    """gamma, the pull to the trained weights. The default is what published work on language models uses."""
+    nbeta: float | None = None
+    """n times the inverse temperature; default 30, what published work on language models uses."""
+    localization: float | None = None
+    """gamma, the pull to the trained weights; default 300, what published work on language models uses."""
     sampler: Literal["sgld", "preconditioned", "underdamped"] = "sgld"
     """How a step moves. The default is what published work on language models uses."""
     step_size: float | None = None
     """The sampler's epsilon; default calibrated."""
     chains: int = 4
-    """Independent chains, all started at the checkpoint."""
+    """Independent chains, started at the checkpoint; every other one hot, where a calibrated run is long enough."""
     draws: int = 200
     """Losses recorded in each chain."""
     warmup: int | None = None
@@ -124,6 +124,7 @@ def _demo(command: Demo) -> int:
 def _llc(command: Llc) -> int:
     import slt_jax as slt
     from slt_jax import language
+    from slt_jax.models.restrict import restricted
 
     for path in (command.out, command.plot):
         if path is not None and path.exists():
@@ -141,11 +142,11 @@ def _llc(command: Llc) -> int:
         "num_draws": command.draws, "num_warmup": command.warmup, "thinning": command.thinning,
         "batch_size": command.batch_size, "micro_batches": command.micro_batches, "key": command.seed,
     }  # fmt: skip
+    posterior = case.posterior if command.only is None else restricted(case.posterior, command.only)
     if not command.quiet:
-        print(*language.plan_of(case, command.only, options), sep="\n", file=sys.stderr)
+        print(*language.plan_of(case, posterior, options), sep="\n", file=sys.stderr)
     if command.heads:
         return _heads(command, case, options)
-    posterior = case.posterior if command.only is None else language.restricted(case.posterior, command.only)
     result = slt.estimate_llc(
         posterior, case.data, checkpoint_dir=command.checkpoint_dir, progress=not command.quiet, **options
     )
@@ -165,6 +166,7 @@ def _check_together(command: Llc) -> None:
 
 def _heads(command: Llc, case: Any, options: dict[str, Any]) -> int:
     from slt_jax import language
+    from slt_jax.models.restrict import head_names
 
     def told(name: str, result: Any) -> None:
         if not command.quiet:
@@ -174,7 +176,7 @@ def _heads(command: Llc, case: Any, options: dict[str, Any]) -> int:
 
     if command.out is not None:
         command.out.mkdir()
-    found = language.refined(case.posterior, case.data, language.heads(case), told=told, **options)
+    found = language.refined(case.posterior, case.data, head_names(case.posterior.center), told=told, **options)
     if command.json:
         print(json.dumps({name: result.to_dict() for name, result in found.items()}, indent=1))
     else:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,7 +15,7 @@ from slt_jax.batches import token_file
 from slt_jax.estimate import estimate_llc
 from slt_jax.models.decoder import Decoder
 from slt_jax.models.hub import load_checkpoint
-from slt_jax.models.restrict import head_names, restricted
+from slt_jax.models.restrict import restricted
 from slt_jax.posterior import LocalPosterior
 from slt_jax.results import LLCResult
 
@@ -23,12 +24,13 @@ NBETA, LOCALIZATION = 30.0, 300.0  # what published work on language models uses
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint, its data, and the posterior around it."""
+    """A checkpoint, its data, and the posterior around it. ``given``: what of the posterior the user set."""
 
     model: Decoder
     posterior: LocalPosterior
     data: Any
     length: int
+    given: frozenset[str]
 
 
 def model_losses(model: Decoder, batch: Any) -> Any:
@@ -42,8 +44,8 @@ def open_case(
     text: Path | None = None,
     dtype: str = "uint16",
     seq_len: int | None = None,
-    nbeta: float = NBETA,
-    localization: float = LOCALIZATION,
+    nbeta: float | None = None,
+    localization: float | None = None,
     bfloat16: bool = False,
 ) -> Case:
     """Read everything and say what is wrong before anything is sampled.
@@ -52,6 +54,7 @@ def open_case(
         checkpoint: a folder or a repository's name, see ``load_checkpoint``.
         tokens: a one-dimensional ``.npy`` or raw ``.bin`` file of token ids; or
         text: a text file, for the ``tokenizer.json`` beside the checkpoint.
+        nbeta, localization: default ``NBETA`` and ``LOCALIZATION``.
 
     Raises:
         FileNotFoundError, ValueError, ImportError.
@@ -69,8 +72,12 @@ def open_case(
         num_data = data.num_data
     params, loss_fn = from_nnx(model, model_losses)
     forward = jnp.bfloat16 if bfloat16 else None
-    posterior = LocalPosterior(loss_fn, params, num_data, nbeta, localization, forward_dtype=forward)
-    return Case(model, posterior, data, length)
+    posterior = LocalPosterior(
+        loss_fn, params, num_data, NBETA if nbeta is None else nbeta,
+        LOCALIZATION if localization is None else localization, forward_dtype=forward,
+    )  # fmt: skip
+    given = {name for name, value in {"nbeta": nbeta, "localization": localization}.items() if value is not None}
+    return Case(model, posterior, data, length, frozenset(given))
 
 
 def tokenized(checkpoint: Path, text: Path, length: int) -> np.ndarray:
@@ -89,34 +96,28 @@ def tokenized(checkpoint: Path, text: Path, length: int) -> np.ndarray:
     return np.asarray(ids[: rows * length], np.int32).reshape(rows, length)
 
 
-def plan_of(case: Case, only: str | None, options: dict[str, Any]) -> list[str]:
-    """What is going to happen, and where each value came from."""
-    free = restricted(case.posterior, only) if only else case.posterior
-    weights = sum(x.size for x in _leaves(case.posterior))
-    chains, draws, thinning = options["num_chains"], options["num_draws"], options["thinning"]
+def plan_of(case: Case, free: LocalPosterior, options: dict[str, Any]) -> list[str]:
+    """What is going to happen, and where each value came from.
+
+    Args:
+        free: the posterior that is sampled: the case's own or a part of it.
+        options: of ``estimate_llc``.
+    """
+    weights = sum(x.size for x in jax.tree.leaves(case.posterior.center))
+    chains, draws, batch_size = (options[name] for name in ("num_chains", "num_draws", "batch_size"))
     warmup = draws if options["num_warmup"] is None else options["num_warmup"]
-    steps = chains * (warmup + draws * thinning)
-    posterior, step_size = case.posterior, options["sampler"].step_size
-    usual = {"nbeta": NBETA, "localization": LOCALIZATION}
-    told = {
-        name: f"{getattr(posterior, name):g} ({'as published' if getattr(posterior, name) == value else 'given'})"
-        for name, value in usual.items()
-    }
+    each = warmup + draws * options["thinning"]
+    step_size = options["sampler"].step_size
+    source = {name: "given" if name in case.given else "as published" for name in ("nbeta", "localization")}
     return [
-        f"model: {weights:,} weights, {free.num_free:,} of them free{f' ({only})' if only else ''}",
-        f"data: {posterior.num_data:,} examples of {case.length} tokens, {options['batch_size']} a step",
-        f"run: {chains} chains of {warmup} + {draws * thinning} steps, {steps:,} gradients, "
-        f"{steps * options['batch_size'] * case.length:,} tokens",
-        f"nbeta {told['nbeta']}, localization {told['localization']}, step_size "
-        + ("calibrated" if step_size is None else f"{step_size:g} (given)"),
+        f"model: {weights:,} weights, {free.num_free:,} of them free",
+        f"data: {free.num_data:,} examples of {case.length} tokens, {batch_size} a step",
+        f"run: {chains} chains of {warmup} + {each - warmup} steps, {chains * each:,} gradients, "
+        f"{chains * each * batch_size * case.length:,} tokens",
+        f"nbeta {free.nbeta:g} ({source['nbeta']}), localization {free.localization:g} ({source['localization']}), "
+        f"step_size {'calibrated' if step_size is None else f'{step_size:g} (given)'}",
         f"each chain holds {4 * free.num_free / 2**20:,.0f} MiB of weights a copy",
     ]
-
-
-def _leaves(posterior: LocalPosterior) -> list:
-    import jax
-
-    return jax.tree.leaves(posterior.center)
 
 
 def refined(
@@ -125,7 +126,7 @@ def refined(
 ) -> dict[str, LLCResult]:
     """The LLC of each named part with all else held fast: refined LLCs.
 
-    All parts of one shape share one compiled program. A part that fails is left out of none: its verdict says so.
+    All parts of one shape share one compiled program.
 
     Args:
         posterior: over the whole decoder. names: see ``slt_jax.models.restrict``.
@@ -138,11 +139,6 @@ def refined(
         if told is not None:
             told(name, found[name])
     return found
-
-
-def heads(case: Case) -> list[str]:
-    """The names of all heads."""
-    return head_names(case.posterior.center)
 
 
 def table(found: dict[str, LLCResult]) -> Iterator[str]:

@@ -54,6 +54,13 @@ def test_a_flat_direction_moves_a_weight_by_two_and_a_half_typical_ones():
     assert stiff["localization"] == pytest.approx(stiff["calibration"]["curvature"] / 1e6, rel=1e-6)
 
 
+@pytest.mark.parametrize(("budget", "least"), [(10_000, 0.02), (15_999, 0.02), (16_000, 0.1), (40_000, 0.1)])
+def test_long_chains_get_more_friction(budget, least):
+    """Four chains; without label noise the noise asks for less than the least. Kills: short and long exchanged."""
+    settings = estimate(budget=budget, batch_size=4000).settings
+    assert settings["friction"] == pytest.approx(least, rel=1e-6)
+
+
 def test_friction_lets_minibatch_noise_add_what_it_may():
     """3 % of the pilot run's own LLC, in which the directions that the localization holds have no part.
 

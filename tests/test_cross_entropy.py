@@ -74,6 +74,9 @@ def test_an_id_outside_the_vocabulary_is_nan_and_no_other_row_is(outside):
     for function in (cross_entropy, reference.cross_entropy):
         found = np.asarray(function(hidden, table, targets.at[3].set(outside)))
         assert np.flatnonzero(np.isnan(found)).tolist() == [3]
+    ones = jnp.ones(7)
+    _, slopes = weighted(cross_entropy, ones)(hidden, table, targets.at[3].set(outside))
+    close(slopes, weighted(reference.cross_entropy, ones)(hidden, table, targets.at[3].set(outside))[1])
 
 
 def test_vmap_is_a_loop():

@@ -243,3 +243,14 @@ def test_losses_do_not_depend_on_how_the_logits_are_made(monkeypatch):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(loss_fn(params, tokens), losses, rtol=1e-5)
     assert np.flatnonzero(np.isnan(losses)).tolist() == [2]
+
+
+@pytest.mark.parametrize(("sequences", "held"), [(1, True), (8, False)])
+def test_many_logits_are_never_held_together(sequences, held):
+    """Traced, not run: 1024 tokens of a vocabulary of 4096 at once, eight times as many in parts."""
+    params, loss_fn = slt.from_nnx(
+        Decoder(DecoderConfig(4096, 1025, 4, 1, 1), rngs=nnx.Rngs(0)), lambda m, tokens: m.losses(tokens)
+    )
+    tokens = jax.ShapeDtypeStruct((sequences, 1025), jnp.int32)
+    program = str(jax.make_jaxpr(jax.grad(lambda p, x: loss_fn(p, x).mean()))(params, tokens))
+    assert (f"f32[{sequences * 1024},4096]" in program) == held

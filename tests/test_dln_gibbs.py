@@ -7,7 +7,7 @@ import pytest
 import slt_jax as slt
 from scaling.dln import curve, rows, teachers, truth
 from scaling.dln.gibbs import draw_layer, gibbs, localization_of
-from scaling.dln.methods import Method, _exact_rows, filled
+from scaling.dln.methods import Method, exact_rows, filled
 
 
 def normal(seed, *shape):
@@ -77,10 +77,10 @@ def test_localization_moves_a_weight_by_reach_typical_weights():
 def test_rows_are_sufficient_for_stored_inputs_and_for_their_law():
     teacher = teachers.make_teacher("B", "1K", 0)
     x = teachers.make_data(teacher, 400, seed=0)[0].astype(np.float64)
-    rows, outputs = _exact_rows(teacher, 400, "stored")
+    rows, outputs = exact_rows(teacher, 400, "stored")
     np.testing.assert_allclose(rows.T @ rows / len(rows), x.T @ x / 400, rtol=1e-9, atol=1e-9)
     np.testing.assert_allclose(outputs, rows @ teachers.end_to_end(teacher.weights))
-    law, _ = _exact_rows(teacher, 400, "drawn")
+    law, _ = exact_rows(teacher, 400, "drawn")
     np.testing.assert_allclose(law.T @ law / len(law), 100 / 3 * np.eye(len(law)), atol=1e-9)
 
 

@@ -5,15 +5,9 @@
 The roofline is three matrix products of 2 x rows x width x vocabulary floating-point operations, timed beside.
 """
 
-import argparse
-import json
-import statistics
-import time
-from pathlib import Path
-
 import jax
 
-from slt_jax.checkpoint import versions
+from slt_jax.kernels import timing
 from slt_jax.kernels.cross_entropy import cross_entropy, reference
 from slt_jax.kernels.cross_entropy.shapes import TIMED
 
@@ -35,37 +29,10 @@ def measure(shape: tuple[int, int, int], rounds: int) -> dict:
     mean = lambda f: jax.jit(jax.value_and_grad(lambda *a: f(*a).mean(), argnums=(0, 1)))  # noqa: E731
     programs = {"chunked": mean(cross_entropy), "plain": mean(reference.cross_entropy), "products": jax.jit(products)}
     compiled = {name: f.lower(*given).compile() for name, f in programs.items()}
-    times = {name: {"seconds": [], "cpu_seconds": []} for name in compiled}
-    for _ in range(rounds + 1):
-        for name, run in compiled.items():
-            wall, cpu = time.monotonic(), time.process_time()
-            jax.block_until_ready(run(*given))
-            times[name]["seconds"].append(time.monotonic() - wall)
-            times[name]["cpu_seconds"].append(time.process_time() - cpu)
-    found = {}
-    for name, run in compiled.items():
-        kept = {what: [round(t, 4) for t in values[1:]] for what, values in times[name].items()}
-        memory = run.memory_analysis()
-        found[name] = {**kept, "temporary_mib": None if memory is None else round(memory.temp_size_in_bytes / 2**20, 1)}
-    middle = {name: statistics.median(f["cpu_seconds"]) for name, f in found.items()}
-    found["cpu_time_over_plain"] = round(middle["chunked"] / middle["plain"], 3)
-    found["cpu_time_over_products"] = round(middle["chunked"] / middle["products"], 3)
-    return found
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--rounds", type=int, default=7)
-    args = parser.parse_args()
-    record = {"device": jax.devices()[0].device_kind, "versions": versions()}
-    for name, shape in TIMED.items():
-        record[name] = {"rows, width, vocabulary": shape, **measure(shape, args.rounds)}
-    text = json.dumps(record, indent=1)
-    print(text)
-    if args.out is not None:
-        args.out.write_text(text + "\n")
+    found = timing.measure(compiled, lambda: given, rounds)
+    over = {f"cpu_time_over_{other}": timing.cpu_ratio(found, "chunked", other) for other in ("plain", "products")}
+    return {**found, **over}
 
 
 if __name__ == "__main__":
-    main()
+    timing.main(__doc__, TIMED, measure, rounds=7)

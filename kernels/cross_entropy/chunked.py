@@ -50,7 +50,7 @@ def cross_entropy(hidden: jax.Array, table: jax.Array, targets: jax.Array, rows:
 
 
 def _row_losses(hidden: jax.Array, table: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(losses, logits, log of their sum of exponentials) of one chunk.
+    """(losses, logits, log of their sum of exponentials) of one chunk; inf in the last where there is no such target.
 
     The target's logit is a product with its row of the table: read from the logits it would keep them alive.
     """
@@ -59,7 +59,7 @@ def _row_losses(hidden: jax.Array, table: jax.Array, targets: jax.Array) -> tupl
     rows = jnp.take(table, targets, axis=0, mode="clip")
     chosen = jnp.sum(hidden.astype(jnp.float32) * rows.astype(jnp.float32), axis=1)
     inside = (targets >= 0) & (targets < len(table))
-    return jnp.where(inside, norm - chosen, jnp.nan), logits, norm
+    return jnp.where(inside, norm - chosen, jnp.nan), logits, jnp.where(inside, norm, jnp.inf)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

@@ -6,16 +6,10 @@ Roofline: four float32 numbers a weight go through memory (weight, gradient and 
 threefry are about 100 integer operations. The copy of a weight in bfloat16, timed beside, adds two bytes.
 """
 
-import argparse
-import json
-import statistics
-import time
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 
-from slt_jax.checkpoint import versions
+from slt_jax.kernels import timing
 from slt_jax.kernels.langevin import normal, reference
 from slt_jax.kernels.langevin.shapes import TIMED
 
@@ -43,35 +37,9 @@ def measure(shape: tuple[int, ...], rounds: int) -> dict:
     programs = {"fused": program(normal), "plain": program(reference.normal), "fused, with copy": program(normal, True)}
     like = jax.ShapeDtypeStruct(shape, jnp.float32)
     compiled = {name: f.lower(key, like, like, like).compile() for name, f in programs.items()}
-    found = {name: {"seconds": [], "cpu_seconds": []} for name in compiled}
-    for turn in range(rounds + 1):
-        for name, run in compiled.items():
-            w = jax.block_until_ready(jnp.zeros(shape))
-            wall, cpu = time.monotonic(), time.process_time()
-            jax.block_until_ready(run(key, w, grad, center))
-            if turn:  # the first one warms the caches
-                found[name]["seconds"].append(round(time.monotonic() - wall, 5))
-                found[name]["cpu_seconds"].append(round(time.process_time() - cpu, 5))
-    for name, run in compiled.items():
-        memory = run.memory_analysis()
-        found[name]["temporary_bytes"] = None if memory is None else memory.temp_size_in_bytes
-    middle = {name: statistics.median(f["cpu_seconds"]) for name, f in found.items()}
-    return {**found, "cpu_time_plain_over_fused": round(middle["plain"] / middle["fused"], 2)}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--rounds", type=int, default=15)
-    args = parser.parse_args()
-    record = {"device": jax.devices()[0].device_kind, "versions": versions()}
-    for name, shape in TIMED.items():
-        record[name] = measure(shape, args.rounds)
-    text = json.dumps(record, indent=1)
-    print(text)
-    if args.out is not None:
-        args.out.write_text(text + "\n")
+    found = timing.measure(compiled, lambda: (key, jnp.zeros(shape), grad, center), rounds)
+    return {**found, "cpu_time_plain_over_fused": timing.cpu_ratio(found, "plain", "fused")}
 
 
 if __name__ == "__main__":
-    main()
+    timing.main(__doc__, TIMED, measure, rounds=15)

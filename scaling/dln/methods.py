@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 import slt_jax as slt
 from scaling.dln import drawn
 from scaling.dln.gibbs import gibbs, localization_of
-from scaling.dln.teachers import INPUT_VARIANCE, SIZES, Teacher, end_to_end, loss_fn, make_data, output, sufficient_data
+from scaling.dln.teachers import INPUT_VARIANCE, SIZES, Teacher, end_to_end, loss_fn, make_data, sufficient_data
 
 SAMPLERS = ("default", "kronecker", "sgld", "leimkuhler-matthews", "preconditioned", "sghmc", "sgnht", "hmc", "gibbs")
 WHOLE = ("hmc", "gibbs")  # these take no minibatches
@@ -119,52 +119,43 @@ def sampler_of(method: Method) -> slt.Sampler:
     raise ValueError(f"the sampler must be one of {', '.join(SAMPLERS)}, got {method.sampler!r}.")
 
 
-def _exact_rows(teacher: Teacher, num_data: int, data: str) -> tuple[np.ndarray, np.ndarray]:
-    """Sufficient data, float64: of the stored set, or of the law that drawn inputs have."""
+def exact_rows(teacher: Teacher, num_data: int, data: str) -> tuple[np.ndarray, np.ndarray]:
+    """Sufficient data (inputs, outputs), float64: of the stored set, or of the law that drawn inputs have."""
     if data == "drawn":
         rows = np.eye(teacher.widths[0]) * np.sqrt(INPUT_VARIANCE * teacher.widths[0])
     else:
-        rows = sufficient_data(make_data(teacher, num_data, seed=teacher.seed)[0].astype(np.float64))
+        rows = sufficient_data(make_data(teacher, num_data, seed=teacher.seed)[0], np.float64)
     return rows, rows @ end_to_end(teacher.weights)
-
-
-def _by_gibbs(teacher: Teacher, method: Method, mesh: Mesh) -> slt.LLCResult:
-    """In float64, which JAX must have been told (``jax_enable_x64``)."""
-    num_data = SIZES[teacher.size].num_data if method.num_data is None else method.num_data
-    rows, outputs = _exact_rows(teacher, num_data, method.data)
-    center = [w.astype(np.float64) for w in teacher.weights]
-    pull = localization_of(center) if method.localization is None else method.localization
-    posterior = slt.LocalPosterior(loss_fn, center, num_data, nbeta=method.nbeta, localization=pull)
-    sampler = gibbs(center, rows / np.sqrt(len(rows)), posterior.nbeta, pull)
-    return slt.estimate_llc(
-        posterior, (rows, outputs), sampler=sampler, num_chains=method.num_chains, num_warmup=method.num_warmup,
-        num_draws=method.num_draws, key=teacher.seed, mesh=mesh,
-    )  # fmt: skip
 
 
 def posterior_and_data(teacher: Teacher, method: Method) -> tuple[slt.LocalPosterior, object]:
     """What is sampled, and the data set in the form that the sampler takes. ``num_data`` is that of the whole set."""
     num_data = SIZES[teacher.size].num_data if method.num_data is None else method.num_data
-    if method.data == "drawn":
+    if method.data == "drawn" and method.sampler not in WHOLE:
         posterior = drawn.posterior(teacher, num_data, method.nbeta, method.localization)
         return posterior, np.arange(num_data, dtype=np.int32)
-    data = make_data(teacher, num_data, method.label_noise, seed=teacher.seed)
-    posterior = slt.LocalPosterior(
-        loss_fn, list(teacher.weights), num_data, nbeta=method.nbeta, localization=method.localization
-    )
-    if method.sampler == "hmc":
-        rows = sufficient_data(data[0])
-        data = (rows, np.asarray(output(teacher.weights, rows), np.float32))
-    return posterior, data
+    exact_double = method.sampler == "gibbs"
+    dtype = np.float64 if exact_double else np.float32  # the first only where JAX was told to: jax_enable_x64
+    unset = exact_double and method.localization is None
+    localization = localization_of(teacher.weights) if unset else method.localization
+    if method.sampler in WHOLE:
+        data = tuple(x.astype(dtype, copy=False) for x in exact_rows(teacher, num_data, method.data))
+    else:
+        data = make_data(teacher, num_data, method.label_noise, seed=teacher.seed)
+    center = [w.astype(dtype, copy=False) for w in teacher.weights]
+    return slt.LocalPosterior(loss_fn, center, num_data, nbeta=method.nbeta, localization=localization), data
 
 
 def estimate(teacher: Teacher, method: Method, mesh: Mesh) -> slt.LLCResult:
     """Raises FloatingPointError where the loss at the teacher is not finite."""
-    if method.sampler == "gibbs":
-        return _by_gibbs(teacher, method, mesh)
     posterior, data = posterior_and_data(teacher, method)
+    if method.sampler == "gibbs":
+        root = data[0] / np.sqrt(len(data[0]))
+        sampler = gibbs(posterior.center, root, posterior.nbeta, posterior.localization)
+    else:
+        sampler = sampler_of(method)
     return slt.estimate_llc(
-        posterior, data, sampler=sampler_of(method), num_chains=method.num_chains, budget=method.budget,
+        posterior, data, sampler=sampler, num_chains=method.num_chains, budget=method.budget,
         num_warmup=method.num_warmup, num_draws=method.num_draws,
-        batch_size=None if method.sampler == "hmc" else method.batch_size, key=teacher.seed, mesh=mesh,
+        batch_size=None if method.sampler in WHOLE else method.batch_size, key=teacher.seed, mesh=mesh,
     )  # fmt: skip

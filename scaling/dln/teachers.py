@@ -261,7 +261,7 @@ def make_data(
     return x, y
 
 
-def sufficient_data(x: np.ndarray) -> np.ndarray:
+def sufficient_data(x: np.ndarray, dtype: np.typing.DTypeLike = None) -> np.ndarray:
     """H_0 pseudo-inputs on which every noiseless full-batch loss equals the one on x.
 
     R'R / H_0 = X'X / n, so that the mean of |R_i D|^2 over the H_0 rows of R is that of |X_i D|^2 over all n, for every
@@ -272,7 +272,7 @@ def sufficient_data(x: np.ndarray) -> np.ndarray:
       x: ``(n, H_0)``.
 
     Returns:
-      R ``(H_0, H_0)``, of the dtype of x.
+      R ``(H_0, H_0)``, of ``dtype``, else of the dtype of x.
     """
     values, vectors = np.linalg.eigh(_cross(x, x) * (x.shape[1] / len(x)))
-    return (np.sqrt(np.maximum(values, 0))[:, None] * vectors.T).astype(x.dtype)
+    return (np.sqrt(np.maximum(values, 0))[:, None] * vectors.T).astype(x.dtype if dtype is None else dtype)
