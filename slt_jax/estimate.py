@@ -1,13 +1,10 @@
 """The front door: losses of local chains into a learning coefficient with an error bar."""
 
-import contextlib
 import dataclasses
 import functools
 import math
 import os
 import sys
-import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +16,12 @@ from jax.sharding import AxisType, Mesh
 from slt_jax.batches import as_source, check_batch_size
 from slt_jax.calibrate import Choice, calibrate, default_budget
 from slt_jax.checkpoint import RunStore, first_difference, versions
-from slt_jax.engine import Engine, Run, Schedule, Trace
-from slt_jax.mesh import addressable, chain_mesh, check_mesh, gathered, leads, place, spans_processes, to_host
+from slt_jax.engine import Engine, Run, Schedule
+from slt_jax.mesh import addressable, chain_mesh, check_mesh, gathered, leads, spans_processes, to_host
 from slt_jax.posterior import LocalPosterior, check_count, check_positive
 from slt_jax.probe import Probe
-from slt_jax.progress import Progress
 from slt_jax.results import LLCResult
+from slt_jax.running import abandon, check_at_center, full_loss_at_center, run_to_end
 from slt_jax.samplers.base import Sampler
 from slt_jax.samplers.exact import from_blackjax
 from slt_jax.samplers.underdamped import underdamped
@@ -154,7 +151,7 @@ def estimate_llc(
     engine = Engine(posterior, source, sampler, schedule(first, control), key, mesh)
     if spans_processes(mesh):
         _check_same_call(engine, key, request, int(chunk_size), checkpoint_dir is not None)
-    full = gathered(_full_loss(engine), mesh)[0] if baseline == "full" else None
+    full = gathered(full_loss_at_center(engine), mesh)[0] if baseline == "full" else None
     store = None
     if checkpoint_dir is not None:
         store = RunStore(checkpoint_dir, _identity(engine, key, request), mesh)
@@ -167,7 +164,7 @@ def estimate_llc(
         engine.configure(schedule(lengths, choice.control_variate), choice.step_size, choice.friction)
         if progress and leads(mesh):
             print(*(f"  {line}" for line in choice.lines), sep="\n", file=sys.stderr)
-    run = _run(engine, store, progress, checkpoint_seconds)
+    run = run_to_end(engine, store, progress, checkpoint_seconds)
     return _result(engine, run, full, choice)
 
 
@@ -238,11 +235,11 @@ def _calibrated(
     total = request.budget or plan.num_chains * plan.total_steps
     control = False if sampler.family == "exact" else request.control_variate
     try:
-        check = functools.partial(_check_at_center, engine)
+        check = functools.partial(check_at_center, engine)
         choice = calibrate(engine, sampler, posterior.localization, control, total, check)
         choice = _choice_of(gathered(choice.to_dict(), engine.mesh)[0])
     except BaseException:
-        _abandon(store)
+        abandon(store)
         raise
     if store is not None:
         store.write_note("calibration", choice.to_dict())
@@ -297,46 +294,6 @@ def _chain_batch(chain_batch: int | None, local: int, num_free: int) -> int:
     return chain_batch
 
 
-def _check_at_center(engine: Engine, loss: float, grad_norm: float) -> None:
-    _check_finite(engine, loss, "over a sample of the data")
-    if not math.isfinite(grad_norm):
-        raise FloatingPointError(
-            f"the gradient of the loss at w* is not finite over a sample of the data, though the loss {loss:.4g} is. "
-            "Look for a square root, logarithm or norm of zero in loss_fn."
-        )
-
-
-def _check_center(engine: Engine, run: Run) -> None:
-    """The first step's loss and gradient are taken at w* itself."""
-    first, drift_sq = run.trace.loss[:, 0], run.trace.drift_sq[:, 0]
-    if not np.isfinite(first).all():
-        chain = int(np.argmin(np.isfinite(first)))
-        _check_finite(engine, float(first[chain]), f"on the first batch of chain {chain}")
-    if not np.isfinite(drift_sq).all():
-        chain = int(np.argmin(np.isfinite(drift_sq)))
-        raise FloatingPointError(
-            f"the gradient of the loss at w* is not finite on the first batch of chain {chain}, though the loss "
-            f"{first[chain]:.4g} is. Look for a square root, logarithm or norm of zero in loss_fn."
-        )
-
-
-def _full_loss(engine: Engine) -> float:
-    loss = engine.full_loss()
-    _check_finite(engine, loss, "over the whole data set")
-    return loss
-
-
-def _check_finite(engine: Engine, loss: float, where: str) -> None:
-    if not math.isfinite(loss):
-        example = engine.source.fetch(np.zeros(1, np.int64))
-        whole = any(np.issubdtype(x.dtype, np.integer) for x in jax.tree.leaves(example))
-        hint = " The data holds integers: are all token ids inside the model's vocabulary?" if whole else ""
-        raise FloatingPointError(
-            f"the loss at w* is {loss} {where}; an LLC needs a finite loss at the center. "
-            f"Check the data for NaN, and that these weights belong to this loss.{hint}"
-        )
-
-
 def _check_same_call(engine: Engine, key: jax.Array, request: _Request, chunk_size: int, saves: bool) -> None:
     """Raise ValueError, on all processes, when one of them asks for something else than process 0."""
     mine = {**_identity(engine, key, request), "chunk_size": chunk_size, "checkpoint_dir is given": saves}
@@ -368,74 +325,6 @@ def _identity(engine: Engine, key: jax.Array, request: _Request) -> dict[str, An
         "data": {"examples": engine.source.num_data, "fingerprint": engine.source.fingerprint()},
         "posterior": posterior.fingerprint(batch),
     }
-
-
-def _run(engine: Engine, store: RunStore | None, progress: bool, every: float) -> Run:
-    run = engine.start()
-    if store is not None and (saved := store.restore(run.state, _host_part(run))):
-        run.step, run.state, host = saved
-        run.trace = Trace(*(host[name] for name in Trace._fields))
-        run.alive = place(np.asarray(host["alive"]), engine.per_chain)
-    try:
-        with Progress(engine, enabled=progress and leads(engine.mesh), every=every) as bar:
-            for _ in engine.steps(run):
-                if bar.first_chunk:
-                    _check_center(engine, run)
-                bar.update(run)
-                if store is not None and (
-                    gathered(bar.save_due(), engine.mesh)[0] or run.step == engine.plan.total_steps
-                ):
-                    store = _save(store, run)
-    except BaseException:
-        _abandon(store)
-        raise
-    run.cost = gathered(bar.cost(run), engine.mesh)[0]
-    if store is not None:
-        _finish(store, run)
-    return run
-
-
-def _host_part(run: Run) -> dict[str, np.ndarray]:
-    return {**run.trace._asdict(), "alive": to_host(run.alive)}
-
-
-def _save(store: RunStore, run: Run) -> RunStore | None:
-    """Save; a directory that fails costs the durability of the run, not the run."""
-    if (why := _failure(store, lambda: store.save(run.step, run.state, _host_part(run)))) is None:
-        return store
-    _forgo(store, run, why)
-    _abandon(store)
-    return None
-
-
-def _finish(store: RunStore, run: Run) -> None:
-    if (why := _failure(store, store.wait)) is not None:
-        _forgo(store, run, why)
-    _abandon(store)
-
-
-def _failure(store: RunStore, action: Callable[[], None]) -> str | None:
-    """What went wrong with ``action`` on the first process on which it did; None when all went well."""
-    told = None
-    try:
-        action()
-    except Exception as error:
-        told = str(error)
-    return next((why for why in gathered(told, store.mesh) if why is not None), None)
-
-
-def _abandon(store: RunStore | None) -> None:
-    """End the background writer, after what it has in hand; what it met was told, or an error is under way."""
-    if store is not None:
-        with contextlib.suppress(Exception):
-            store.close()
-
-
-def _forgo(store: RunStore, run: Run, why: str) -> None:
-    why = why if len(why) <= 300 else f"{why[:100]} ... {why[-200:]}"  # the system's reason comes last
-    note = f"checkpoints in {store.path} stopped at or before step {run.step} ({why}); the estimate is complete."
-    run.notes.append(note)
-    warnings.warn(note, RuntimeWarning, stacklevel=2)
 
 
 def _looks(engine: Engine, run: Run) -> dict[str, float]:

@@ -1,0 +1,217 @@
+"""The compiled program: some steps of every chain, on every device.
+
+Inside a chunk each device runs its chains in groups of ``chain_batch`` (vmap within a group, one group after another),
+each through all the chunk's steps. Chains never talk to each other: the program has no collectives on the chain axis.
+Every random number comes from ``fold_in(chain key, global step)``: results do not depend on how steps fall into chunks.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from slt_jax.batches import draw_indices
+from slt_jax.posterior import LossProgram
+from slt_jax.samplers.base import Hyper
+
+PyTree = Any
+BATCH, _NOISE = 0, 1  # what a step's key is folded with
+
+
+class Trace(NamedTuple):
+    """Per chain and step, float32 ``(num_chains, total_steps)``; NaN where nothing was recorded.
+
+    ``gap_var``: variance of the batch mean of the per-example losses less their baseline, by their spread in the batch;
+    0 where the batch is the whole data set.
+    The other names are those of ``Info``.
+    """
+
+    loss: Any
+    baseline: Any
+    gap_var: Any
+    drift_sq: Any
+    virial: Any
+    distance_sq: Any
+    kinetic: Any
+    acceptance: Any
+    pull: Any
+
+
+class Static(NamedTuple):
+    program: LossProgram
+    sampler_step: Callable
+    num_data: int
+    batch_size: int
+    micro_batches: int
+    group: int
+    length: int
+    paired: bool
+    gather: Callable | None
+    mesh: Mesh
+    control_variate: bool = False
+    whole: bool = False
+
+
+class Window(NamedTuple):
+    """Which steps a chunk takes, and what depends on their numbers."""
+
+    start: jax.Array
+    count: jax.Array
+    num_warmup: jax.Array
+    thinning: jax.Array
+    hot: jax.Array
+
+
+def gather(arrays: PyTree, indices: jax.Array) -> PyTree:
+    return jax.tree.map(lambda a: a.at[indices].get(mode="promise_in_bounds"), arrays)
+
+
+def loss_and_grad_on(static: Static, frozen: PyTree, batch: PyTree) -> Callable:
+    """position -> (losses, gradient of their mean) on the batch, over micro-batches when there are several."""
+    parts = static.micro_batches
+
+    def on(part):
+        def mean(position):
+            losses = static.program.losses(position, frozen, part)
+            return jnp.mean(losses), losses
+
+        def evaluate(position):
+            (_, losses), grad = jax.value_and_grad(mean, has_aux=True)(position)
+            return losses, grad
+
+        return evaluate
+
+    if parts == 1:
+        return on(batch)
+
+    def accumulated(position):
+        split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+
+        def add(total, part):
+            losses, grad = on(part)(position)
+            return jax.tree.map(jnp.add, total, grad), losses
+
+        total, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, position), split)
+        return losses.reshape(-1), jax.tree.map(lambda g: g / parts, total)
+
+    return accumulated
+
+
+def _center_losses(static: Static, center: PyTree, frozen: PyTree, batch: PyTree) -> jax.Array:
+    parts = static.micro_batches
+    if parts == 1:
+        return static.program.losses(center, frozen, batch)
+    split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    return jax.lax.map(lambda part: static.program.losses(center, frozen, part), split).reshape(-1)
+
+
+def _variance_of_mean(gap: jax.Array, size: int) -> jax.Array:
+    """Variance of the mean of ``size`` independent per-example values; NaN from a mean alone."""
+    if gap.size != size or size == 1:
+        return jnp.float32(jnp.nan)
+    return jnp.var(gap, ddof=1) / size
+
+
+def _at_step(window: Window, step: jax.Array, chain: jax.Array, hyper: Hyper) -> Hyper:
+    """The step's own numbers: statistics adapt, and the odd chains cool, over the first half of the warm-up.
+
+    A chain hotter by F moves with a step longer by its root: right for a quartic, on the safe side for a quadratic.
+    """
+    cooling = jnp.maximum(1, window.num_warmup // 2)
+    heat = jnp.where(chain % 2 == 1, window.hot ** jnp.maximum(0.0, 1.0 - step / cooling), 1.0)
+    return hyper._replace(
+        nbeta=hyper.nbeta / heat, step_size=hyper.step_size * jnp.sqrt(heat), adapt=step < window.num_warmup // 2
+    )
+
+
+def _one_chain(static: Static, shared: tuple, window: Window, state, key, chain, alive, batches):
+    """All steps of the chunk for one chain; stops when the chain (with vmap: its whole group) is no longer finite."""
+    center, frozen, arrays, hyper, center_grad = shared
+
+    def go_on(carry):
+        i, _, still, _ = carry
+        any_alive = jax.lax.pmax(still.astype(jnp.int32), "group") > 0 if static.group > 1 else still
+        return (i < window.count) & any_alive
+
+    def body(carry):
+        i, state, still, trace = carry
+        step = window.start + i
+        step_key = jax.random.fold_in(key, step)
+        if static.whole:
+            batch = arrays
+        elif static.gather is None:
+            batch = jax.tree.map(lambda b: b[i], batches)
+        else:
+            drawn = draw_indices(jax.random.fold_in(step_key, BATCH), static.num_data, static.batch_size)
+            batch = static.gather(arrays, drawn)
+        plain = at = loss_and_grad_on(static, frozen, batch)
+        if static.control_variate:
+            at_center, noise = plain(center)
+
+            def at(position):
+                losses, grad = plain(position)
+                return losses, jax.tree.map(lambda g, n, full: g - n + full, grad, noise, center_grad)
+
+        mine = _at_step(window, step, chain, hyper)
+        state, info = static.sampler_step(jax.random.fold_in(step_key, _NOISE), state, at, center, mine)
+        kept = (step >= window.num_warmup) & ((step - window.num_warmup) % window.thinning == window.thinning - 1)
+        unknown = jnp.full(info.loss.shape, jnp.nan, info.loss.dtype)
+        if not static.paired:
+            baseline, gap = unknown, info.loss
+        else:
+            at_center = (
+                at_center
+                if static.control_variate
+                else jax.lax.cond(kept, lambda: _center_losses(static, center, frozen, batch), lambda: unknown)
+            )
+            baseline, gap = jnp.where(kept, at_center, unknown), info.loss - at_center
+        # Over the whole data set the mean has no sampling noise, however much its examples differ.
+        spread = jnp.float32(0) if static.whole else _variance_of_mean(gap, static.batch_size)
+        row = Trace(jnp.mean(info.loss), jnp.mean(baseline), jnp.where(kept, spread, jnp.nan), *info[1:])
+        trace = jax.tree.map(lambda t, x: t.at[i].set(jnp.where(still, x, jnp.nan).astype(t.dtype)), trace, row)
+        return i + 1, state, still & jnp.isfinite(row.loss) & jnp.isfinite(info.drift_sq), trace
+
+    empty = Trace(*(jnp.full(static.length, jnp.nan, jnp.float32) for _ in Trace._fields))
+    _, state, alive, trace = jax.lax.while_loop(go_on, body, (jnp.int32(0), state, alive, empty))
+    return state, alive, trace
+
+
+def _device_chunk(static: Static, state, alive, keys, chains, batches, shared, window):
+    """One device's chains, ``group`` at a time; the stacked state is updated in place."""
+    chain = functools.partial(_one_chain, static, shared, window)
+    size = static.group
+    if size > 1:
+        run_group = jax.vmap(chain, axis_name="group")
+    else:
+        run_group = lambda *a: jax.tree.map(lambda x: x[None], chain(*jax.tree.map(lambda x: x[0], a)))  # noqa: E731
+    num = keys.shape[0]
+    trace = Trace(*(jnp.full((num, static.length), jnp.nan, jnp.float32) for _ in Trace._fields))
+    if num == size:
+        return run_group(state, keys, chains, alive, batches)
+
+    def one_group(g, carry):
+        def take(tree):
+            return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, g * size, size), tree)
+
+        moved = run_group(take(carry[0]), take(keys), take(chains), take(carry[1]), take(batches))
+        return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, g * size, 0), carry, moved)
+
+    return jax.lax.fori_loop(0, num // size, one_group, (state, alive, trace))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1,))
+def run_chunk(static: Static, state, alive, keys, batches, shared, window):
+    """``window.count`` steps of every chain: (state, alive, trace of shape (num_chains, length))."""
+    per, whole = PartitionSpec("chain"), PartitionSpec()
+    mapped = jax.shard_map(
+        functools.partial(_device_chunk, static),
+        mesh=static.mesh,
+        in_specs=(per, per, per, per, per, whole, whole),
+        out_specs=(per, per, per),
+        axis_names={"chain"},
+        check_vma=False,
+    )
+    return mapped(state, alive, keys, jnp.arange(keys.shape[0]), batches, shared, window)
