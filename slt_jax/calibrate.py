@@ -6,7 +6,7 @@ friction, and whether control variates pay. Everything is a pure function of the
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from slt_jax.corrections import heating
 from slt_jax.engine import Engine
 from slt_jax.probe import Noise, Probe
-from slt_jax.samplers.base import Sampler
+from slt_jax.samplers.base import Position, Sampler
 from slt_jax.whitening import Whitening
 
 STEP_SHARE = 0.25
@@ -71,6 +71,13 @@ def default_budget(num_free: int) -> int:
     return int(min(2e6, max(1e4, 4e6 / num_free)))
 
 
+def probe_of(engine: Engine, total: float) -> Probe:
+    """The calibration's looks: over fewer examples where few gradients are to be spent."""
+    allowed = allowance(total)
+    blocks = 4 if allowed >= 800 else 2 if allowed >= 200 else 1
+    return Probe(engine, blocks, jax.random.fold_in(engine.key, _PILOT))
+
+
 def calibrate(
     engine: Engine, sampler: Sampler, localization: float | None, control: bool | None, total: float, check: Callable
 ) -> Choice:
@@ -83,12 +90,12 @@ def calibrate(
     """
     allowed = allowance(total)
     rich = allowed >= _RICH
-    blocks, rounds = (4, 20) if allowed >= 800 else (2, 12) if allowed >= 200 else (1, 6)
-    probe = Probe(engine, blocks, jax.random.fold_in(engine.key, _PILOT))
+    rounds = 20 if allowed >= 800 else 12 if allowed >= 200 else 6
+    probe = probe_of(engine, total)
     family = {"sgnht": "baoab", "": "euler"}.get(sampler.family, sampler.family)  # those whose heat is known
     lines: list[str] = []
-    check(*probe.loss_and_grad_norm(engine.center))
-    at_center = probe.sharpness(engine.center, rounds)
+    check(*probe.loss_and_grad_norm(probe.center))
+    at_center = probe.sharpness(probe.center, rounds)
     curvature = at_center
     kappa, reach = (KAPPA_METRIC, REACH_METRIC) if sampler.metric else (KAPPA, REACH)
     settle = localization if localization is not None else _localization(curvature / kappa, reach, engine.center)
@@ -187,8 +194,11 @@ class _Pilot:
         looks = int(min(24, max(3, allowed / 4 / one_look)))
         self.shares = (0.1, *[0.9 / (looks - 1)] * (looks - 1))
 
-    def explore(self, curvature: float, step_size: float | None) -> tuple[float, list]:
-        """(largest curvature met, final positions); a chain that goes non-finite starts it anew, with 1/8 the step."""
+    def explore(self, curvature: float, step_size: float | None) -> tuple[float, Iterator[Position]]:
+        """(largest curvature met, final positions, made one at a time).
+
+        A chain that goes non-finite starts it anew, with 1/8 the step.
+        """
         engine, floor = self.engine, curvature
         for _ in range(5):
             run = engine.start()
@@ -201,19 +211,19 @@ class _Pilot:
                 self.gradients += count * engine.plan.num_chains
                 if not engine.all_alive(run):
                     break
-                positions = [engine.position(run, c) for c in range(min(2, engine.plan.num_chains))]
+                positions = (engine.position(run, c) for c in range(min(2, engine.plan.num_chains)))
                 curvature = max(curvature, *(self.probe.sharpness(p, self.rounds) for p in positions))
             else:
                 half = run.step // 2
                 fall = run.trace.virial[:, half : run.step].mean(dtype=float)
                 pull = engine.posterior.localization * run.trace.distance_sq[:, half : run.step].mean(dtype=float)
                 self.llc = 0.5 * (fall - pull)
-                return curvature, [engine.position(run, c) for c in range(min(4, engine.plan.num_chains))]
+                return curvature, (engine.position(run, c) for c in range(min(4, engine.plan.num_chains)))
             if step_size is not None:
                 # The step was given: go on with what w* says, and let the verdict tell of the divergence.
                 self.llc = math.inf
-                return curvature, [engine.center]
+                return curvature, iter([self.probe.center])
             curvature = floor = 8 * max(curvature, floor)
         # Some example's loss may be non-finite wherever a chain goes: let the run name the chains that meet it.
         self.llc = math.inf
-        return curvature, [engine.center]
+        return curvature, iter([self.probe.center])

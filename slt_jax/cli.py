@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         resume = " The same command resumes it." if getattr(command, "checkpoint_dir", None) else ""
         print(f"interrupted.{resume}", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, FloatingPointError, ImportError, OSError) as error:
+    except (ValueError, TypeError, FloatingPointError, ImportError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

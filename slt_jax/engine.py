@@ -151,9 +151,25 @@ class Engine:
         self.metric = self.put(metric)
         self.hyper = self.hyper._replace(metric=self.metric)
 
+    def alone(self, tree: PyTree) -> PyTree:
+        """``tree``, held once for all chains, as the first device has it: what is done once need not be done on each.
+
+        As it is on a mesh that spans processes or splits the weights.
+        """
+        return jax.tree.map(lambda x: x.addressable_data(0), tree) if self.alone_is_one else tree
+
+    @property
+    def alone_is_one(self) -> bool:
+        """Whether what is done ``alone`` is done by one device."""
+        return self.per_chain.is_fully_addressable and self.mesh.axis_names == ("chain",)
+
     def position(self, run: Run, chain: int) -> Position:
-        """Where one chain is, on every process."""
+        """Where one chain is: on the first device, or on all where ``alone`` leaves things as they are."""
         state = run.state.position
+        if self.alone_is_one:
+            device, row = divmod(chain, self.plan.num_chains // self.mesh.devices.size)
+            here = self.mesh.devices.flat[0]
+            return tuple(jax.device_put(x.addressable_data(device)[row], here) for x in state)
         return jax.jit(
             lambda p: tuple(x[chain] for x in p), out_shardings=tuple(shared_sharding(self.mesh, x[0]) for x in state)
         )(state)
@@ -215,27 +231,52 @@ class Engine:
     def full_loss(self) -> float:
         """L_n(w*): the mean over the whole data set, in blocks of ``batch_size``."""
         total, num, size = 0.0, self.source.num_data, self.plan.batch_size
+        center, frozen = self.alone(self.center), self.alone(self.frozen)
         for begin in range(0, num, size):
             indices = np.arange(begin, min(begin + size, num))
             batch = self.fetch(indices)
-            total += float(_batch_loss(self.posterior.program, self.center, self.frozen, batch)) * len(indices)
+            total += float(_batch_loss(self.posterior.program, center, frozen, batch)) * len(indices)
         return total / num
 
     def full_grad(self) -> Position:
         """grad L_n(w*) over the whole data set, in blocks of ``batch_size``: as many gradients as there are blocks."""
         num, size = self.source.num_data, self.plan.batch_size
-        total: Position = jax.tree.map(jnp.zeros_like, self.center)
+        center, frozen = self.alone(self.center), self.alone(self.frozen)
+        total: Position = jax.tree.map(jnp.zeros_like, center)
         for begin in range(0, num, size):
             indices = np.arange(begin, min(begin + size, num))
-            part = _batch_grad(self.posterior.program, self.center, self.frozen, self.fetch(indices))
+            part = _batch_grad(self.posterior.program, center, frozen, self.fetch(indices))
             share = len(indices) / num
             part = jax.tree.map(lambda g: g * share, part)  # noqa: B023  (called at once)
             total = jax.tree.map(jnp.add, total, part)
         return total
 
-    def lower(self, run: Run):
-        """The chunk program, lowered, for looking at its HLO and its memory. In-memory sources only."""
-        return run_chunk.lower(self.static, run.state, run.alive, self.keys, (), self._shared(), self._window(0, 1))
+    def lower(self, run: Run | None = None):
+        """The chunk program, lowered, for looking at its HLO and its memory: what ``advance`` will run.
+
+        Without a run, one is described: nothing is allocated but a chunk's batches. The compilation is kept for the
+        run itself.
+        """
+        plan, batches = self.plan, ()
+        state, alive = self.described() if run is None else (run.state, run.alive)
+        if self.source.on_host:
+            shape = (len(own_rows(plan.num_chains, self.per_chain)), self.static.length, plan.batch_size)
+            batches = self._on_chains(self.source.fetch(np.zeros(shape, np.int64)))
+        return run_chunk.lower(self.static, state, alive, self.keys, batches, self._shared(), self._window(0, 1))
+
+    def described(self) -> tuple[PyTree, jax.ShapeDtypeStruct]:
+        """A run's state and its chains' marks of being alive, as shapes on the mesh."""
+        num, center = self.plan.num_chains, self.center
+        if self.static.whole:
+            first = jax.eval_shape(self._first_exact, center, self.frozen, self.arrays, self.hyper)
+        else:
+            first = jax.eval_shape(self.sampler.init, center)
+
+        def stacked(x):
+            return jax.ShapeDtypeStruct((num, *x.shape), x.dtype, sharding=chain_sharding(self.mesh, x))
+
+        alive = jax.ShapeDtypeStruct((num,), jnp.bool_, sharding=self.per_chain)
+        return jax.tree.map(stacked, first), alive
 
     def advance(self, run: Run, steps: int, batches: PyTree = ()) -> None:
         """Run ``steps`` steps (at most the chunk length) and append their traces. The old state is donated."""

@@ -11,13 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from slt_jax.batches import as_source, check_batch_size
-from slt_jax.calibrate import Choice, calibrate, default_budget
+from slt_jax.calibrate import Choice, calibrate, default_budget, probe_of
 from slt_jax.checkpoint import RunStore, first_difference, versions
 from slt_jax.engine import Engine, Run, Schedule
-from slt_jax.mesh import addressable, chain_mesh, check_mesh, gathered, leads, spans_processes, to_host
+from slt_jax.memory import Need, all_fit, layouts, need_of, weighs
+from slt_jax.mesh import addressable, automatic, check_mesh, gathered, leads, spans_processes, to_host
 from slt_jax.posterior import LocalPosterior, check_count, check_positive
 from slt_jax.probe import Probe
 from slt_jax.results import LLCResult
@@ -85,6 +86,7 @@ def estimate_llc(
             several processes (``jax.distributed.initialize``) those of all; every process makes the same call on the
             same data, which each holds whole, and gets the same result.
         chain_batch: chains advanced together on one device; 1 uses least memory. Must divide the chains of a device.
+            Default: 1 on a CPU and for large models, else as many as fit into the device's memory.
         checkpoint_dir: where to keep state and traces; the same call with the same directory resumes an interrupted run
             and ends bit for bit equal to an unbroken one on the same mesh, versions and device kind. Several processes
             need a disk that they share.
@@ -105,6 +107,7 @@ def estimate_llc(
     Raises:
         TypeError, ValueError: an argument that cannot be used; the text says which, its value, and what to do.
         FloatingPointError: the loss is not finite at w*.
+        MemoryError: the run would take more memory than there is; said before it starts.
 
     Error: the standard error counts sampling noise and that of the corrections; ``verdict`` says what else is wrong.
 
@@ -139,16 +142,28 @@ def estimate_llc(
     is_open = sampler.step_size is None or sampler.friction is None or posterior.localization is None
     lay = functools.partial(_lay_out, request, sampler, is_open, posterior.num_free)
     chains, *_ = first = lay(0.0, 1)
-    mesh = chain_mesh(chains) if mesh is None else check_mesh(_auto_mesh(mesh), chains)
-    group = _chain_batch(chain_batch, chains // mesh.shape["chain"], posterior.num_free)
+    mesh = None if mesh is None else check_mesh(automatic(mesh), chains)
 
-    def schedule(lengths: tuple, control: bool) -> Schedule:
+    def schedule(lengths: tuple, control: bool, group: int) -> Schedule:
         *counts, hotter = lengths
         counts = (int(x) for x in (*counts, batch_size, micro_batches))  # off NumPy
-        return Schedule(*counts, baseline, int(group), int(chunk_size), control, hotter)
+        return Schedule(*counts, baseline, group, int(chunk_size), control, hotter)
 
     control = bool(control_variate) and not is_open
-    engine = Engine(posterior, source, sampler, schedule(first, control), key, mesh)
+    tells = progress or weighs(posterior, chains)
+    need = None
+    for layout, group in layouts(chains, mesh, chain_batch, posterior.num_free):
+        engine = Engine(posterior, source, sampler, schedule(first, control, group), key, layout)
+        if not tells:
+            break
+        need = _need(engine, is_open, request, checkpoint_dir is not None)
+        if all_fit(need, engine):
+            break
+    else:
+        raise MemoryError(need.refusal() if need else "")
+    mesh = engine.mesh
+    if need is not None and progress and leads(mesh):
+        print(*(f"  {line}" for line in need.lines()), sep="\n", file=sys.stderr)
     if spans_processes(mesh):
         _check_same_call(engine, key, request, int(chunk_size), checkpoint_dir is not None)
     full = gathered(full_loss_at_center(engine), mesh)[0] if baseline == "full" else None
@@ -161,11 +176,11 @@ def estimate_llc(
         engine.localize(choice.localization)
         pass_over = -(-source.num_data // batch_size) if choice.control_variate else 0
         lengths = lay(choice.gradients + pass_over, 2 if choice.control_variate else 1)
-        engine.configure(schedule(lengths, choice.control_variate), choice.step_size, choice.friction)
+        engine.configure(schedule(lengths, choice.control_variate, group), choice.step_size, choice.friction)
         if progress and leads(mesh):
             print(*(f"  {line}" for line in choice.lines), sep="\n", file=sys.stderr)
     run = run_to_end(engine, store, progress, checkpoint_seconds)
-    return _result(engine, run, full, choice)
+    return _result(engine, run, full, choice, need)
 
 
 def as_sampler(sampler: Any) -> Sampler:
@@ -231,8 +246,7 @@ def _calibrated(
     found = None if store is None else store.read_note("calibration")
     if found is not None and not sampler.metric:  # the metric is not kept: it is measured again, a function of the key
         return _choice_of(found)
-    plan = engine.plan
-    total = request.budget or plan.num_chains * plan.total_steps
+    total = _total(engine, request)
     control = False if sampler.family == "exact" else request.control_variate
     try:
         check = functools.partial(check_at_center, engine)
@@ -244,6 +258,11 @@ def _calibrated(
     if store is not None:
         store.write_note("calibration", choice.to_dict())
     return choice
+
+
+def _total(engine: Engine, request: _Request) -> float:
+    """Minibatch gradients of the whole estimate."""
+    return request.budget or engine.plan.num_chains * engine.plan.total_steps
 
 
 def _choice_of(found: dict[str, Any]) -> Choice:
@@ -270,28 +289,15 @@ def check_key(key: Any) -> jax.Array:
     return key
 
 
-def _auto_mesh(mesh: Any) -> Mesh:
-    """The same devices with automatic axes: ``jax.make_mesh`` gives explicit ones unless told otherwise."""
-    if not isinstance(mesh, Mesh):
-        raise TypeError(
-            f"mesh must be a jax.sharding.Mesh with an axis 'chain', got {mesh!r}. "
-            "Use jax.make_mesh((num_devices,), ('chain',))."
-        )
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-
-
-def _chain_batch(chain_batch: int | None, local: int, num_free: int) -> int:
-    """Chains advanced together: as given, else all for small nets on an accelerator and one elsewhere."""
-    if chain_batch is None:
-        small = num_free * local <= 2**24 and jax.default_backend() != "cpu"
-        return local if small else 1
-    check_count("chain_batch", chain_batch, 1)
-    if local % chain_batch:
-        divisors = [k for k in range(1, local + 1) if local % k == 0]
-        raise ValueError(
-            f"chain_batch = {chain_batch} does not divide the {local} chains of one device. Take one of {divisors}."
-        )
-    return chain_batch
+def _need(engine: Engine, is_open: bool, request: _Request, saves: bool) -> Need:
+    plan, exact = engine.plan, engine.sampler.family == "exact"
+    looked = not exact and _for_looks(plan) >= 8
+    looks = []
+    if is_open:
+        looks += probe_of(engine, _total(engine, request)).temporaries(calibrates=True)
+    if looked:
+        looks += _last_probe(engine).temporaries(calibrates=False)
+    return need_of(engine, looks, saves=saves)
 
 
 def _check_same_call(engine: Engine, key: jax.Array, request: _Request, chunk_size: int, saves: bool) -> None:
@@ -327,20 +333,28 @@ def _identity(engine: Engine, key: jax.Array, request: _Request) -> dict[str, An
     }
 
 
+def _for_looks(plan: Schedule) -> float:
+    """Minibatch gradients for looks at the chains' ends."""
+    return _PROBE_SHARE * plan.num_chains * plan.total_steps
+
+
+def _last_probe(engine: Engine) -> Probe:
+    return Probe(engine, 1 if _for_looks(engine.plan) < 80 else 4, jax.random.fold_in(engine.key, 2**31 - 9))
+
+
 def _looks(engine: Engine, run: Run) -> dict[str, float]:
     """Gradient noise and acceptance where the chains ended; nothing when the run is too short to pay for it."""
     plan, alive = engine.plan, to_host(run.alive)
     chains = [int(c) for c in np.flatnonzero(alive)][:4]
-    allowed = _PROBE_SHARE * plan.num_chains * plan.total_steps
+    allowed = _for_looks(plan)
     if allowed < 8 or not chains or engine.sampler.family == "exact":
         return {}
-    probe = Probe(engine, 1 if allowed < 80 else 4, jax.random.fold_in(engine.key, 2**31 - 9))
+    probe = _last_probe(engine)
     repeats = int(np.clip(allowed / (4 * len(chains)), 1, 8))
-    ends = [engine.position(run, c) for c in chains]
-    found = [probe.noise(end, repeats)[0] for end in ends]
+    found = [probe.noise(engine.position(run, c), repeats)[0] for c in chains]
     values = np.array([n.controlled if plan.control_variate else n.plain for n in found])
     error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else values.mean()
-    accepted = [probe.acceptance(end, float(engine.hyper.step_size)) for end in ends[:2]]
+    accepted = [probe.acceptance(engine.position(run, c), float(engine.hyper.step_size)) for c in chains[:2]]
     return {
         "noise": float(values.mean()),
         "noise_stderr": float(error),
@@ -349,7 +363,9 @@ def _looks(engine: Engine, run: Run) -> dict[str, float]:
     }
 
 
-def _result(engine: Engine, run: Run, full_loss: float | None, choice: Choice | None) -> LLCResult:
+def _result(
+    engine: Engine, run: Run, full_loss: float | None, choice: Choice | None, need: Need | None
+) -> LLCResult:
     plan, posterior = engine.plan, engine.posterior
     probe = gathered(_looks(engine, run), engine.mesh)[0]
     steps = plan.num_chains * plan.total_steps * (2 if plan.control_variate else 1)
@@ -380,6 +396,7 @@ def _result(engine: Engine, run: Run, full_loss: float | None, choice: Choice | 
         "devices": f"{engine.mesh.devices.size} x {engine.mesh.devices.flat[0].device_kind}",
         "versions": versions(),
         "cost": run.cost,
+        "memory": need.to_dict() if need else {},
     }
     warmup = run.trace.loss[:, : plan.num_warmup]
     return LLCResult(loss, baseline, *others, warmup, stopped, settings, tuple(run.notes))

@@ -116,7 +116,6 @@ def plan_of(case: Case, free: LocalPosterior, options: dict[str, Any]) -> list[s
         f"{chains * each * batch_size * case.length:,} tokens",
         f"nbeta {free.nbeta:g} ({source['nbeta']}), localization {free.localization:g} ({source['localization']}), "
         f"step_size {'calibrated' if step_size is None else f'{step_size:g} (given)'}",
-        f"each chain holds {4 * free.num_free / 2**20:,.0f} MiB of weights a copy",
     ]
 
 

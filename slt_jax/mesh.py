@@ -39,6 +39,16 @@ def chain_mesh(num_chains: int, devices: list | None = None) -> Mesh:
     return jax.make_mesh((len(chosen),), ("chain",), axis_types=(AxisType.Auto,), devices=chosen)
 
 
+def automatic(mesh: Any) -> Mesh:
+    """The same devices with automatic axes: ``jax.make_mesh`` gives explicit ones unless told otherwise."""
+    if not isinstance(mesh, Mesh):
+        raise TypeError(
+            f"mesh must be a jax.sharding.Mesh with an axis 'chain', got {mesh!r}. "
+            "Use jax.make_mesh((num_devices,), ('chain',))."
+        )
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+
+
 def check_mesh(mesh: Mesh, num_chains: int) -> Mesh:
     """Raise ValueError unless ``mesh`` has an axis ``chain`` that divides ``num_chains``, and at most ``model`` too.
 

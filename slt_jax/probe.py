@@ -35,12 +35,32 @@ def _grad_over(program: LossProgram, frozen: Any, blocks: Any, position: Positio
     return jax.tree.map(lambda x: x / count, total)
 
 
+_square = jax.jit(lambda tree: inner(tree, tree))
+
+
 def _scaled(factor: jax.Array, tree: Position) -> Position:
     return tuple((factor * x).astype(x.dtype) for x in tree)
 
 
 def _plus(a: Position, b: Position) -> Position:
     return tuple(x + y for x, y in zip(a, b, strict=True))
+
+
+def _grad_change(program: LossProgram, frozen: Any, blocks: Any, position: Position, v: Position, reach) -> Position:
+    """Mean of grad L(w + reach v) - grad L(w - reach v) over all blocks; one moved position and one sum at a time."""
+
+    def side(total, sign):
+        moved = _plus(position, _scaled(sign * reach, v))
+
+        def add(total, block):
+            grad = jax.grad(program.mean_loss)(moved, frozen, block)
+            return tuple(t + (sign * g).astype(t.dtype) for t, g in zip(total, grad, strict=True)), None
+
+        return jax.lax.scan(add, total, blocks)[0], None
+
+    total, _ = jax.lax.scan(side, jax.tree.map(jnp.zeros_like, position), jnp.array([1.0, -1.0]))
+    count = jax.tree.leaves(blocks)[0].shape[0]
+    return jax.tree.map(lambda x: x / count, total)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -54,10 +74,8 @@ def _sharpness(program: LossProgram, position, frozen, blocks, nbeta, floor, rea
 
     def body(_, carry):
         v, s, _ = carry
-        v = _scaled(1 / jnp.sqrt(inner(v, v)), v)
-        ahead = _grad_over(program, frozen, blocks, _plus(position, _scaled(s, v)))[1]
-        behind = _grad_over(program, frozen, blocks, _plus(position, _scaled(-s, v)))[1]
-        product = _scaled(nbeta / (2 * s), displacement(ahead, behind))
+        unit = s / jnp.sqrt(inner(v, v))
+        product = _scaled(nbeta / (2 * s), _grad_change(program, frozen, blocks, position, v, unit))
         found = jnp.sqrt(inner(product, product))
         good = jnp.isfinite(found) & (found > 0)
         product = tuple(jnp.where(good, p, x) for p, x in zip(product, v, strict=True))
@@ -77,46 +95,61 @@ def _grad_blocks(program: LossProgram, position, frozen, blocks):
 @functools.partial(jax.jit, static_argnums=0)
 def _curvature(program: LossProgram, position, direction, frozen, blocks, nbeta, localization, reach):
     """(nbeta Hessian of L + localization) times ``direction``, by a central secant ``reach`` times as long as it."""
-    ahead = _grad_over(program, frozen, blocks, _plus(position, _scaled(reach, direction)))[1]
-    behind = _grad_over(program, frozen, blocks, _plus(position, _scaled(-reach, direction)))[1]
-    bent = _scaled(nbeta / (2 * reach), displacement(ahead, behind))
+    change = _grad_change(program, frozen, blocks, position, direction, reach)
+    bent = _scaled(nbeta / (2 * reach), change)
     return _plus(bent, _scaled(localization, direction))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _noise(program: LossProgram, position, center, frozen, first, second, metric):
-    def difference(at):
-        grads = [jax.grad(program.mean_loss)(at, frozen, half) for half in (first, second)]
-        return root(metric, displacement(*grads))
+def _noise(program: LossProgram, position, center, frozen, halves, metric):
+    """Squared norms of g(w) and of g(w) - g(w*), with g the gradient over the first half less that over the second."""
 
-    here, there = difference(position), difference(center)
-    rest = displacement(here, there)
-    return inner(here, here), inner(rest, rest)
+    def add(carry, i):
+        total, plain = carry
+        half = jax.tree.map(lambda x: x[i % 2], halves)
+        at = tuple(jnp.where(i < 2, w, c) for w, c in zip(position, center, strict=True))
+        sign = jnp.array([1.0, -1.0, -1.0, 1.0])[i]
+        grad = jax.grad(program.mean_loss)(at, frozen, half)
+        total = tuple(t + (sign * g).astype(t.dtype) for t, g in zip(total, grad, strict=True))
+        return (total, jnp.where(i == 1, square(total), plain)), None
+
+    def square(tree):
+        turned = root(metric, tree)
+        return inner(turned, turned)
+
+    zero = (jax.tree.map(jnp.zeros_like, position), jnp.float32(0))
+    (rest, plain), _ = jax.lax.scan(add, zero, jnp.arange(4))
+    return plain, square(rest)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _acceptance(program: LossProgram, position, center, frozen, blocks, nbeta, localization, step_size, metric, key):
     """Metropolis acceptance of one Euler-Maruyama step, which is one leapfrog step from a fresh momentum."""
+    time = jnp.sqrt(step_size)
 
-    def energy(w):
+    def kick(i, carry):  # half a kick before the move, half a kick after it
+        w, momentum, losses, distances, squares = carry
         loss, grad = _grad_over(program, frozen, blocks, w)
         away = displacement(w, center)
         force = root(metric, tuple(nbeta * g + localization * x for g, x in zip(grad, away, strict=True)))
-        return loss, inner(away, away), force
+        before = inner(momentum, momentum)
+        momentum = tuple(p - 0.5 * time * f for p, f in zip(momentum, force, strict=True))
+        losses, distances = losses.at[i].set(loss), distances.at[i].set(inner(away, away))
+        squares = squares.at[i].set(jnp.where(i == 0, before, inner(momentum, momentum)))
+        return _plus(w, root(metric, _scaled(time, momentum))), momentum, losses, distances, squares
 
-    time = jnp.sqrt(step_size)
-    momentum = gaussian(key, position)
-    loss, distance, force = energy(position)
-    half = tuple(p - 0.5 * time * f for p, f in zip(momentum, force, strict=True))
-    loss2, distance2, force2 = energy(_plus(position, root(metric, _scaled(time, half))))
-    last = tuple(p - 0.5 * time * f for p, f in zip(half, force2, strict=True))
-    change = nbeta * (loss2 - loss) + 0.5 * localization * (distance2 - distance)
-    change += 0.5 * (inner(last, last) - inner(momentum, momentum))
+    pair = jnp.zeros(2, jnp.float32)
+    start = (position, gaussian(key, position), pair, pair, pair)
+    *_, losses, distances, squares = jax.lax.fori_loop(0, 2, kick, start)
+    change = nbeta * (losses[1] - losses[0]) + 0.5 * localization * (distances[1] - distances[0])
+    change += 0.5 * (squares[1] - squares[0])
     return jnp.where(jnp.isfinite(change), jnp.exp(jnp.minimum(0.0, -change)), 0.0)
 
 
 class Probe:
     """Compiled looks at positions of one engine's posterior; ``gradients`` counts their cost in minibatch gradients.
+
+    On the first device alone, where the mesh is one of whole chains of this process. ``center``: w* there.
 
     Args:
         engine: whose posterior, data and batch size are meant.
@@ -125,7 +158,7 @@ class Probe:
     """
 
     def __init__(self, engine: Any, blocks: int, key: jax.Array):
-        self._engine, self._key = engine, key
+        self._engine, self._key = engine, engine.alone(key)
         self._batch = engine.plan.batch_size
         self._random = np.random.default_rng(np.asarray(jax.random.key_data(key)))
         num = engine.source.num_data
@@ -133,61 +166,82 @@ class Probe:
         chosen = self._random.choice(num, self.num_blocks * self._batch, replace=num < self._batch)
         fetched = engine.fetch(np.sort(chosen))
         self._blocks = jax.tree.map(lambda x: x.reshape(self.num_blocks, self._batch, *x.shape[1:]), fetched)
+        self.center, self._frozen = engine.alone(engine.center), engine.alone(engine.frozen)
         self.gradients = 0.0
 
     def _next_key(self) -> jax.Array:
         self._key, out = jax.random.split(self._key)
         return out
 
+    def temporaries(self, *, calibrates: bool) -> list[int]:
+        """Bytes that its looks take beside their arguments, on one device; compiled here, and not again for them.
+
+        Args:
+            calibrates: those that a calibration takes; else those at a run's end.
+        """
+        looks = [(_noise, self._for_noise(self.center))]
+        if calibrates:
+            looks.append((_sharpness, self._for_sharpness(self.center, 1)))
+            looks.append((_grad_blocks, self._for_gradient(self.center)))
+        else:
+            looks.append((_acceptance, self._for_acceptance(self.center, 1.0)))
+        analyses = [program.lower(*given).compile().memory_analysis() for program, given in looks]
+        return [0 if a is None else a.temp_size_in_bytes + a.output_size_in_bytes for a in analyses]
+
     def sharpness(self, position: Position, iterations: int) -> float:
         """Largest curvature of nbeta L at ``position``, from below, by ``iterations`` rounds; 0 on flat ground."""
-        engine = self._engine
-        nbeta = engine.posterior.nbeta
-        size = math.sqrt(sum(float(jnp.sum(w * w)) for w in position))
-        found = _sharpness(
-            engine.posterior.program, position, engine.frozen, self._blocks, jnp.float32(nbeta), jnp.float32(1e-12),
-            jnp.float32(1e-3 * (1 + size)), self._next_key(), iterations,
-        )  # fmt: skip
+        found = _sharpness(*self._for_sharpness(position, iterations))
         self.gradients += 2 * iterations * self.num_blocks
         return float(found)
 
+    def _for_sharpness(self, position: Position, iterations: int) -> tuple:
+        posterior = self._engine.posterior
+        size = float(jnp.sqrt(_square(position)))
+        numbers = (jnp.float32(x) for x in (posterior.nbeta, 1e-12, 1e-3 * (1 + size)))
+        return posterior.program, position, self._frozen, self._blocks, *numbers, self._next_key(), iterations
+
     def curvature(self, position: Position, direction: Position, reach: float) -> Position:
         """(nbeta Hessian + localization) times ``direction``, by a secant ``reach`` times as long; two gradients."""
-        engine, posterior = self._engine, self._engine.posterior
+        posterior = self._engine.posterior
         self.gradients += 2 * self.num_blocks
         numbers = (jnp.float32(x) for x in (posterior.nbeta, posterior.localization, reach))
-        return _curvature(posterior.program, position, direction, engine.frozen, self._blocks, *numbers)
+        return _curvature(posterior.program, position, direction, self._frozen, self._blocks, *numbers)
 
     def loss_and_grad_norm(self, position: Position) -> tuple[float, float]:
         """Mean loss over the fixed examples, and the norm of its gradient."""
-        engine = self._engine
-        loss, grad = _grad_blocks(engine.posterior.program, position, engine.frozen, self._blocks)
+        loss, grad = _grad_blocks(*self._for_gradient(position))
         self.gradients += self.num_blocks
-        return float(loss), float(jnp.sqrt(inner(grad, grad)))
+        return float(loss), float(jnp.sqrt(_square(grad)))
+
+    def _for_gradient(self, position: Position) -> tuple:
+        return self._engine.posterior.program, position, self._frozen, self._blocks
 
     def noise(self, position: Position, repeats: int) -> tuple[Noise, Noise]:
         """Mean and standard error over ``repeats`` fresh batches, by the difference of a batch's two halves."""
-        engine, half = self._engine, max(1, self._batch // 2)
-        found = []
+        engine, half, found = self._engine, max(1, self._batch // 2), []
         for _ in range(repeats):
-            drawn = self._random.integers(0, engine.source.num_data, 2 * half)
-            parts = [engine.fetch(part) for part in (drawn[:half], drawn[half:])]
-            around = (position, engine.center, engine.frozen)
-            found.append(_noise(engine.posterior.program, *around, *parts, engine.metric))
+            found.append(_noise(*self._for_noise(position)))
             self.gradients += 4 * half / self._batch
         scale = engine.posterior.nbeta**2 * half / (2 * self._batch)
         values = scale * np.array([[float(x) for x in pair] for pair in found])
         error = values.std(0, ddof=1) / math.sqrt(repeats) if repeats > 1 else np.full(2, np.nan)
         return Noise(*values.mean(0).tolist()), Noise(*error.tolist())
 
+    def _for_noise(self, position: Position) -> tuple:
+        engine, half = self._engine, max(1, self._batch // 2)
+        drawn = self._random.integers(0, engine.source.num_data, 2 * half)
+        halves = jax.tree.map(lambda x: x.reshape(2, half, *x.shape[1:]), engine.fetch(drawn))
+        around = (engine.posterior.program, position, self.center, self._frozen)
+        return *around, halves, engine.alone(engine.metric)
+
     def acceptance(self, position: Position, step_size: float) -> float:
         """Metropolis acceptance of one Euler-Maruyama step of this size from ``position``, on the fixed examples."""
-        engine, posterior = self._engine, self._engine.posterior
         self.gradients += 2 * self.num_blocks
-        numbers = (jnp.float32(x) for x in (posterior.nbeta, posterior.localization, step_size))
-        return float(
-            _acceptance(
-                posterior.program, position, engine.center, engine.frozen, self._blocks, *numbers, engine.metric,
-                self._next_key(),
-            )
-        )
+        return float(_acceptance(*self._for_acceptance(position, step_size)))
+
+    def _for_acceptance(self, position: Position, step_size: float) -> tuple:
+        engine, posterior = self._engine, self._engine.posterior
+        gamma = 1.0 if posterior.localization is None else posterior.localization
+        numbers = (jnp.float32(x) for x in (posterior.nbeta, gamma, step_size))
+        around = (posterior.program, position, self.center, self._frozen, self._blocks)
+        return *around, *numbers, engine.alone(engine.metric), self._next_key()

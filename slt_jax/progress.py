@@ -1,6 +1,5 @@
 """What a person sees while the chains run: one line with speed and the running estimate."""
 
-import sys
 import time
 from typing import Any
 
@@ -9,6 +8,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+
+from slt_jax.memory import peak_of_process
 
 
 class Progress:
@@ -78,9 +79,4 @@ def peak_memory() -> tuple[int | None, str]:
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] // 2**20, "device_peak_mib"
-    if sys.platform == "win32":
-        return None, "process_peak_mib"
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak // (2**20 if sys.platform == "darwin" else 2**10), "process_peak_mib"
+    return int(peak_of_process()) // 2**20 or None, "process_peak_mib"

@@ -179,7 +179,7 @@ class LLCResult:
         )
         if lines := s.get("calibration", {}).get("lines"):
             text += f"\nChosen: {'; '.join(lines)}."
-        text += _cost_line(s.get("cost", {}))
+        text += _cost_line(s.get("cost", {}), s.get("memory", {}).get("total_mib"))
         if self.stopped:
             where = ", ".join(f"chain {c} at step {t}" for c, t in sorted(self.stopped.items())[:8])
             text += f"\nWent non-finite and left out: {where} ({len(self.stopped)} of {chains})."
@@ -272,13 +272,14 @@ class LLCResult:
         return plot_result(self, path)
 
 
-def _cost_line(cost: dict[str, Any]) -> str:
+def _cost_line(cost: dict[str, Any], predicted: int | None) -> str:
     if not cost:
         return ""
     speed = "" if cost["steps_per_s"] is None else f", {cost['steps_per_s']:,.4g} steps/s over all chains"
     peaks = {"device_peak_mib": "of a device", "process_peak_mib": "of the process"}
     memory = [f"; peak memory {of} {cost[name]:,} MiB" for name, of in peaks.items() if cost.get(name)]
-    return f"\nTook {cost['seconds']:.3g} s{speed}{''.join(memory)}."
+    told = f" ({predicted:,} predicted)" if memory and predicted else ""
+    return f"\nTook {cost['seconds']:.3g} s{speed}{''.join(memory)}{told}."
 
 
 def _digest(arrays: list[np.ndarray]) -> str:

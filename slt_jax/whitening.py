@@ -36,7 +36,7 @@ class Whitening:
         the run itself is left to say so.
         """
         engine, reach, caution = self.engine, (at_center + localization) ** -0.5, 1.0
-        run, at = engine.start(), [engine.center]
+        run, at = engine.start(), [self.probe.center]
         curvature = self._measure(at, 8, reach, localization)
         while math.isfinite(curvature) and caution < 8**5:
             before, began = self._spent(), run.step
@@ -58,13 +58,13 @@ class Whitening:
     def _measure(self, at: list, count: int, reach: float, localization: float) -> float:
         """Give the engine the metric at these positions; the largest curvature left in its coordinates."""
         engine, probe = self.engine, self.probe
-        key = jax.random.fold_in(jax.random.fold_in(engine.key, _PROBES), self.rounds)
+        key = jax.random.fold_in(jax.random.fold_in(engine.alone(engine.key), _PROBES), self.rounds)
         metric = measure(probe.curvature, at, count, reach, localization, key)
         if metric is None:
             return math.nan
         engine.measure_in(metric)
-        key = jax.random.fold_in(jax.random.fold_in(engine.key, _ITERATIONS), self.rounds)
-        return max(largest(probe.curvature, engine.metric, p, 8, key) for p in at)
+        key = jax.random.fold_in(jax.random.fold_in(engine.alone(engine.key), _ITERATIONS), self.rounds)
+        return max(largest(probe.curvature, engine.alone(engine.metric), p, 8, key) for p in at)
 
     def _calm(self, run: Any, began: int) -> bool:
         """No chain is far hotter than it should be: one that has left the region of the metric heats up at once."""

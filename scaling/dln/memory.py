@@ -1,11 +1,8 @@
 """The memory a teacher needs, told from its shape before anything is allocated."""
 
 import dataclasses
-import math
-import os
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -13,6 +10,7 @@ import jax
 from scaling.dln import devices
 from scaling.dln.methods import Method
 from scaling.dln.teachers import Shape, draw_shape
+from slt_jax.memory import free_of_accelerator, free_of_process
 
 # Fitted from above to the peaks of processes on a CPU: README.md, "Memory".
 STATES = {
@@ -67,29 +65,6 @@ def need_of(shape: Shape, method: Method, chains: int, devices: int, accelerated
     together = local if weights * local <= 2**26 else 1
     accelerator = data + kept + s * local * weights + together * (moved + layers)
     return Need(1.5 * data, 2 * (weights + target), 0, PROGRAM, accelerator)
-
-
-def free_of_process() -> float:
-    """Bytes this process may still take, by the system and by its control group; infinite where neither tells."""
-    info = Path("/proc/meminfo")
-    found = [math.inf]
-    if info.exists():
-        found += [1024.0 * int(x.split()[1]) for x in info.read_text().splitlines() if x.startswith("MemAvailable")]
-    elif "SC_PHYS_PAGES" in os.sysconf_names:
-        found.append(float(os.sysconf("SC_PHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE"))
-    old, new = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"), ("memory.max", "memory.current")
-    for names in (old, new):
-        group = [Path("/sys/fs/cgroup") / name for name in names]
-        values = [path.read_text().strip() for path in group if path.exists()]
-        if len(values) == 2 and values[0].isdigit():
-            found.append(float(values[0]) - float(values[1]))
-    return min(found)
-
-
-def free_of_accelerator() -> float:
-    """Bytes of this process's smallest device; infinite on a CPU, or where the device does not tell."""
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    return min(float(s.get("bytes_limit", math.inf)) for s in stats)
 
 
 def fits(need: Need, process: float, accelerator: float) -> bool:

@@ -1,0 +1,241 @@
+"""The memory that a run will take, told before it starts: what is taken now, and what XLA plans for its programs.
+
+The programs are compiled for it ahead of time, and the run uses the same compilations: telling costs no time.
+"""
+
+import ctypes
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from slt_jax.engine import Engine
+from slt_jax.mesh import chain_mesh, gathered
+from slt_jax.posterior import LocalPosterior, check_count
+
+_HEAP = 300 * 2**20  # that an allocator keeps of what looks have freed, seen at 14M to 162M weights on a CPU
+_SLACK = 1.05  # of what a run is told to take, for what is not seen from here
+_GIB = 2**30
+_TOGETHER = 2**24  # weights of chains that an accelerator moves together
+_MUCH = 2**28  # bytes
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes: of the whole process on a CPU (``where`` says so), else of its fullest device.
+
+    ``peak``: the most that was taken so far. ``now``: taken already, by w* on every device of the mesh and by the data
+    among others. ``chain``: what one chain
+    holds between steps. ``chains``: all of them, here. ``step``: what moving chains takes beside that, ``look`` a look
+    at one position (calibration, the end), ``save`` a checkpoint on its way to disk. ``free``: more than ``now`` that
+    can be had.
+    """
+
+    where: str
+    peak: float
+    now: float
+    chain: float
+    chains: float
+    step: float
+    look: float
+    save: float
+    free: float
+    num_chains: int
+    at_once: int
+    devices: int
+
+    @property
+    def more(self) -> float:
+        """Beyond ``now``, at most."""
+        return self.chains + self.save + max(self.step, self.look)
+
+    @property
+    def total(self) -> float:
+        return max(self.peak, self.now + self.more)
+
+    @property
+    def fits(self) -> bool:
+        return _SLACK * self.more <= self.free
+
+    def to_dict(self) -> dict[str, Any]:
+        """In MiB, for the record of a run."""
+        mib = {name: round(getattr(self, name) / 2**20) for name in ("total", "now", "chain", "step", "look")}
+        return {"of": self.where, **{f"{name}_mib": value for name, value in mib.items()}}
+
+    def lines(self) -> list[str]:
+        """For a person, before the run."""
+        free = "" if math.isinf(self.free) else f", of {_size(self.now + self.free)}"
+        spread = f" on {self.devices} devices" if self.devices > 1 else ""
+        return [
+            f"memory: {_size(self.chain)} a chain, {self.at_once} of {self.num_chains} chains at once{spread}; at most "
+            f"{_size(self.total)} of {self.where}{free}"
+        ]
+
+    def refusal(self) -> str:
+        """Why it is not begun, and what would help."""
+        taken = {
+            "taken already": self.now, f"{self.num_chains} chains of {_size(self.chain)}": self.chains,
+            "a checkpoint being written": self.save, "a step": self.step if self.step >= self.look else 0,
+            "a look at one chain's curvature": self.look if self.look > self.step else 0,
+        }  # fmt: skip
+        told = ", ".join(f"{what} {_size(size)}" for what, size in taken.items() if size)
+        fit = math.floor((self.free / _SLACK - max(self.step, self.look)) / (self.chain * (2 if self.save else 1)))
+        fewer = f"at most {fit} chains, " if 1 <= fit < self.num_chains else ""
+        return (
+            f"the run needs about {_size(self.total)} of {self.where} ({told}), and {_size(self.now + self.free)} can "
+            f"be had. Take {fewer}more micro-batches or shorter examples, bfloat16 for the forward pass, a part of the "
+            "model, sgld (its chains hold one copy of the weights, most others two), or a machine with more memory."
+        )
+
+
+def _size(number: float) -> str:
+    return f"{number / _GIB:,.1f} GiB" if number >= 10 * _GIB else f"{number / 2**20:,.0f} MiB"
+
+
+def layouts(
+    num_chains: int, mesh: Mesh | None, chain_batch: int | None, num_free: int
+) -> Iterator[tuple[Mesh, int]]:
+    """(mesh, chains advanced together on one device): what was given, or from the fastest to the one that takes least.
+
+    A CPU's devices are its cores, which share its memory: fewer of them take less.
+    """
+    meshes = [chain_mesh(num_chains) if mesh is None else mesh]
+    cores = meshes[0].devices.size
+    if mesh is None and jax.process_count() == 1 and meshes[0].devices.flat[0].platform == "cpu":
+        meshes += [chain_mesh(num_chains, jax.devices()[:k]) for k in range(cores - 1, 0, -1) if num_chains % k == 0]
+    for one in meshes:
+        local = num_chains // one.shape["chain"]
+        divisors = [k for k in range(local, 0, -1) if local % k == 0]
+        if chain_batch is not None:
+            check_count("chain_batch", chain_batch, 1)
+            if chain_batch not in divisors and one is meshes[0]:
+                raise ValueError(
+                    f"chain_batch = {chain_batch} does not divide the {local} chains of one device. "
+                    f"Take one of {divisors[::-1]}."
+                )
+            groups = [int(chain_batch)] if chain_batch in divisors else []
+        elif one.devices.flat[0].platform == "cpu":
+            groups = [1]
+        else:  # past that many weights one chain alone keeps an accelerator busy
+            groups = [k for k in divisors if k == 1 or k * num_free <= _TOGETHER]
+        yield from ((one, group) for group in groups)
+
+
+def weighs(posterior: LocalPosterior, num_chains: int) -> bool:
+    """Whether the weights alone are enough to ask whether the run fits into memory."""
+    copies = 8 * jax.local_device_count() + 2 * num_chains
+    return 4 * posterior.num_free * copies > _MUCH
+
+
+def need_of(engine: Engine, looks: Sequence[int], *, saves: bool) -> Need:
+    """What a run of this engine takes.
+
+    Args:
+        looks: temporary bytes of the programs of its probes, see ``Probe.temporaries``.
+        saves: whether checkpoints are written.
+    """
+    plan, mesh = engine.plan, engine.mesh
+    analysis = engine.lower().compile().memory_analysis()
+    state, _ = engine.described()
+    leaves = jax.tree.leaves(state)
+    local = plan.num_chains // mesh.shape["chain"]
+    here = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    on_device = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    step = 0 if analysis is None else analysis.temp_size_in_bytes
+    if analysis is not None:
+        step += max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
+    position = sum(x.addressable_data(0).nbytes for x in engine.center)
+    look = position + max(looks) if looks else 0
+    devices = mesh.devices.size
+    at_once = plan.chain_batch * mesh.shape["chain"]
+    if here[0].platform == "cpu":
+        where, peak, now, free = "this process", peak_of_process(), used_of_process(), free_of_process()
+        many = len(here)
+        look *= 1 if engine.alone_is_one else many
+        look += _HEAP if looks else 0
+    else:
+        where, many = "each device", 1
+        peak, now = (max(_stat(d, name, 0.0) for d in here) for name in ("peak_bytes_in_use", "bytes_in_use"))
+        free = min(_stat(d, "bytes_limit", math.inf) - _stat(d, "bytes_in_use", 0.0) for d in here)
+    chains = many * on_device
+    return Need(
+        where, peak, now, on_device / local, chains, many * step, look, chains if saves else 0.0, free, plan.num_chains,
+        at_once, devices,
+    )  # fmt: skip
+
+
+def all_fit(need: Need, engine: Engine) -> bool:
+    """The same on every process."""
+    return all(gathered(need.fits, engine.mesh))
+
+
+def check_room(size: float, what: str) -> None:
+    """Raise MemoryError unless ``size`` bytes fit into what the first device, or on a CPU the process, has free."""
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        where, free = "this process", free_of_process()
+    else:
+        where, free = "the device", _stat(device, "bytes_limit", math.inf) - _stat(device, "bytes_in_use", 0.0)
+    if size > free:
+        raise MemoryError(
+            f"{what} takes {_size(size)} of {where}, and {_size(free)} are free. Take a machine with more memory."
+        )
+
+
+def _stat(device: Any, name: str, default: float) -> float:
+    return float((device.memory_stats() or {}).get(name, default))
+
+
+def used_of_process() -> float:
+    """Resident bytes of this process, less what its allocator can give back; 0 where the system does not tell."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return 0.0
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)  # compilers leave hundreds of MiB behind, which the run will use again
+    return float(int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+
+
+def peak_of_process() -> float:
+    """Most resident bytes of this process since it began; 0 where the system does not tell."""
+    if sys.platform == "win32":
+        return 0.0
+    import resource
+
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
+
+
+def free_of_process() -> float:
+    """Bytes this process may still take, by the system and by its control group; infinite where neither tells."""
+    info = Path("/proc/meminfo")
+    found = [math.inf]
+    if info.exists():
+        found += [1024.0 * int(x.split()[1]) for x in info.read_text().splitlines() if x.startswith("MemAvailable")]
+    elif "SC_PHYS_PAGES" in os.sysconf_names:
+        found.append(float(os.sysconf("SC_PHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE"))
+    old, new = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"), ("memory.max", "memory.current")
+    for names in (old, new):
+        group = [Path("/sys/fs/cgroup") / name for name in names]
+        values = [path.read_text().strip() for path in group if path.exists()]
+        if len(values) == 2 and values[0].isdigit():
+            found.append(float(values[0]) - float(values[1]) + _cached(Path("/sys/fs/cgroup") / names[0]))
+    return min(found)
+
+
+def _cached(limit: Path) -> float:
+    """Bytes of files that the control group is charged for and gives back on demand."""
+    stat = limit.parent / "memory.stat"
+    lines = stat.read_text().splitlines() if stat.exists() else []
+    found = dict(line.split() for line in lines if len(line.split()) == 2)
+    return float(found.get("total_inactive_file", found.get("inactive_file", 0)))
+
+
+def free_of_accelerator() -> float:
+    """Bytes of this process's smallest device; infinite on a CPU, or where the device does not tell."""
+    return min(_stat(device, "bytes_limit", math.inf) for device in jax.local_devices())
