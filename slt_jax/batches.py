@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ PyTree = Any
 _SCAN_LIMIT = 2**28  # tokens: a file up to this size is checked whole when it is opened
 _HASH_WHOLE = 2**30  # bytes
 _BLOCK = 2**20
+_HELD = 2**30  # bytes
 
 
 def draw_indices(key: jax.Array, num_data: int, batch_size: int) -> jax.Array:
@@ -33,6 +34,26 @@ def check_batch_size(batch_size: Any, num_data: int) -> None:
         raise TypeError(sentence)
     if not 1 <= batch_size <= num_data:
         raise ValueError(sentence)
+
+
+def check_key(key: Any) -> jax.Array:
+    """A typed threefry key from a key or a whole number. Raises TypeError for old-style and ``rbg`` keys."""
+    if isinstance(key, int | np.integer) and not isinstance(key, bool):
+        if not -(2**63) <= key < 2**63:
+            raise ValueError(f"key must fit 64 bits as a seed, got {key}. Take a smaller number.")
+        return jax.random.key(int(key), impl="threefry2x32")
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        kind = f"an array of {key.dtype}" if hasattr(key, "dtype") else repr(key)
+        raise TypeError(
+            f"key must be a jax.random.key(...) or a whole number, got {kind}. "
+            "Old-style keys (jax.random.PRNGKey) go through jax.random.wrap_key_data(key)."
+        )
+    if key.shape != () or str(jax.random.key_impl(key)) not in ("fry", "threefry2x32"):
+        raise TypeError(
+            f"key must be one threefry key, got shape {key.shape} of {jax.random.key_impl(key)}. "
+            "Use jax.random.key(seed, impl='threefry2x32')."
+        )
+    return key
 
 
 class ArrayData:
@@ -229,6 +250,32 @@ def as_source(data: Any) -> Source:
         ValueError: no leaves, no rows, leaves with different numbers of rows, or whole numbers beyond 32 bits.
     """
     return data if isinstance(data, Source) else ArrayData(data)
+
+
+def named_data(also: Mapping[str, Any] | None) -> dict[str, ArrayData]:
+    """Further data sets by name, in memory.
+
+    Raises:
+        TypeError: no dict of names, or data that is none.
+        ValueError: a source on the host of more than ``_HELD`` bytes.
+    """
+    if also is None:
+        return {}
+    if not isinstance(also, Mapping) or not all(isinstance(name, str) and name for name in also):
+        raise TypeError(f"also must be a dict of names and data sets, got {also!r:.60}. Write also={{'code': data}}.")
+    return {name: _in_memory(as_source(data), name) for name, data in also.items()}
+
+
+def _in_memory(source: Source, name: str) -> ArrayData:
+    if isinstance(source, ArrayData):
+        return source
+    row = sum(np.asarray(x).nbytes for x in jax.tree.leaves(source.fetch(np.zeros(1, np.int64))))
+    if row * source.num_data > _HELD:
+        raise ValueError(
+            f"the data set '{name}' would take {row * source.num_data / 2**20:,.0f} MiB in memory, more than the "
+            f"{_HELD // 2**20:,} MiB that are held for one. Give part of it: {_HELD // row:,} examples at most."
+        )
+    return ArrayData(source.fetch(np.arange(source.num_data)))
 
 
 class Prefetcher:

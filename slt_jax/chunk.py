@@ -18,7 +18,7 @@ from slt_jax.posterior import LossProgram
 from slt_jax.samplers.base import Hyper
 
 PyTree = Any
-BATCH, _NOISE = 0, 1  # what a step's key is folded with
+BATCH, _NOISE, _ALSO = 0, 1, 2  # what a step's key is folded with; from _ALSO on, one for each further data set
 
 
 class Trace(NamedTuple):
@@ -26,7 +26,8 @@ class Trace(NamedTuple):
 
     ``gap_var``: variance of the batch mean of the per-example losses less their baseline, by their spread in the batch;
     0 where the batch is the whole data set.
-    The other names are those of ``Info``.
+    ``also``: with K further data sets, ``(num_chains, total_steps, K, 3)``: loss, baseline and gap_var on each; () with
+    none. The other names are those of ``Info``.
     """
 
     loss: Any
@@ -38,6 +39,14 @@ class Trace(NamedTuple):
     kinetic: Any
     acceptance: Any
     pull: Any
+    also: Any = ()
+
+
+def blank(xp: Any, shape: tuple[int, ...], num_also: int) -> Trace:
+    """A trace of NaN in ``xp``, NumPy or ``jax.numpy``, each name of this shape."""
+    full = functools.partial(xp.full, fill_value=xp.nan, dtype=xp.float32)
+    each = [full(shape) for _ in Trace._fields[:-1]]
+    return Trace(*each, full((*shape, num_also, 3)) if num_also else ())
 
 
 class Static(NamedTuple):
@@ -53,6 +62,7 @@ class Static(NamedTuple):
     mesh: Mesh
     control_variate: bool = False
     whole: bool = False
+    also_data: tuple[int, ...] = ()  # examples of each further data set
 
 
 class Window(NamedTuple):
@@ -100,12 +110,12 @@ def loss_and_grad_on(static: Static, frozen: PyTree, batch: PyTree) -> Callable:
     return accumulated
 
 
-def _center_losses(static: Static, center: PyTree, frozen: PyTree, batch: PyTree) -> jax.Array:
+def _losses_at(static: Static, position: PyTree, frozen: PyTree, batch: PyTree) -> jax.Array:
     parts = static.micro_batches
     if parts == 1:
-        return static.program.losses(center, frozen, batch)
+        return static.program.losses(position, frozen, batch)
     split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
-    return jax.lax.map(lambda part: static.program.losses(center, frozen, part), split).reshape(-1)
+    return jax.lax.map(lambda part: static.program.losses(position, frozen, part), split).reshape(-1)
 
 
 def _variance_of_mean(gap: jax.Array, size: int) -> jax.Array:
@@ -113,6 +123,20 @@ def _variance_of_mean(gap: jax.Array, size: int) -> jax.Array:
     if gap.size != size or size == 1:
         return jnp.float32(jnp.nan)
     return jnp.var(gap, ddof=1) / size
+
+
+def _read_also(static: Static, frozen: PyTree, also: tuple, key: jax.Array, position: PyTree, center: PyTree):
+    """(loss, loss at w*, variance of their difference) on a batch of each further data set: float32 ``(K, 3)``."""
+    rows = []
+    for k, (arrays, size) in enumerate(zip(also, static.also_data, strict=True)):
+        batch = arrays
+        if not static.whole:
+            drawn = draw_indices(jax.random.fold_in(key, _ALSO + k), size, static.batch_size)
+            batch = gather(arrays, drawn)
+        here, there = (_losses_at(static, at, frozen, batch) for at in (position, center))
+        spread = jnp.float32(0) if static.whole else _variance_of_mean(here - there, static.batch_size)
+        rows.append(jnp.stack([jnp.mean(here), jnp.mean(there), spread]).astype(jnp.float32))
+    return jnp.stack(rows)
 
 
 def _at_step(window: Window, step: jax.Array, chain: jax.Array, hyper: Hyper) -> Hyper:
@@ -129,7 +153,7 @@ def _at_step(window: Window, step: jax.Array, chain: jax.Array, hyper: Hyper) ->
 
 def _one_chain(static: Static, shared: tuple, window: Window, state, key, chain, alive, batches):
     """All steps of the chunk for one chain; stops when the chain (with vmap: its whole group) is no longer finite."""
-    center, frozen, arrays, hyper, center_grad = shared
+    center, frozen, arrays, hyper, center_grad, also = shared
 
     def go_on(carry):
         i, _, still, _ = carry
@@ -155,7 +179,7 @@ def _one_chain(static: Static, shared: tuple, window: Window, state, key, chain,
                 losses, grad = plain(position)
                 return losses, jax.tree.map(lambda g, n, full: g - n + full, grad, noise, center_grad)
 
-        mine = _at_step(window, step, chain, hyper)
+        mine, before = _at_step(window, step, chain, hyper), state.position
         state, info = static.sampler_step(jax.random.fold_in(step_key, _NOISE), state, at, center, mine)
         kept = (step >= window.num_warmup) & ((step - window.num_warmup) % window.thinning == window.thinning - 1)
         unknown = jnp.full(info.loss.shape, jnp.nan, info.loss.dtype)
@@ -165,16 +189,23 @@ def _one_chain(static: Static, shared: tuple, window: Window, state, key, chain,
             at_center = (
                 at_center
                 if static.control_variate
-                else jax.lax.cond(kept, lambda: _center_losses(static, center, frozen, batch), lambda: unknown)
+                else jax.lax.cond(kept, lambda: _losses_at(static, center, frozen, batch), lambda: unknown)
             )
             baseline, gap = jnp.where(kept, at_center, unknown), info.loss - at_center
         # Over the whole data set the mean has no sampling noise, however much its examples differ.
         spread = jnp.float32(0) if static.whole else _variance_of_mean(gap, static.batch_size)
-        row = Trace(jnp.mean(info.loss), jnp.mean(baseline), jnp.where(kept, spread, jnp.nan), *info[1:])
+        others: Any = ()
+        if also:
+            others = jax.lax.cond(
+                kept,
+                lambda: _read_also(static, frozen, also, step_key, before, center),
+                lambda: jnp.full((len(also), 3), jnp.nan, jnp.float32),
+            )
+        row = Trace(jnp.mean(info.loss), jnp.mean(baseline), jnp.where(kept, spread, jnp.nan), *info[1:], others)
         trace = jax.tree.map(lambda t, x: t.at[i].set(jnp.where(still, x, jnp.nan).astype(t.dtype)), trace, row)
         return i + 1, state, still & jnp.isfinite(row.loss) & jnp.isfinite(info.drift_sq), trace
 
-    empty = Trace(*(jnp.full(static.length, jnp.nan, jnp.float32) for _ in Trace._fields))
+    empty = blank(jnp, (static.length,), len(also))
     _, state, alive, trace = jax.lax.while_loop(go_on, body, (jnp.int32(0), state, alive, empty))
     return state, alive, trace
 
@@ -188,7 +219,7 @@ def _device_chunk(static: Static, state, alive, keys, chains, batches, shared, w
     else:
         run_group = lambda *a: jax.tree.map(lambda x: x[None], chain(*jax.tree.map(lambda x: x[0], a)))  # noqa: E731
     num = keys.shape[0]
-    trace = Trace(*(jnp.full((num, static.length), jnp.nan, jnp.float32) for _ in Trace._fields))
+    trace = blank(jnp, (num, static.length), len(static.also_data))
     if num == size:
         return run_group(state, keys, chains, alive, batches)
 
@@ -204,7 +235,7 @@ def _device_chunk(static: Static, state, alive, keys, chains, batches, shared, w
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1,))
 def run_chunk(static: Static, state, alive, keys, batches, shared, window):
-    """``window.count`` steps of every chain: (state, alive, trace of shape (num_chains, length))."""
+    """``window.count`` steps of every chain: (state, alive, trace, whose names are ``(num_chains, length)``)."""
     per, whole = PartitionSpec("chain"), PartitionSpec()
     mapped = jax.shard_map(
         functools.partial(_device_chunk, static),

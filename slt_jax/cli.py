@@ -35,6 +35,9 @@ class Llc:
     """Token ids: a one-dimensional .npy file, or raw little-endian .bin."""
     text: Path | None = None
     """Or a text file, for the checkpoint's tokenizer.json."""
+    also: tuple[str, ...] = ()
+    """Further data sets, NAME=FILE: their losses are read at the same draws (data-refined LLCs). Token files (.npy,
+    .bin) or text."""
     dtype: Literal["uint16", "uint32"] = "uint16"
     """Type of the ids in a .bin file."""
     seq_len: int | None = None
@@ -134,13 +137,14 @@ def _llc(command: Llc) -> int:
     _check_together(command)
     case = language.open_case(
         command.checkpoint, tokens=command.tokens, text=command.text, dtype=command.dtype, seq_len=command.seq_len,
-        nbeta=command.nbeta, localization=command.localization, bfloat16=command.bfloat16,
+        nbeta=command.nbeta, localization=command.localization, bfloat16=command.bfloat16, also=_named(command.also),
     )  # fmt: skip
     samplers = {"sgld": slt.sgld, "preconditioned": slt.preconditioned_sgld, "underdamped": slt.underdamped}
     options = {
         "sampler": samplers[command.sampler](command.step_size), "num_chains": command.chains,
         "num_draws": command.draws, "num_warmup": command.warmup, "thinning": command.thinning,
         "batch_size": command.batch_size, "micro_batches": command.micro_batches, "key": command.seed,
+        "also": case.also,
     }  # fmt: skip
     posterior = case.posterior if command.only is None else restricted(case.posterior, command.only)
     if not command.quiet:
@@ -156,6 +160,16 @@ def _llc(command: Llc) -> int:
     if command.plot is not None:
         result.plot(command.plot)
     return 3 if result.verdict == "diverged" and not len(result.kept_chains) else 0
+
+
+def _named(also: tuple[str, ...]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for text in also:
+        name, sign, file = text.partition("=")
+        if not (name and sign and file) or name in found:
+            raise ValueError(f"--also takes NAME=FILE, each name once, got {text!r}. Write --also code=code.npy.")
+        found[name] = Path(file)
+    return found
 
 
 def _check_together(command: Llc) -> None:

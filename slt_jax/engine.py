@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from slt_jax.batches import Prefetcher, Source, draw_indices
-from slt_jax.chunk import BATCH, Static, Trace, Window, gather, loss_and_grad_on, run_chunk
+from slt_jax.batches import ArrayData, Prefetcher, Source, draw_indices
+from slt_jax.chunk import BATCH, Static, Trace, Window, blank, gather, loss_and_grad_on, run_chunk
 from slt_jax.mesh import chain_sharding, gathered, own_rows, place, place_rows, shared_sharding, to_host
 from slt_jax.posterior import LocalPosterior, LossProgram
 from slt_jax.samplers.base import Hyper, Metric, Position, Sampler
@@ -94,13 +94,20 @@ def _batch_grad(program: LossProgram, position, frozen, batch):
 
 
 class Engine:
-    """A posterior, a data source and a sampler, compiled for a mesh; ``advance`` moves a ``Run`` by some steps."""
+    """A posterior, a data source and a sampler, compiled for a mesh; ``advance`` moves a ``Run`` by some steps.
 
-    def __init__(self, posterior: LocalPosterior, source: Source, sampler: Sampler, plan: Schedule, key, mesh: Mesh):
+    ``also``: further data sets, in memory, whose losses are read at every draw.
+    """
+
+    def __init__(
+        self, posterior: LocalPosterior, source: Source, sampler: Sampler, plan: Schedule, key, mesh: Mesh,
+        also: tuple[ArrayData, ...] = (),
+    ):  # fmt: skip
         self.posterior, self.source, self.sampler, self.mesh = posterior, source, sampler, mesh
         center, frozen = posterior.program.split(posterior.center)
         self.key, self.center, self.frozen = self.put(key), self.put(center), self.put(frozen)
-        self.arrays = self.put(source.arrays)
+        self.arrays, self.also = self.put(source.arrays), self.put(tuple(one.arrays for one in also))
+        self._also_data = tuple(one.num_data for one in also)
         self.per_chain = NamedSharding(mesh, PartitionSpec("chain"))
         self.metric: Metric = ()
         self.configure(plan, 1.0 if sampler.step_size is None else sampler.step_size, sampler.friction or 0.1)
@@ -125,6 +132,7 @@ class Engine:
             mesh,
             plan.control_variate,
             sampler.family == "exact",
+            self._also_data,
         )
         if plan.control_variate:
             self.center_grad = self.put(self.full_grad())
@@ -223,7 +231,7 @@ class Engine:
         shardings = tuple(chain_sharding(self.mesh, x) for x in jax.tree.leaves(first))
         state = _spread(num, shardings, first)
         alive = place(np.ones(num, bool), self.per_chain)
-        return Run(state, alive, Trace(*(np.full(shape, np.nan, np.float32) for _ in Trace._fields)))
+        return Run(state, alive, blank(np, shape, len(self.also)))
 
     def _first_exact(self, center: Position, frozen: PyTree, arrays: PyTree, hyper: Hyper) -> PyTree:
         return self.sampler.init(center, loss_and_grad_on(self.static, frozen, arrays), hyper)
@@ -283,7 +291,7 @@ class Engine:
         run.state, run.alive, rows = run_chunk(
             self.static, run.state, run.alive, self.keys, batches, self._shared(), self._window(run.step, steps)
         )
-        for kept, row in zip(run.trace, to_host(rows), strict=True):
+        for kept, row in zip(jax.tree.leaves(run.trace), jax.tree.leaves(to_host(rows)), strict=True):
             kept[:, run.step : run.step + steps] = row[:, :steps]
         run.step += steps
 
@@ -323,7 +331,7 @@ class Engine:
         return jax.tree.map(lambda x: place_rows(x, self.plan.num_chains, self.per_chain), batches)
 
     def _shared(self) -> tuple:
-        return self.center, self.frozen, self.arrays, self.hyper, self.center_grad
+        return self.center, self.frozen, self.arrays, self.hyper, self.center_grad, self.also
 
     def _window(self, start: int, count: int) -> Window:
         plan = self.plan

@@ -5,15 +5,15 @@ import functools
 import math
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from slt_jax.batches import as_source, check_batch_size
+from slt_jax.batches import ArrayData, as_source, check_batch_size, check_key, named_data
 from slt_jax.calibrate import Choice, calibrate, default_budget, probe_of
 from slt_jax.checkpoint import RunStore, first_difference, versions
 from slt_jax.engine import Engine, Run, Schedule
@@ -64,6 +64,7 @@ def estimate_llc(
     budget: int | None = None,
     control_variate: bool | None = None,
     hot: float | None = None,
+    also: Mapping[str, Any] | None = None,
     chunk_size: int = 512,
     checkpoint_seconds: float = 60.0,
 ) -> LLCResult:
@@ -101,6 +102,9 @@ def estimate_llc(
             cost a step and one pass over the data. Default: where the calibration finds that it pays.
         hot: every other chain starts at nbeta / hot and is cooled over half of the warm-up, so that the answer is met
             from both sides; 1 for none. Default: 10 when the step size was calibrated and the warm-up allows it.
+        also: name -> data set, like ``data``. Their losses are read at every draw, on a batch of their own at w and at
+            w* (two more forward passes each): ``result.also`` has nbeta (E[L'(w)] - L'(w*)) for each, with w still from
+            the posterior of ``data``. Held in memory.
         chunk_size: most steps between two looks of the host. Changes no number.
         checkpoint_seconds: least time between two saves.
 
@@ -139,6 +143,7 @@ def estimate_llc(
     if not isinstance(baseline, str) or baseline not in ("paired", "full"):
         raise ValueError(f"baseline must be 'paired' or 'full', got {baseline!r}. 'paired' has less variance.")
     key = check_key(key)
+    others = named_data(also)
     is_open = sampler.step_size is None or sampler.friction is None or posterior.localization is None
     lay = functools.partial(_lay_out, request, sampler, is_open, posterior.num_free)
     chains, *_ = first = lay(0.0, 1)
@@ -153,7 +158,8 @@ def estimate_llc(
     tells = progress or weighs(posterior, chains)
     need = None
     for layout, group in layouts(chains, mesh, chain_batch, posterior.num_free):
-        engine = Engine(posterior, source, sampler, schedule(first, control, group), key, layout)
+        plan = schedule(first, control, group)
+        engine = Engine(posterior, source, sampler, plan, key, layout, tuple(others.values()))
         if not tells:
             break
         need = _need(engine, is_open, request, checkpoint_dir is not None)
@@ -165,11 +171,11 @@ def estimate_llc(
     if need is not None and progress and leads(mesh):
         print(*(f"  {line}" for line in need.lines()), sep="\n", file=sys.stderr)
     if spans_processes(mesh):
-        _check_same_call(engine, key, request, int(chunk_size), checkpoint_dir is not None)
+        _check_same_call(_identity(engine, key, request, others), mesh, int(chunk_size), checkpoint_dir is not None)
     full = gathered(full_loss_at_center(engine), mesh)[0] if baseline == "full" else None
     store = None
     if checkpoint_dir is not None:
-        store = RunStore(checkpoint_dir, _identity(engine, key, request), mesh)
+        store = RunStore(checkpoint_dir, _identity(engine, key, request, others), mesh)
     choice = None
     if is_open:
         choice = _calibrated(engine, store, sampler, posterior, request)
@@ -180,7 +186,7 @@ def estimate_llc(
         if progress and leads(mesh):
             print(*(f"  {line}" for line in choice.lines), sep="\n", file=sys.stderr)
     run = run_to_end(engine, store, progress, checkpoint_seconds)
-    return _result(engine, run, full, choice, need)
+    return _result(engine, run, full, choice, need, tuple(others))
 
 
 def as_sampler(sampler: Any) -> Sampler:
@@ -269,26 +275,6 @@ def _choice_of(found: dict[str, Any]) -> Choice:
     return Choice(**{**found, "lines": tuple(found["lines"])})
 
 
-def check_key(key: Any) -> jax.Array:
-    """A typed threefry key from a key or a whole number. Raises TypeError for old-style and ``rbg`` keys."""
-    if isinstance(key, int | np.integer) and not isinstance(key, bool):
-        if not -(2**63) <= key < 2**63:
-            raise ValueError(f"key must fit 64 bits as a seed, got {key}. Take a smaller number.")
-        return jax.random.key(int(key), impl="threefry2x32")
-    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        kind = f"an array of {key.dtype}" if hasattr(key, "dtype") else repr(key)
-        raise TypeError(
-            f"key must be a jax.random.key(...) or a whole number, got {kind}. "
-            "Old-style keys (jax.random.PRNGKey) go through jax.random.wrap_key_data(key)."
-        )
-    if key.shape != () or str(jax.random.key_impl(key)) not in ("fry", "threefry2x32"):
-        raise TypeError(
-            f"key must be one threefry key, got shape {key.shape} of {jax.random.key_impl(key)}. "
-            "Use jax.random.key(seed, impl='threefry2x32')."
-        )
-    return key
-
-
 def _need(engine: Engine, is_open: bool, request: _Request, saves: bool) -> Need:
     plan, exact = engine.plan, engine.sampler.family == "exact"
     looked = not exact and _for_looks(plan) >= 8
@@ -300,10 +286,10 @@ def _need(engine: Engine, is_open: bool, request: _Request, saves: bool) -> Need
     return need_of(engine, looks, saves=saves)
 
 
-def _check_same_call(engine: Engine, key: jax.Array, request: _Request, chunk_size: int, saves: bool) -> None:
+def _check_same_call(identity: dict[str, Any], mesh: Mesh, chunk_size: int, saves: bool) -> None:
     """Raise ValueError, on all processes, when one of them asks for something else than process 0."""
-    mine = {**_identity(engine, key, request), "chunk_size": chunk_size, "checkpoint_dir is given": saves}
-    first, *others = gathered(mine, engine.mesh)
+    mine = {**identity, "chunk_size": chunk_size, "checkpoint_dir is given": saves}
+    first, *others = gathered(mine, mesh)
     for number, other in enumerate(others, start=1):
         if (differs := first_difference(other, first)) is not None:
             name, there, here = differs
@@ -313,7 +299,9 @@ def _check_same_call(engine: Engine, key: jax.Array, request: _Request, chunk_si
             )
 
 
-def _identity(engine: Engine, key: jax.Array, request: _Request) -> dict[str, Any]:
+def _identity(
+    engine: Engine, key: jax.Array, request: _Request, others: dict[str, ArrayData]
+) -> dict[str, Any]:
     plan, mesh = engine.plan, engine.mesh
     posterior = engine.posterior
     if spans_processes(mesh):
@@ -329,6 +317,7 @@ def _identity(engine: Engine, key: jax.Array, request: _Request) -> dict[str, An
         "mesh": {name: int(size) for name, size in mesh.shape.items()},
         "device": mesh.devices.flat[0].device_kind,
         "data": {"examples": engine.source.num_data, "fingerprint": engine.source.fingerprint()},
+        "also": {name: one.fingerprint() for name, one in others.items()},
         "posterior": posterior.fingerprint(batch),
     }
 
@@ -364,7 +353,7 @@ def _looks(engine: Engine, run: Run) -> dict[str, float]:
 
 
 def _result(
-    engine: Engine, run: Run, full_loss: float | None, choice: Choice | None, need: Need | None
+    engine: Engine, run: Run, full_loss: float | None, choice: Choice | None, need: Need | None, names: tuple[str, ...]
 ) -> LLCResult:
     plan, posterior = engine.plan, engine.posterior
     probe = gathered(_looks(engine, run), engine.mesh)[0]
@@ -373,7 +362,8 @@ def _result(
     spent = {"steps": steps, "calibration": choice.gradients if choice else 0.0, "control": passes}
     spent["probe"] = probe.get("gradients", 0.0)
     kept = slice(plan.num_warmup + plan.thinning - 1, None, plan.thinning)
-    loss, baseline, *others = (t[:, kept] for t in run.trace)
+    loss, baseline, *others = (t[:, kept] for t in run.trace[:-1])
+    also = {name: run.trace.also[:, kept, k] for k, name in enumerate(names)}
     if full_loss is not None:
         baseline = np.full_like(loss, np.float32(full_loss), dtype=np.float64)
     finite = np.isfinite(run.trace.loss) & np.isfinite(run.trace.drift_sq)
@@ -399,4 +389,4 @@ def _result(
         "memory": need.to_dict() if need else {},
     }
     warmup = run.trace.loss[:, : plan.num_warmup]
-    return LLCResult(loss, baseline, *others, warmup, stopped, settings, tuple(run.notes))
+    return LLCResult(loss, baseline, *others, warmup, stopped, settings, tuple(run.notes), also)

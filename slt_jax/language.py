@@ -1,7 +1,7 @@
 """What ``slt-jax llc`` does: checkpoint and tokens in; the plan, and one LLC or a table of refined ones, out."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slt_jax.adapters import from_nnx
-from slt_jax.batches import token_file
+from slt_jax.batches import as_source, token_file
 from slt_jax.estimate import estimate_llc
 from slt_jax.models.decoder import Decoder
 from slt_jax.models.hub import load_checkpoint
@@ -24,13 +24,17 @@ NBETA, LOCALIZATION = 30.0, 300.0  # what published work on language models uses
 
 @dataclass(frozen=True)
 class Case:
-    """A checkpoint, its data, and the posterior around it. ``given``: what of the posterior the user set."""
+    """A checkpoint, its data, and the posterior around it.
+
+    ``given``: what of the posterior the user set. ``also``: further data sets by name.
+    """
 
     model: Decoder
     posterior: LocalPosterior
     data: Any
     length: int
     given: frozenset[str]
+    also: dict[str, Any]
 
 
 def model_losses(model: Decoder, batch: Any) -> Any:
@@ -47,6 +51,7 @@ def open_case(
     nbeta: float | None = None,
     localization: float | None = None,
     bfloat16: bool = False,
+    also: Mapping[str, Path] | None = None,
 ) -> Case:
     """Read everything and say what is wrong before anything is sampled.
 
@@ -55,6 +60,7 @@ def open_case(
         tokens: a one-dimensional ``.npy`` or raw ``.bin`` file of token ids; or
         text: a text file, for the ``tokenizer.json`` beside the checkpoint.
         nbeta, localization: default ``NBETA`` and ``LOCALIZATION``.
+        also: further data sets: token files (.npy, .bin) or text.
 
     Raises:
         FileNotFoundError, ValueError, ImportError.
@@ -63,21 +69,22 @@ def open_case(
         raise ValueError("give the data with either --tokens FILE or --text FILE.")
     model, _ = load_checkpoint(checkpoint)
     length = model.config.context_length if seq_len is None else seq_len
-    if text is not None:
-        data = tokenized(Path(checkpoint), text, length)
-        num_data = len(data)
-    else:
-        assert tokens is not None
-        data = token_file(tokens, length, dtype=dtype, vocab_size=model.config.vocab_size)
-        num_data = data.num_data
+
+    def read(file: Path, is_text: bool) -> Any:
+        if is_text:
+            return as_source(tokenized(Path(checkpoint), file, length))
+        return token_file(file, length, dtype=dtype, vocab_size=model.config.vocab_size)
+
+    data = read(tokens or text, text is not None)
+    others = {name: read(file, file.suffix not in (".npy", ".bin")) for name, file in (also or {}).items()}
     params, loss_fn = from_nnx(model, model_losses)
     forward = jnp.bfloat16 if bfloat16 else None
     posterior = LocalPosterior(
-        loss_fn, params, num_data, NBETA if nbeta is None else nbeta,
+        loss_fn, params, data.num_data, NBETA if nbeta is None else nbeta,
         LOCALIZATION if localization is None else localization, forward_dtype=forward,
     )  # fmt: skip
     given = {name for name, value in {"nbeta": nbeta, "localization": localization}.items() if value is not None}
-    return Case(model, posterior, data, length, frozenset(given))
+    return Case(model, posterior, data, length, frozenset(given), others)
 
 
 def tokenized(checkpoint: Path, text: Path, length: int) -> np.ndarray:
@@ -111,7 +118,8 @@ def plan_of(case: Case, free: LocalPosterior, options: dict[str, Any]) -> list[s
     source = {name: "given" if name in case.given else "as published" for name in ("nbeta", "localization")}
     return [
         f"model: {weights:,} weights, {free.num_free:,} of them free",
-        f"data: {free.num_data:,} examples of {case.length} tokens, {batch_size} a step",
+        f"data: {free.num_data:,} examples of {case.length} tokens, {batch_size} a step"
+        + "".join(f"; also {name}: {other.num_data:,}" for name, other in case.also.items()),
         f"run: {chains} chains of {warmup} + {each - warmup} steps, {chains * each:,} gradients, "
         f"{chains * each * batch_size * case.length:,} tokens",
         f"nbeta {free.nbeta:g} ({source['nbeta']}), localization {free.localization:g} ({source['localization']}), "
@@ -141,9 +149,12 @@ def refined(
 
 
 def table(found: dict[str, LLCResult]) -> Iterator[str]:
-    """Lines of Markdown."""
-    yield "| part | weights | LLC ± standard error | R-hat | verdict |"
-    yield "|---|---|---|---|---|"
-    for name, result in found.items():
-        llc = f"{result.llc:.3g} ± {result.llc_stderr:.2g}"
-        yield f"| {name} | {result.settings['num_free']:,} | {llc} | {result.health.rhat:.3f} | {result.verdict} |"
+    """Lines of Markdown: a row for each part, with a column for each further data set."""
+    names = list(next(iter(found.values())).also) if found else []
+    others = (f"on {name}, raw" for name in names)
+    yield f"| {' | '.join(['part', 'weights', 'LLC ± standard error', *others, 'R-hat', 'verdict'])} |"
+    yield "|---" * (5 + len(names)) + "|"
+    for part, result in found.items():
+        values = [f"{x.llc:.3g} ± {x.llc_stderr:.2g}" for x in (result, *result.also.values())]
+        numbers = f"{result.settings['num_free']:,} | {' | '.join(values)} | {result.health.rhat:.3f}"
+        yield f"| {part} | {numbers} | {result.verdict} |"

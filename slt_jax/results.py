@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,53 @@ _TRACES = (
 )  # fmt: skip
 
 
+_READINGS = ("loss_trace", "baseline_trace", "gap_var")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The loss of a further data set at the draws of a run. Axes are (chain, draw), of the chains that stayed finite.
+
+    ``llc`` is nbeta (E[L'(w)] - L'(w*)), w from the posterior of the run's own data, as is: what step size and
+    minibatch noise add to it is not known, so it compares with ``llc_raw``.
+    """
+
+    loss_trace: np.ndarray
+    baseline_trace: np.ndarray
+    gap_var: np.ndarray
+    nbeta: float
+
+    @functools.cached_property
+    def llc_draws(self) -> np.ndarray:
+        """nbeta (L'_m(w_t) - L'_m(w*)), float64."""
+        return self.nbeta * (self.loss_trace.astype(np.float64) - self.baseline_trace.astype(np.float64))
+
+    @property
+    def llc(self) -> float:
+        return float(self.llc_draws.mean()) if self.llc_draws.size else math.nan
+
+    @functools.cached_property
+    def _ess_and_rhat(self) -> tuple[float, float]:
+        return ess_and_rhat(self.llc_draws) if self.llc_draws.size else (math.nan, math.nan)
+
+    @property
+    def ess(self) -> float:
+        return self._ess_and_rhat[0]
+
+    @property
+    def rhat(self) -> float:
+        return self._ess_and_rhat[1]
+
+    @property
+    def llc_stderr(self) -> float:
+        return standard_error(self.llc_draws, self.ess) if self.llc_draws.size else math.nan
+
+    @property
+    def init_loss(self) -> float:
+        """Mean of the loss at w*."""
+        return float(self.baseline_trace.mean(dtype=np.float64)) if self.baseline_trace.size else math.nan
+
+
 @dataclass(frozen=True)
 class LLCResult:
     """A local learning coefficient with its error bar. All axes are (chain, draw).
@@ -35,7 +82,8 @@ class LLCResult:
     L_m(w_t) before the draws.
     ``stopped``: chain -> step at which it went non-finite; those chains are in the traces but not in the estimate.
     ``settings``: everything the run was given, and the versions it ran with. ``notes``: what went wrong without
-    touching the numbers.
+    touching the numbers. ``also_traces``: by name of a further data set, its loss, baseline and gap_var at the draws,
+    ``(chain, draw, 3)``; read them as ``also``.
     """
 
     loss_trace: np.ndarray
@@ -51,6 +99,7 @@ class LLCResult:
     stopped: dict[int, int]
     settings: dict[str, Any]
     notes: tuple[str, ...] = ()
+    also_traces: dict[str, np.ndarray] = field(default_factory=dict)
 
     @functools.cached_property
     def kept_chains(self) -> np.ndarray:
@@ -72,6 +121,12 @@ class LLCResult:
     def llc(self) -> float:
         """``llc_raw`` less the bias of step size and minibatch noise, where that is small enough to be taken off."""
         return self.llc_raw - self.bias.applied
+
+    @functools.cached_property
+    def also(self) -> dict[str, Reading]:
+        """What the further data sets read at the same draws, by name."""
+        kept, nbeta = self.kept_chains, self.settings["nbeta"]
+        return {name: Reading(*np.moveaxis(t[kept], -1, 0), nbeta) for name, t in self.also_traces.items()}
 
     @functools.cached_property
     def bias(self) -> Bias:
@@ -179,6 +234,11 @@ class LLCResult:
         )
         if lines := s.get("calibration", {}).get("lines"):
             text += f"\nChosen: {'; '.join(lines)}."
+        for name, other in self.also.items():
+            text += (
+                f"\nOn '{name}': {other.llc:.4g} +/- {other.llc_stderr:.2g} (R-hat {other.rhat:.3f}), with loss "
+                f"{other.init_loss:.5g} at w*; compare with the raw estimate."
+            )
         text += _cost_line(s.get("cost", {}), s.get("memory", {}).get("total_mib"))
         if self.stopped:
             where = ", ".join(f"chain {c} at step {t}" for c, t in sorted(self.stopped.items())[:8])
@@ -221,28 +281,40 @@ class LLCResult:
         }  # fmt: skip
         plain = {k: (v if math.isfinite(v) else None) for k, v in numbers.items()}
         stopped = {str(k): v for k, v in self.stopped.items()}
+        readings = ("llc", "llc_stderr", "rhat", "ess", "init_loss")
+        also = {name: {key: getattr(other, key) for key in readings} for name, other in self.also.items()}
         return {
             **plain,
             "verdict": h.verdict,
             "reason": h.reason,
             "flags": list(h.flags),
             "stopped": stopped,
+            "also": {name: {k: v if math.isfinite(v) else None for k, v in row.items()} for name, row in also.items()},
             "settings": self.settings,
         }
 
     def to_xarray(self) -> "xr.DataTree":
-        """DataTree with groups ``sample_stats`` (chain, draw) and ``warmup_sample_stats`` (chain, step)."""
+        """DataTree with groups ``sample_stats`` (chain, draw) and ``warmup_sample_stats`` (chain, step).
+
+        And, with further data sets, ``also_sample_stats`` (data_set, chain, draw).
+        """
         import xarray as xr  # 70 MB of memory, for whoever asks
 
         sample = xr.Dataset({name: (("chain", "draw"), getattr(self, name)) for name in _TRACES})
         warm = xr.Dataset({"loss": (("chain", "step"), self.warmup_loss)})
-        tree = xr.DataTree.from_dict({"/sample_stats": sample, "/warmup_sample_stats": warm})
+        groups = {"/sample_stats": sample, "/warmup_sample_stats": warm}
+        if names := list(self.also_traces):
+            each = np.moveaxis(np.stack([self.also_traces[name] for name in names]), -1, 0)
+            dims = ("data_set", "chain", "draw")
+            also = {name: (dims, value) for name, value in zip(_READINGS, each, strict=True)}
+            groups["/also_sample_stats"] = xr.Dataset(also, {"data_set": np.array(names, dtype=object)})
+        tree = xr.DataTree.from_dict(groups)
         tree.attrs = {
             "slt_jax_result": 1,
             "settings": json.dumps(self.settings),
             "stopped": json.dumps({str(k): v for k, v in self.stopped.items()}),
             "notes": json.dumps(list(self.notes)),
-            "sha256": _digest([getattr(self, name) for name in (*_TRACES, "warmup_loss")]),
+            "sha256": _digest([*(getattr(self, x) for x in (*_TRACES, "warmup_loss")), *self.also_traces.values()]),
         }
         return tree
 
@@ -308,10 +380,16 @@ def load_result(path: str | os.PathLike) -> LLCResult:
         sample = tree["sample_stats"]
         traces = [sample[name].values for name in _TRACES]
         warm = tree["warmup_sample_stats"]["loss"].values
-        if _digest([*traces, warm]) != tree.attrs["sha256"]:  # zarr fills a missing chunk without a word
+        also = {}
+        if "also_sample_stats" in tree:
+            group = tree["also_sample_stats"]
+            each = np.stack([group[name].values for name in _READINGS], axis=-1)
+            also = {str(name): each[i] for i, name in enumerate(group["data_set"].values)}
+        # zarr fills a missing chunk without a word
+        if _digest([*traces, warm, *also.values()]) != tree.attrs["sha256"]:
             raise ValueError("its traces are not those that were saved")
     except Exception as error:
         raise ValueError(
             f"{path} is not a result written by slt-jax, or it is truncated ({type(error).__name__}: {error})."
         ) from error
-    return LLCResult(*traces, warm, {int(k): v for k, v in stopped.items()}, settings, tuple(notes))
+    return LLCResult(*traces, warm, {int(k): v for k, v in stopped.items()}, settings, tuple(notes), also)

@@ -68,7 +68,7 @@ def run_to_end(engine: Engine, store: RunStore | None, progress: bool, every: fl
     run = engine.start()
     if store is not None and (saved := store.restore(run.state, _host_part(run))):
         run.step, run.state, host = saved
-        run.trace = Trace(*(host[name] for name in Trace._fields))
+        run.trace = Trace(*(host.get(name, ()) for name in Trace._fields))
         run.alive = place(np.asarray(host["alive"]), engine.per_chain)
     try:
         with Progress(engine, enabled=progress and leads(engine.mesh), every=every) as bar:
@@ -90,7 +90,8 @@ def run_to_end(engine: Engine, store: RunStore | None, progress: bool, every: fl
 
 
 def _host_part(run: Run) -> dict[str, np.ndarray]:
-    return {**run.trace._asdict(), "alive": to_host(run.alive)}
+    kept = {name: value for name, value in run.trace._asdict().items() if not isinstance(value, tuple)}
+    return {**kept, "alive": to_host(run.alive)}
 
 
 def _save(store: RunStore, run: Run) -> RunStore | None:

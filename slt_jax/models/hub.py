@@ -1,6 +1,7 @@
 """Decoder checkpoints: Hugging Face's (``config.json`` and safetensors), and slt-jax's own (and an Orbax tree)."""
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
 
+from slt_jax.memory import check_room
 from slt_jax.models.config import DecoderConfig
 from slt_jax.models.decoder import Decoder
 from slt_jax.models.layouts import read_config
@@ -53,6 +55,7 @@ def load_pretrained(
         FileNotFoundError: no such folder or repository, or a file is missing from it.
         ValueError: naming the architecture, the field of config.json, the tensor, the shape or the file that is not
             known. A tensor is never left out, nor initialized.
+        MemoryError: the weights do not fit; said before they are read.
     """
     folder = _folder_of(path, revision)
     record = _read_record(folder)
@@ -60,6 +63,9 @@ def load_pretrained(
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
     paths = {"/".join(map(str, keys)): keys for keys, _ in nnx.to_flat_state(state)}
     plan = make_plan(config, layout, list(paths), list_tensors(folder), str(folder))
+    size = 4 * sum(math.prod(x.shape) for x in jax.tree.leaves(state))
+    parts = 1 if mesh is None else mesh.shape.get("model", 1)
+    check_room(size / parts, f"{folder} in float32")
     for name, keys in paths.items():
         nnx.replace_by_pure_dict(state, _nested(keys, plan.array(name, mesh)))
     return nnx.merge(graphdef, state), record

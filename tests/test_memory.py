@@ -1,0 +1,147 @@
+"""Memory told before a run: of the right size, against what the process really takes, and in time to refuse."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import slt_jax as slt
+from slt_jax import memory
+from slt_jax.batches import as_source
+from slt_jax.engine import Engine, Schedule
+from slt_jax.memory import Need, layouts, need_of
+from slt_jax.mesh import chain_mesh
+from slt_jax.models import Decoder, DecoderConfig
+from slt_jax.models.hub import save_decoder
+
+WIDTH = 512
+MIB = 2**20
+
+
+def loss_fn(w, x):
+    return jnp.sum((x @ w) ** 2, axis=-1)
+
+
+def posterior(width=WIDTH):
+    return slt.LocalPosterior(loss_fn, jnp.zeros((width, width)), 64, 10.0, 1.0)
+
+
+DATA = jnp.ones((64, WIDTH))
+
+
+def estimate(**changed):
+    options = {"sampler": slt.sgld(1e-6), "num_chains": 4, "num_draws": 4, "num_warmup": 2, "batch_size": 8}
+    return slt.estimate_llc(posterior(), DATA, **{**options, **changed})
+
+
+def need(sampler, devices=1, chains=4, group=1, saves=False, looks=()):
+    plan = Schedule(chains, 4, 2, 1, 8, 1, "paired", group, 512)
+    mesh = chain_mesh(chains, jax.devices()[:devices])
+    engine = Engine(posterior(), as_source(DATA), sampler, plan, jax.random.key(0), mesh)
+    return need_of(engine, looks, saves=saves)
+
+
+@pytest.mark.parametrize(("sampler", "copies"), [(slt.sgld(1e-6), 1), (slt.underdamped(1e-6), 2)])
+def test_a_chain_holds_its_samplers_copies(sampler, copies):
+    one = WIDTH * WIDTH * 4
+    found = need(sampler)
+    assert found.chain == pytest.approx(copies * one, rel=1e-3)
+    assert found.chains == pytest.approx(4 * copies * one, rel=1e-3)
+    assert found.step >= one  # a gradient at least
+    assert found.save == 0
+    assert need(sampler, saves=True).save == found.chains
+
+
+def test_more_devices_and_larger_groups_take_more():
+    few, spread, grouped = need(slt.sgld(1e-6)), need(slt.sgld(1e-6), devices=4), need(slt.sgld(1e-6), group=4)
+    assert spread.step > 2 * few.step
+    assert grouped.step > 2 * few.step
+    assert (few.at_once, spread.at_once, grouped.at_once) == (1, 4, 4)
+
+
+def test_a_look_takes_a_position_beside_its_program():
+    found = need(slt.sgld(1e-6), looks=[10 * MIB, 50 * MIB])
+    assert found.look == pytest.approx(memory._HEAP + 50 * MIB + WIDTH * WIDTH * 4)
+    assert found.more == found.chains + found.look  # more than a step
+
+
+def test_a_run_tells_what_it_will_take(capfd):
+    result = estimate(progress=True)
+    words = r"memory: 1 MiB a chain, 4 of 4 chains at once on 4 devices; at most [\d,]+ MiB of this process"
+    assert re.search(words, capfd.readouterr().err)
+    assert result.settings["memory"]["chain_mib"] == 1
+    assert "predicted)" in str(result)
+    assert estimate().settings["memory"] == {}  # too small to ask
+
+
+def test_what_does_not_fit_is_refused_before_it_begins(monkeypatch):
+    monkeypatch.setattr(memory, "_MUCH", 0)
+    monkeypatch.setattr(memory, "free_of_process", lambda: 3.0 * MIB)
+    with pytest.raises(MemoryError, match=r"the run needs about [\d,]+ MiB of this process .* 4 chains of 1 MiB 4 MiB"):
+        estimate()
+    with pytest.raises(MemoryError, match="Take more micro-batches"):
+        estimate(num_chains=1)
+
+
+def test_fewer_chains_that_fit_are_named():
+    some = Need("each device", 0.0, 5.0 * MIB, 2.0 * MIB, 16.0 * MIB, 3.0 * MIB, 1.0 * MIB, 0.0, 12.0 * MIB, 8, 1, 1)
+    assert not some.fits
+    assert "Take at most 4 chains, more" in some.refusal()
+    assert dataclasses.replace(some, num_chains=4, chains=8.0 * MIB).fits
+    assert not dataclasses.replace(some, num_chains=5, chains=10.0 * MIB).fits
+
+
+def test_a_cpu_takes_fewer_devices_where_all_do_not_fit(monkeypatch):
+    """And finds the same numbers."""
+    monkeypatch.setattr(memory, "_MUCH", 0)
+    whole = estimate()
+    assert whole.settings["devices"].startswith("4 x")
+    enough = need(slt.sgld(1e-6), devices=2)
+    monkeypatch.setattr(memory, "free_of_process", lambda: 1.06 * enough.more)
+    fewer = estimate()
+    assert fewer.settings["devices"].startswith("2 x")
+    np.testing.assert_allclose(fewer.loss_trace, whole.loss_trace, rtol=1e-5)
+
+
+def test_layouts_keep_to_what_was_given():
+    mesh = chain_mesh(4, jax.devices()[:2])
+    assert list(layouts(4, mesh, 2, 10)) == [(mesh, 2)]
+    assert [(m.devices.size, g) for m, g in layouts(4, None, None, 10)] == [(4, 1), (2, 1), (1, 1)]
+    with pytest.raises(ValueError, match="does not divide the 2 chains"):
+        list(layouts(4, mesh, 3, 10))
+
+
+RUN = """
+import json, resource, sys
+from slt_jax.cli import main
+code = main(json.loads(sys.argv[1]))
+print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, file=sys.stderr)
+"""
+
+
+MORE = ["--sampler", "underdamped", "--chains", "4", "--draws", "60"]
+
+
+@pytest.mark.parametrize("extra", [[], pytest.param(MORE, marks=pytest.mark.slow)], ids=["sgld", "underdamped"])
+def test_the_prediction_is_close_to_what_a_process_takes(tmp_path, extra):
+    """13M weights in a process of its own; larger models: scaling/throughput/memory.py."""
+    config = DecoderConfig(20_000, 64, 512, 2, 8)
+    save_decoder(tmp_path / "model", Decoder(config, rngs=nnx.Rngs(0)))
+    np.save(tmp_path / "t.npy", np.random.default_rng(0).integers(0, 20_000, 6400).astype(np.uint16))
+    words = ["llc", str(tmp_path / "model"), "--tokens", str(tmp_path / "t.npy"), "--chains", "2", "--draws", "4"]
+    words += ["--batch-size", "2", "--seq-len", "32", *extra]
+    env = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # compiling is nearly all of it
+    done = subprocess.run([sys.executable, "-c", RUN, json.dumps(words)], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    told = int(re.search(r"at most ([\d,]+) MiB of this process", done.stderr)[1].replace(",", ""))
+    code, peak = map(int, done.stderr.splitlines()[-1].split())
+    assert code == 0
+    assert told == pytest.approx(peak, rel=0.15)
