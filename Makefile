@@ -3,13 +3,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test parity lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/slt-jax demo
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+# The loader against transformers on torch; takes a torch wheel of 200 MB or more.
+parity: $(VENV)/.installed-test
+	$(PIP) --editable '.[test,parity]'
+	$(BIN)/python -m pytest tests/test_parity.py tests/test_accelerator_script.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -11,6 +11,8 @@ from rich.progress import Progress as RichProgress
 
 from slt_jax.memory import peak_of_process
 
+_WORTH_TELLING = 10  # seconds
+
 
 class Progress:
     """A progress bar over the steps of a run, and the clock that says when a save is due."""
@@ -19,6 +21,7 @@ class Progress:
         self._engine, self._every = engine, every
         self._saved = self._began = self._started = time.monotonic()
         self._first: int | None = None
+        self._enabled, self._told = enabled, False
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
         console = Console(stderr=True)
         self._bar = RichProgress(
@@ -64,6 +67,12 @@ class Progress:
             gap = (run.trace.loss - run.trace.baseline)[:, plan.num_warmup : run.step]
             if np.isfinite(gap).any():
                 note += f", LLC {self._engine.posterior.nbeta * np.nanmean(gap):.4g}"
+        if speed is not None and not self._told:
+            self._told = True
+            each = plan.num_chains / speed
+            if self._enabled and (left := (plan.total_steps - run.step) * each) > _WORTH_TELLING:
+                line = f"  {each:.2g} s a step of all chains: about {span(left)} to go"
+                self._bar.console.print(line, highlight=False, soft_wrap=True)
         self._bar.update(self._task, completed=run.step, description=phase, note=note)
 
     def save_due(self) -> bool:
@@ -72,6 +81,14 @@ class Progress:
         if due:
             self._saved = time.monotonic()
         return due
+
+
+def span(seconds: float) -> str:
+    """Seconds, minutes or hours, in words."""
+    for limit, unit, size in ((120, "s", 1), (7200, "min", 60), (172_800, "h", 3600)):
+        if seconds < limit:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 86_400:.1f} days"
 
 
 def peak_memory() -> tuple[int | None, str]:

@@ -114,6 +114,22 @@ def test_a_table_of_all_heads(files, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["layer 0 head 1"]["llc"] == pytest.approx(saved.llc, rel=1e-9)
 
 
+def test_further_data_sets_are_read_at_the_same_draws(files, tmp_path, capsys):
+    np.save(tmp_path / "code.npy", TOKENS[::-1].copy())
+    also = ["--also", f"code={tmp_path / 'code.npy'}", f"same={files / 't.npy'}"]
+    assert llc(files, "--json", *also) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["also"]) == ["code", "same"]
+    assert found["also"]["code"]["llc"] != found["also"]["same"]["llc"]
+    assert llc(files, "--heads", "--step-size", "1e-5", *also) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| part | weights | LLC ± standard error | on code, raw | on same, raw | R-hat | verdict |"
+    assert lines[2].count("|") == lines[1].count("|") == 8
+    for bad in (["code"], ["code="], ["a=x.npy", "a=y.npy"]):
+        assert llc(files, "--also", *bad) == 2
+        assert "--also takes NAME=FILE" in capsys.readouterr().err
+
+
 def test_text_goes_through_the_checkpoints_tokenizer(files, tmp_path, capsys):
     tokenizers = pytest.importorskip("tokenizers")
     rules = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(64)}, unk_token="w0"))
