@@ -83,7 +83,19 @@ class Llc:
     """No plan and no progress bar."""
 
 
+_INTERRUPTED = 130
+
 Command = Annotated[Demo, tyro.conf.subcommand("demo")] | Annotated[Llc, tyro.conf.subcommand("llc")]
+
+
+def run() -> None:
+    """The command ``slt-jax``."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == _INTERRUPTED:  # a program that the device has in hand can crash Python on its way out
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         resume = " The same command resumes it." if getattr(command, "checkpoint_dir", None) else ""
         print(f"interrupted.{resume}", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
     except (ValueError, TypeError, FloatingPointError, ImportError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -199,4 +211,4 @@ def _heads(command: Llc, case: Any, options: dict[str, Any]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

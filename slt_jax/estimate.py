@@ -386,7 +386,7 @@ def _result(
         "devices": f"{engine.mesh.devices.size} x {engine.mesh.devices.flat[0].device_kind}",
         "versions": versions(),
         "cost": run.cost,
-        "memory": need.to_dict() if need else {},
+        "memory": gathered(need.to_dict() if need else {}, engine.mesh)[0],
     }
     warmup = run.trace.loss[:, : plan.num_warmup]
     return LLCResult(loss, baseline, *others, warmup, stopped, settings, tuple(run.notes), also)

@@ -31,21 +31,20 @@ class Need:
     """Bytes: of the whole process on a CPU (``where`` says so), else of its fullest device.
 
     ``peak``: the most that was taken so far. ``now``: taken already, by w* on every device of the mesh and by the data
-    among others. ``chain``: what one chain
-    holds between steps. ``chains``: all of them, here. ``step``: what moving chains takes beside that, ``look`` a look
-    at one position (calibration, the end), ``save`` a checkpoint on its way to disk. ``free``: more than ``now`` that
-    can be had.
+    among others. ``chain``: what one chain holds between steps. ``chains``: all of them, here. ``step``: what moving
+    chains takes beside that, ``look`` a look at one position (calibration, the end), ``save`` a checkpoint on its way
+    to disk. ``free``: more than ``now`` that can be had.
     """
 
     where: str
     peak: float
     now: float
+    free: float
     chain: float
     chains: float
     step: float
     look: float
     save: float
-    free: float
     num_chains: int
     at_once: int
     devices: int
@@ -98,9 +97,7 @@ def _size(number: float) -> str:
     return f"{number / _GIB:,.1f} GiB" if number >= 10 * _GIB else f"{number / 2**20:,.0f} MiB"
 
 
-def layouts(
-    num_chains: int, mesh: Mesh | None, chain_batch: int | None, num_free: int
-) -> Iterator[tuple[Mesh, int]]:
+def layouts(num_chains: int, mesh: Mesh | None, chain_batch: int | None, num_free: int) -> Iterator[tuple[Mesh, int]]:
     """(mesh, chains advanced together on one device): what was given, or from the fastest to the one that takes least.
 
     A CPU's devices are its cores, which share its memory: fewer of them take less.
@@ -141,33 +138,39 @@ def need_of(engine: Engine, looks: Sequence[int], *, saves: bool) -> Need:
         saves: whether checkpoints are written.
     """
     plan, mesh = engine.plan, engine.mesh
-    analysis = engine.lower().compile().memory_analysis()
-    state, _ = engine.described()
-    leaves = jax.tree.leaves(state)
     local = plan.num_chains // mesh.shape["chain"]
     here = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
-    on_device = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
-    step = 0 if analysis is None else analysis.temp_size_in_bytes
-    if analysis is not None:
-        step += max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
+    on_cpu = here[0].platform == "cpu"
+    many = len(here) if on_cpu else 1
+    step = _beside_arguments(engine.lower().compile().memory_analysis())
+    leaves = jax.tree.leaves(engine.described()[0])
+    state = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
     position = sum(x.addressable_data(0).nbytes for x in engine.center)
-    look = position + max(looks) if looks else 0
-    devices = mesh.devices.size
-    at_once = plan.chain_batch * mesh.shape["chain"]
-    if here[0].platform == "cpu":
-        where, peak, now, free = "this process", peak_of_process(), used_of_process(), free_of_process()
-        many = len(here)
-        look *= 1 if engine.alone_is_one else many
-        look += _HEAP if looks else 0
-    else:
-        where, many = "each device", 1
-        peak, now = (max(_stat(d, name, 0.0) for d in here) for name in ("peak_bytes_in_use", "bytes_in_use"))
-        free = min(_stat(d, "bytes_limit", math.inf) - _stat(d, "bytes_in_use", 0.0) for d in here)
-    chains = many * on_device
+    look = (position + max(looks)) * (1 if engine.alone_is_one else many) if looks else 0
+    if on_cpu and looks:
+        look += _HEAP
+    if engine.sampler.metric:  # scales and bases on each device; while they are measured, one product in float64
+        step, look = step + 3 * position, look + (3 * many + 3.5) * position
+    chains = many * state
     return Need(
-        where, peak, now, on_device / local, chains, many * step, look, chains if saves else 0.0, free, plan.num_chains,
-        at_once, devices,
+        "this process" if on_cpu else "each device", *_taken_and_free(here), state / local, chains, many * step, look,
+        chains if saves else 0.0, plan.num_chains, plan.chain_batch * mesh.shape["chain"], mesh.devices.size,
     )  # fmt: skip
+
+
+def _beside_arguments(analysis: Any) -> int:
+    """Bytes on one device, of which donated arguments take none again; 0 where the compiler does not tell."""
+    if analysis is None:
+        return 0
+    return analysis.temp_size_in_bytes + max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
+
+
+def _taken_and_free(devices: list) -> tuple[float, float, float]:
+    """(most so far, now, free): of the process for a CPU's devices, else the worst of each over the devices."""
+    if devices[0].platform == "cpu":
+        return peak_of_process(), used_of_process(), free_of_process()
+    peak, now = (max(_stat(d, name, 0.0) for d in devices) for name in ("peak_bytes_in_use", "bytes_in_use"))
+    return peak, now, min(_stat(d, "bytes_limit", math.inf) - _stat(d, "bytes_in_use", 0.0) for d in devices)
 
 
 def all_fit(need: Need, engine: Engine) -> bool:
@@ -178,11 +181,8 @@ def all_fit(need: Need, engine: Engine) -> bool:
 def check_room(size: float, what: str) -> None:
     """Raise MemoryError unless ``size`` bytes fit into what the first device, or on a CPU the process, has free."""
     device = jax.local_devices()[0]
-    if device.platform == "cpu":
-        where, free = "this process", free_of_process()
-    else:
-        where, free = "the device", _stat(device, "bytes_limit", math.inf) - _stat(device, "bytes_in_use", 0.0)
-    if size > free:
+    where = "this process" if device.platform == "cpu" else "the device"
+    if size > (free := _taken_and_free([device])[2]):
         raise MemoryError(
             f"{what} takes {_size(size)} of {where}, and {_size(free)} are free. Take a machine with more memory."
         )

@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_refused_before_it_begins(monkeypatch):
 
 
 def test_fewer_chains_that_fit_are_named():
-    some = Need("each device", 0.0, 5.0 * MIB, 2.0 * MIB, 16.0 * MIB, 3.0 * MIB, 1.0 * MIB, 0.0, 12.0 * MIB, 8, 1, 1)
+    some = Need("each device", 0.0, 5.0 * MIB, 12.0 * MIB, 2.0 * MIB, 16.0 * MIB, 3.0 * MIB, 1.0 * MIB, 0.0, 8, 1, 1)
     assert not some.fits
     assert "Take at most 4 chains, more" in some.refusal()
     assert dataclasses.replace(some, num_chains=4, chains=8.0 * MIB).fits

@@ -92,8 +92,8 @@ def main() -> None:
     record: dict[str, Any] = {**machine(), "runs": {}}
     every = sorted(os.sched_getaffinity(0))
     cases = [(name, ["--chains", "2", "--draws", "4"], every[:1]) for name in MODELS]
-    cases += [("GPT-2 small", ["--chains", "4", "--draws", "4"], every)]
-    cases += [("Pythia-70M", ["--chains", "4", "--draws", "60", "--sampler", "underdamped"], every)]
+    cases += [("Pythia-70M", ["--chains", "4", "--draws", "4"], every)]
+    cases += [("Pythia-14M", ["--chains", "4", "--draws", "60", "--sampler", "underdamped"], every)]
     with tempfile.TemporaryDirectory() as scratch:
         for name, extra, cores in cases:
             folder = Path(scratch) / name
