@@ -62,6 +62,7 @@ def test_a_chain_holds_its_samplers_copies(sampler, copies):
 
 def test_more_devices_and_larger_groups_take_more():
     few, spread, grouped = need(slt.sgld(1e-6)), need(slt.sgld(1e-6), devices=4), need(slt.sgld(1e-6), group=4)
+    assert spread.chains == few.chains
     assert spread.step > 2 * few.step
     assert grouped.step > 2 * few.step
     assert (few.at_once, spread.at_once, grouped.at_once) == (1, 4, 4)
