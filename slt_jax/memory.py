@@ -125,9 +125,10 @@ def layouts(num_chains: int, mesh: Mesh | None, chain_batch: int | None, num_fre
 
 
 def weighs(posterior: LocalPosterior, num_chains: int) -> bool:
-    """Whether the weights alone are enough to ask whether the run fits into memory."""
-    copies = 8 * jax.local_device_count() + 2 * num_chains
-    return 4 * posterior.num_free * copies > _MUCH
+    """Whether the weights alone, free and frozen, are enough to ask whether the run fits into memory."""
+    devices = jax.local_device_count()
+    whole = sum(x.size for x in jax.tree.leaves(posterior.center))
+    return 4 * (posterior.num_free * (8 * devices + 2 * num_chains) + whole * devices) > _MUCH
 
 
 def need_of(engine: Engine, looks: Sequence[int], *, saves: bool) -> Need:
