@@ -19,7 +19,7 @@ from slt_jax.engine import Engine
 from slt_jax.mesh import chain_mesh, gathered
 from slt_jax.posterior import LocalPosterior, check_count
 
-_HEAP = 300 * 2**20  # that an allocator keeps of what looks have freed, seen at 14M to 162M weights on a CPU
+_HEAP = 300 * 2**20  # for each of a CPU's devices: what the allocator keeps of what was freed, at 14M to 162M weights
 _SLACK = 1.05  # of what a run is told to take, for what is not seen from here
 _GIB = 2**30
 _TOGETHER = 2**24  # weights of chains that an accelerator moves together
@@ -149,7 +149,7 @@ def need_of(engine: Engine, looks: Sequence[int], *, saves: bool) -> Need:
     position = sum(x.addressable_data(0).nbytes for x in engine.center)
     look = (position + max(looks)) * (1 if engine.alone_is_one else many) if looks else 0
     if on_cpu and looks:
-        look += _HEAP
+        look += _HEAP * many
     if engine.sampler.metric:  # scales and bases on each device; while they are measured, one product in float64
         step, look = step + 3 * position, look + (3 * many + 3.5) * position
     chains = many * state

@@ -67,7 +67,7 @@ def measure(folder: Path, config: DecoderConfig, extra: list[str], cores: list[i
         raise RuntimeError(f"no plan in {done.stderr[-2000:]}")
     predicted = float(told[2].replace(",", "")) * (1024 if told[3] == "GiB" else 1)
     return {
-        "weights": int(weights[1].replace(",", "")), "options": extra, "cores": len(cores), "a_chain": told[1],
+        "weights": int(weights[1].replace(",", "")), "options": extra, "devices": len(cores), "a_chain": told[1],
         "predicted_mib": predicted, "taken_mib": peak // 1024, "ratio": predicted * 1024 / peak,
         "seconds": time.monotonic() - begin,
     }  # fmt: skip
@@ -80,7 +80,7 @@ def table(record: dict[str, Any]) -> Iterator[str]:
     for name, run in record["runs"].items():
         chains = run["options"][run["options"].index("--chains") + 1]
         yield (
-            f"| {name} | {run['weights']:,} | {chains} on {run['cores']} | {run['a_chain']} | "
+            f"| {name} | {run['weights']:,} | {chains} on {run['devices']} | {run['a_chain']} | "
             f"{run['predicted_mib']:,.0f} MiB | {run['taken_mib']:,} MiB | {run['ratio']:.2f} |"
         )
 
@@ -88,8 +88,9 @@ def table(record: dict[str, Any]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", help="these runs again, by their names; the others in the file are kept")
     args = parser.parse_args()
-    record: dict[str, Any] = {**machine(), "runs": {}}
+    record: dict[str, Any] = json.loads(args.out.read_text()) if args.only else {"runs": {}}
     every = sorted(os.sched_getaffinity(0))
     cases = [(name, ["--chains", "2", "--draws", "4"], every[:1]) for name in MODELS]
     cases += [("Pythia-70M", ["--chains", "4", "--draws", "4"], every)]
@@ -99,7 +100,9 @@ def main() -> None:
             folder = Path(scratch) / name
             folder.mkdir(exist_ok=True)
             label = name if cores != every else f"{name}, {'underdamped' if 'underdamped' in extra else 'SGLD'}"
-            record["runs"][label] = measure(folder, MODELS[name], extra, cores)
+            if args.only is not None and label not in args.only:
+                continue
+            record["runs"][label] = {**measure(folder, MODELS[name], extra, cores), **machine()}
             args.out.write_text(json.dumps(record, indent=1) + "\n")
     print(*table(record), sep="\n")
 
