@@ -91,8 +91,8 @@ def estimate_llc(
         checkpoint_dir: where to keep state and traces; the same call with the same directory resumes an interrupted run
             and ends bit for bit equal to an unbroken one on the same mesh, versions and device kind. Several processes
             need a disk that they share.
-        progress: show a progress bar with steps/s and the running estimate, and what the calibration chose; on the
-            first process.
+        progress: show the memory that large models will take, what the calibration chose, the time to go, and a bar
+            with steps/s and the running estimate; on the first process.
         micro_batches: parts in which a minibatch goes through the model, to save memory; must divide ``batch_size``.
         baseline: ``"paired"`` subtracts L_m(w*) on the same batch at each draw (one more forward pass a draw, much less
             variance); ``"full"`` subtracts L_n(w*) over all data, computed once.
@@ -155,12 +155,11 @@ def estimate_llc(
         return Schedule(*counts, baseline, group, int(chunk_size), control, hotter)
 
     control = bool(control_variate) and not is_open
-    tells = progress or weighs(posterior, chains)
     need = None
     for layout, group in layouts(chains, mesh, chain_batch, posterior.num_free):
         plan = schedule(first, control, group)
         engine = Engine(posterior, source, sampler, plan, key, layout, tuple(others.values()))
-        if not tells:
+        if not weighs(posterior, chains):
             break
         need = _need(engine, is_open, request, checkpoint_dir is not None)
         if all_fit(need, engine):

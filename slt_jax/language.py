@@ -124,6 +124,7 @@ def plan_of(case: Case, free: LocalPosterior, options: dict[str, Any]) -> list[s
         f"{chains * each * batch_size * case.length:,} tokens",
         f"nbeta {free.nbeta:g} ({source['nbeta']}), localization {free.localization:g} ({source['localization']}), "
         f"step_size {'calibrated' if step_size is None else f'{step_size:g} (given)'}",
+        f"one copy of the weights that move: {4 * free.num_free / 2**20:,.1f} MiB",
     ]
 
 
