@@ -66,10 +66,11 @@ class Static(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Which steps a chunk takes, and what depends on their numbers."""
+    """Which steps a chunk takes, and what depends on their numbers. ``offset``: of the first one in ``batches``."""
 
     start: jax.Array
     count: jax.Array
+    offset: jax.Array
     num_warmup: jax.Array
     thinning: jax.Array
     hot: jax.Array
@@ -167,7 +168,7 @@ def _one_chain(static: Static, shared: tuple, window: Window, state, key, chain,
         if static.whole:
             batch = arrays
         elif static.gather is None:
-            batch = jax.tree.map(lambda b: b[i], batches)
+            batch = jax.tree.map(lambda b: b[window.offset + i], batches)
         else:
             drawn = draw_indices(jax.random.fold_in(step_key, BATCH), static.num_data, static.batch_size)
             batch = static.gather(arrays, drawn)

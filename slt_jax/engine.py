@@ -286,10 +286,11 @@ class Engine:
         alive = jax.ShapeDtypeStruct((num,), jnp.bool_, sharding=self.per_chain)
         return jax.tree.map(stacked, first), alive
 
-    def advance(self, run: Run, steps: int, batches: PyTree = ()) -> None:
+    def advance(self, run: Run, steps: int, batches: PyTree = (), offset: int = 0) -> None:
         """Run ``steps`` steps (at most the chunk length) and append their traces. The old state is donated."""
+        window = self._window(run.step, steps, offset)
         run.state, run.alive, rows = run_chunk(
-            self.static, run.state, run.alive, self.keys, batches, self._shared(), self._window(run.step, steps)
+            self.static, run.state, run.alive, self.keys, batches, self._shared(), window
         )
         for kept, row in zip(jax.tree.leaves(run.trace), jax.tree.leaves(to_host(rows)), strict=True):
             kept[:, run.step : run.step + steps] = row[:, :steps]
@@ -297,30 +298,32 @@ class Engine:
 
     def steps(self, run: Run, *, seconds: float = 1.0):
         """Yield after each chunk until all steps are done; chunks grow until one takes about ``seconds``."""
-        if self.source.on_host:
-            yield from self._host_steps(run)
-            return
         size = 1
-        while run.step < self.plan.total_steps:
-            size = min(size, self.static.length, self.plan.total_steps - run.step)
-            began = time.perf_counter()
-            self.advance(run, size)
-            took = time.perf_counter() - began
-            size = max(1, min(size * 4, int(size * seconds / max(took, 1e-9)))) if size > 1 else 4
-            size = gathered(size, self.mesh)[0]  # clocks differ, and all processes must take the same steps
-            yield run
+        for batches, block in self._blocks(run):
+            end = run.step + block
+            while (left := end - run.step) > 0:
+                size = min(size, self.static.length)
+                count, began = min(size, left), time.perf_counter()
+                self.advance(run, count, batches, block - left)
+                took = time.perf_counter() - began
+                if count == size:
+                    size = max(1, min(size * 4, int(size * seconds / max(took, 1e-9)))) if size > 1 else 4
+                    size = gathered(size, self.mesh)[0]  # clocks differ, and all processes must take the same steps
+                yield run
 
-    def _host_steps(self, run: Run):
-        length = self.static.length
+    def _blocks(self, run: Run):
+        """(batches, steps they are for), to the end: all at once where the device draws them itself."""
+        total, length = self.plan.total_steps, self.static.length
+        if not self.source.on_host:
+            yield (), total - run.step
+            return
         with Prefetcher(self.source) as ahead:
             ahead.submit(self._indices(run.step))
-            while run.step < self.plan.total_steps:
+            for start in range(run.step, total, length):
                 batches = self._on_chains(ahead.result())
-                steps = min(length, self.plan.total_steps - run.step)
-                if run.step + steps < self.plan.total_steps:
-                    ahead.submit(self._indices(run.step + steps))
-                self.advance(run, steps, batches)
-                yield run
+                if start + length < total:
+                    ahead.submit(self._indices(start + length))
+                yield batches, min(length, total - start)
 
     def _indices(self, start: int) -> np.ndarray:
         """What the chains of this process draw in the chunk from step ``start``."""
@@ -333,6 +336,6 @@ class Engine:
     def _shared(self) -> tuple:
         return self.center, self.frozen, self.arrays, self.hyper, self.center_grad, self.also
 
-    def _window(self, start: int, count: int) -> Window:
-        plan = self.plan
-        return Window(*(jnp.int32(x) for x in (start, count, plan.num_warmup, plan.thinning)), jnp.float32(self.hot))
+    def _window(self, start: int, count: int, offset: int = 0) -> Window:
+        numbers = (start, count, offset, self.plan.num_warmup, self.plan.thinning)
+        return Window(*(jnp.int32(x) for x in numbers), jnp.float32(self.hot))
