@@ -148,14 +148,13 @@ def need_of(engine: Engine, looks: Sequence[int], *, saves: bool) -> Need:
     state = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
     position = sum(x.addressable_data(0).nbytes for x in engine.center)
     look = (position + max(looks)) * (1 if engine.alone_is_one else many) if looks else 0
-    if on_cpu and looks:
-        look += _HEAP * many
+    heap = _HEAP * many if on_cpu and looks else 0
     if engine.sampler.metric:  # scales and bases on each device; while they are measured, one product in float64
         step, look = step + 3 * position, look + (3 * many + 3.5) * position
     chains = many * state
     return Need(
-        "this process" if on_cpu else "each device", *_taken_and_free(here), state / local, chains, many * step, look,
-        chains if saves else 0.0, plan.num_chains, plan.chain_batch * mesh.shape["chain"], mesh.devices.size,
+        "this process" if on_cpu else "each device", *_taken_and_free(here), state / local, chains, many * step + heap,
+        look + heap, chains if saves else 0.0, plan.num_chains, plan.chain_batch * mesh.shape["chain"], mesh.devices.size,
     )  # fmt: skip
 
 
