@@ -154,7 +154,8 @@ def need_of(engine: Engine, looks: Sequence[int], *, saves: bool) -> Need:
     chains = many * state
     return Need(
         "this process" if on_cpu else "each device", *_taken_and_free(here), state / local, chains, many * step + heap,
-        look + heap, chains if saves else 0.0, plan.num_chains, plan.chain_batch * mesh.shape["chain"], mesh.devices.size,
+        look + heap, chains if saves else 0.0, plan.num_chains, plan.chain_batch * mesh.shape["chain"],
+        mesh.devices.size,
     )  # fmt: skip
 
 
