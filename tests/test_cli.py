@@ -56,7 +56,7 @@ def test_llc_is_the_librarys_own_call(files, capsys):
 def test_every_kind_of_token_file_gives_the_same(files, capsys):
     found = []
     for tokens, more in (("t.npy", []), ("t.bin", []), ("t32.bin", ["--dtype", "uint32"])):
-        assert llc(files, "--json", *more, tokens=tokens) == 0
+        assert llc(files, "--json", "--step-size", "1e-5", *more, tokens=tokens) == 0
         found.append(json.loads(capsys.readouterr().out)["llc"])
     assert found[0] == found[1] == found[2]
 
@@ -117,7 +117,7 @@ def test_a_table_of_all_heads(files, tmp_path, capsys):
 def test_further_data_sets_are_read_at_the_same_draws(files, tmp_path, capsys):
     np.save(tmp_path / "code.npy", TOKENS[::-1].copy())
     also = ["--also", f"code={tmp_path / 'code.npy'}", f"same={files / 't.npy'}"]
-    assert llc(files, "--json", *also) == 0
+    assert llc(files, "--json", "--step-size", "1e-5", *also) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found["also"]) == ["code", "same"]
     assert found["also"]["code"]["llc"] != found["also"]["same"]["llc"]
@@ -143,7 +143,7 @@ def test_text_goes_through_the_checkpoints_tokenizer(files, tmp_path, capsys):
     found = json.loads(capsys.readouterr().out)
     assert main(["llc", str(model), "--tokens", str(files / "t.npy"), *common]) == 0
     assert found["llc"] == pytest.approx(json.loads(capsys.readouterr().out)["llc"], rel=1e-6)
-    assert main(["llc", str(model), "--text", str(tmp_path / "t.txt"), "--seq-len", "8", "--quiet"]) == 0
+    assert main(["llc", str(model), "--text", str(tmp_path / "t.txt"), "--seq-len", "8", *common]) == 0
     (tmp_path / "t.txt").write_text("w1 w2")
     assert main(["llc", str(model), "--text", str(tmp_path / "t.txt")]) == 2
     assert "has 2 tokens, fewer than two examples of 8" in capsys.readouterr().err
