@@ -11,7 +11,7 @@ from rich.progress import Progress as RichProgress
 
 from slt_jax.memory import peak_of_process
 
-_WORTH_TELLING = 10  # seconds
+_WORTH_TELLING = 60  # seconds
 
 
 class Progress:
