@@ -71,11 +71,15 @@ def default_budget(num_free: int) -> int:
     return int(min(2e6, max(1e4, 4e6 / num_free)))
 
 
-def probe_of(engine: Engine, total: float) -> Probe:
-    """The calibration's looks: over fewer examples where few gradients are to be spent."""
+def _effort(total: float) -> tuple[int, int]:
+    """(minibatches in a look, rounds of a power iteration): less where few gradients are to be spent."""
     allowed = allowance(total)
-    blocks = 4 if allowed >= 800 else 2 if allowed >= 200 else 1
-    return Probe(engine, blocks, jax.random.fold_in(engine.key, _PILOT))
+    return (4, 20) if allowed >= 800 else (2, 12) if allowed >= 200 else (1, 6)
+
+
+def probe_of(engine: Engine, total: float) -> Probe:
+    """The calibration's looks."""
+    return Probe(engine, _effort(total)[0], jax.random.fold_in(engine.key, _PILOT))
 
 
 def calibrate(
@@ -90,8 +94,7 @@ def calibrate(
     """
     allowed = allowance(total)
     rich = allowed >= _RICH
-    rounds = 20 if allowed >= 800 else 12 if allowed >= 200 else 6
-    probe = probe_of(engine, total)
+    rounds, probe = _effort(total)[1], probe_of(engine, total)
     family = {"sgnht": "baoab", "": "euler"}.get(sampler.family, sampler.family)  # those whose heat is known
     lines: list[str] = []
     check(*probe.loss_and_grad_norm(probe.center))

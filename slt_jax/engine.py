@@ -141,9 +141,9 @@ class Engine:
         """``tree``, which every process holds whole, on the mesh, once for all chains."""
         return jax.tree.map(lambda x: place(x, shared_sharding(self.mesh, x)), tree)
 
-    def fetch(self, indices: np.ndarray) -> PyTree:
-        """The examples ``indices``, where programs together with ``center`` can use them."""
-        batch = self.source.fetch(indices)
+    def fetch(self, indices: np.ndarray, source: Source | None = None) -> PyTree:
+        """The examples ``indices``, of the run's own data or another's, where programs with ``center`` can use them."""
+        batch = (self.source if source is None else source).fetch(indices)
         return batch if self.per_chain.is_fully_addressable else self.put(batch)
 
     def _keys(self, key: jax.Array) -> jax.Array:
@@ -246,6 +246,11 @@ class Engine:
             total += float(_batch_loss(self.posterior.program, center, frozen, batch)) * len(indices)
         return total / num
 
+    def first_loss(self, data: ArrayData) -> float:
+        """Mean loss at w* over the first examples of another data set, ``batch_size`` at most."""
+        batch = self.fetch(np.arange(min(self.plan.batch_size, data.num_data)), data)
+        return float(_batch_loss(self.posterior.program, self.alone(self.center), self.alone(self.frozen), batch))
+
     def full_grad(self) -> Position:
         """grad L_n(w*) over the whole data set, in blocks of ``batch_size``: as many gradients as there are blocks."""
         num, size = self.source.num_data, self.plan.batch_size
@@ -262,18 +267,15 @@ class Engine:
     def lower(self, run: Run | None = None):
         """The chunk program, lowered, for looking at its HLO and its memory: what ``advance`` will run.
 
-        Without a run, one is described: nothing is allocated but a chunk's batches. The compilation is kept for the
-        run itself.
+        Without a run, one is described: nothing is allocated. The compilation is kept for the run itself.
         """
-        plan, batches = self.plan, ()
-        state, alive = self.described() if run is None else (run.state, run.alive)
-        if self.source.on_host:
-            shape = (len(own_rows(plan.num_chains, self.per_chain)), self.static.length, plan.batch_size)
-            batches = self._on_chains(self.source.fetch(np.zeros(shape, np.int64)))
+        state, alive, batches = self.described()
+        if run is not None:
+            state, alive = run.state, run.alive
         return run_chunk.lower(self.static, state, alive, self.keys, batches, self._shared(), self._window(0, 1))
 
-    def described(self) -> tuple[PyTree, jax.ShapeDtypeStruct]:
-        """A run's state and its chains' marks of being alive, as shapes on the mesh."""
+    def described(self) -> tuple[PyTree, jax.ShapeDtypeStruct, PyTree]:
+        """A run's state, its chains' marks of being alive, a chunk's batches from the host: shapes on the mesh."""
         num, center = self.plan.num_chains, self.center
         if self.static.whole:
             first = jax.eval_shape(self._first_exact, center, self.frozen, self.arrays, self.hyper)
@@ -283,8 +285,13 @@ class Engine:
         def stacked(x):
             return jax.ShapeDtypeStruct((num, *x.shape), x.dtype, sharding=chain_sharding(self.mesh, x))
 
+        def batch(x):
+            shape = (num, self.static.length, self.plan.batch_size, *x.shape[1:])
+            return jax.ShapeDtypeStruct(shape, jax.dtypes.canonicalize_dtype(x.dtype), sharding=self.per_chain)
+
         alive = jax.ShapeDtypeStruct((num,), jnp.bool_, sharding=self.per_chain)
-        return jax.tree.map(stacked, first), alive
+        example = self.source.fetch(np.zeros(1, np.int64)) if self.source.on_host else ()
+        return jax.tree.map(stacked, first), alive, jax.tree.map(batch, example)
 
     def advance(self, run: Run, steps: int, batches: PyTree = (), offset: int = 0) -> None:
         """Run ``steps`` steps (at most the chunk length) and append their traces. The old state is donated."""

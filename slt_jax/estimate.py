@@ -17,12 +17,12 @@ from slt_jax.batches import ArrayData, as_source, check_batch_size, check_key, n
 from slt_jax.calibrate import Choice, calibrate, default_budget, probe_of
 from slt_jax.checkpoint import RunStore, first_difference, versions
 from slt_jax.engine import Engine, Run, Schedule
-from slt_jax.memory import Need, all_fit, layouts, need_of, weighs
+from slt_jax.memory import Need, layouts, need_of, weighs
 from slt_jax.mesh import addressable, automatic, check_mesh, gathered, leads, spans_processes, to_host
 from slt_jax.posterior import LocalPosterior, check_count, check_positive
 from slt_jax.probe import Probe
 from slt_jax.results import LLCResult
-from slt_jax.running import abandon, check_at_center, full_loss_at_center, run_to_end
+from slt_jax.running import abandon, check_also, check_at_center, full_loss_at_center, run_to_end
 from slt_jax.samplers.base import Sampler
 from slt_jax.samplers.exact import from_blackjax
 from slt_jax.samplers.underdamped import underdamped
@@ -162,7 +162,7 @@ def estimate_llc(
         if not weighs(posterior, chains):
             break
         need = _need(engine, is_open, request, checkpoint_dir is not None)
-        if all_fit(need, engine):
+        if all(gathered(need.fits, layout)):
             break
     else:
         raise MemoryError(need.refusal() if need else "")
@@ -171,13 +171,15 @@ def estimate_llc(
         print(*(f"  {line}" for line in need.lines()), sep="\n", file=sys.stderr)
     if spans_processes(mesh):
         _check_same_call(_identity(engine, key, request, others), mesh, int(chunk_size), checkpoint_dir is not None)
+    check_also(engine, others)
     full = gathered(full_loss_at_center(engine), mesh)[0] if baseline == "full" else None
     store = None
     if checkpoint_dir is not None:
         store = RunStore(checkpoint_dir, _identity(engine, key, request, others), mesh)
     choice = None
     if is_open:
-        choice = _calibrated(engine, store, sampler, posterior, request)
+        roomy = need is None or all(gathered(need.fits_with_control, mesh))
+        choice = _calibrated(engine, store, sampler, posterior, request, roomy)
         engine.localize(choice.localization)
         pass_over = -(-source.num_data // batch_size) if choice.control_variate else 0
         lengths = lay(choice.gradients + pass_over, 2 if choice.control_variate else 1)
@@ -245,14 +247,16 @@ def _lay_out(
 
 
 def _calibrated(
-    engine: Engine, store: RunStore | None, sampler: Sampler, posterior: LocalPosterior, request: _Request
+    engine: Engine, store: RunStore | None, sampler: Sampler, posterior: LocalPosterior, request: _Request, roomy: bool
 ) -> Choice:
-    """The calibration's choice; a resumed run reads that of its first start."""
+    """The calibration's choice; a resumed run reads that of its first start. Control variates only where ``roomy``."""
     found = None if store is None else store.read_note("calibration")
     if found is not None and not sampler.metric:  # the metric is not kept: it is measured again, a function of the key
         return _choice_of(found)
     total = _total(engine, request)
-    control = False if sampler.family == "exact" else request.control_variate
+    control = request.control_variate
+    if sampler.family == "exact" or (control is None and not roomy):
+        control = False
     try:
         check = functools.partial(check_at_center, engine)
         choice = calibrate(engine, sampler, posterior.localization, control, total, check)
@@ -282,7 +286,7 @@ def _need(engine: Engine, is_open: bool, request: _Request, saves: bool) -> Need
         looks += probe_of(engine, _total(engine, request)).temporaries(calibrates=True)
     if looked:
         looks += _last_probe(engine).temporaries(calibrates=False)
-    return need_of(engine, looks, saves=saves)
+    return need_of(engine, looks, saves=saves, control=bool(request.control_variate))
 
 
 def _check_same_call(identity: dict[str, Any], mesh: Mesh, chunk_size: int, saves: bool) -> None:

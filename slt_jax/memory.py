@@ -16,7 +16,7 @@ import jax
 from jax.sharding import Mesh
 
 from slt_jax.engine import Engine
-from slt_jax.mesh import chain_mesh, gathered
+from slt_jax.mesh import chain_mesh
 from slt_jax.posterior import LocalPosterior, check_count
 
 _HEAP = 300 * 2**20  # for each of a CPU's devices: what the allocator keeps of what was freed, at 14M to 162M weights
@@ -31,9 +31,10 @@ class Need:
     """Bytes: of the whole process on a CPU (``where`` says so), else of its fullest device.
 
     ``peak``: the most that was taken so far. ``now``: taken already, by w* on every device of the mesh and by the data
-    among others. ``chain``: what one chain holds between steps. ``chains``: all of them, here. ``step``: what moving
+    among others. ``free``: more than ``now`` that can be had. ``chain``: what one chain holds between steps.
+    ``chains``: all of them, here. ``batches``: those of a chunk from the host, and the next ones. ``step``: what moving
     chains takes beside that, ``look`` a look at one position (calibration, the end), ``save`` a checkpoint on its way
-    to disk. ``free``: more than ``now`` that can be had.
+    to disk. ``control``: control variates, in no sum, since they are not taken up where they do not fit.
     """
 
     where: str
@@ -42,9 +43,11 @@ class Need:
     free: float
     chain: float
     chains: float
+    batches: float
     step: float
     look: float
     save: float
+    control: float
     num_chains: int
     at_once: int
     devices: int
@@ -52,7 +55,7 @@ class Need:
     @property
     def more(self) -> float:
         """Beyond ``now``, at most."""
-        return self.chains + self.save + max(self.step, self.look)
+        return self.chains + self.batches + self.save + max(self.step, self.look)
 
     @property
     def total(self) -> float:
@@ -61,6 +64,10 @@ class Need:
     @property
     def fits(self) -> bool:
         return _SLACK * self.more <= self.free
+
+    @property
+    def fits_with_control(self) -> bool:
+        return _SLACK * (self.more + self.control) <= self.free
 
     def to_dict(self) -> dict[str, Any]:
         """In MiB, for the record of a run."""
@@ -78,13 +85,14 @@ class Need:
 
     def refusal(self) -> str:
         """Why it is not begun, and what would help."""
-        taken = {
-            "taken already": self.now, f"{self.num_chains} chains of {_size(self.chain)}": self.chains,
-            "a checkpoint being written": self.save, "a step": self.step if self.step >= self.look else 0,
-            "a look at one chain's curvature": self.look if self.look > self.step else 0,
-        }  # fmt: skip
-        told = ", ".join(f"{what} {_size(size)}" for what, size in taken.items() if size)
-        fit = math.floor((self.free / _SLACK - max(self.step, self.look)) / (self.chain * (2 if self.save else 1)))
+        most = max((self.step, "a step"), (self.look, "a look at one chain's curvature"))
+        taken = [
+            (self.now, "taken already"), (self.chains, f"{self.num_chains} chains of {_size(self.chain)}"),
+            (self.batches, "batches"), (self.save, "a checkpoint being written"), most,
+        ]  # fmt: skip
+        told = ", ".join(f"{what} {_size(size)}" for size, what in taken if size)
+        left = self.free / _SLACK - self.batches - most[0]
+        fit = math.floor(left / (self.chain * (2 if self.save else 1)))
         fewer = f"at most {fit} chains, " if 1 <= fit < self.num_chains else ""
         return (
             f"the run needs about {_size(self.total)} of {self.where} ({told}), and {_size(self.now + self.free)} can "
@@ -102,26 +110,29 @@ def layouts(num_chains: int, mesh: Mesh | None, chain_batch: int | None, num_fre
 
     A CPU's devices are its cores, which share its memory: fewer of them take less.
     """
-    meshes = [chain_mesh(num_chains) if mesh is None else mesh]
-    cores = meshes[0].devices.size
-    if mesh is None and jax.process_count() == 1 and meshes[0].devices.flat[0].platform == "cpu":
-        meshes += [chain_mesh(num_chains, jax.devices()[:k]) for k in range(cores - 1, 0, -1) if num_chains % k == 0]
+    widest = chain_mesh(num_chains) if mesh is None else mesh
+    on_cpu, meshes = widest.devices.flat[0].platform == "cpu", [widest]
+    if mesh is None and jax.process_count() == 1 and on_cpu:
+        fewer = range(widest.devices.size - 1, 0, -1)
+        meshes += [chain_mesh(num_chains, jax.devices()[:k]) for k in fewer if num_chains % k == 0]
+    if chain_batch is not None:
+        check_count("chain_batch", chain_batch, 1)
+        if chain_batch not in (divisors := _divisors(num_chains // widest.shape["chain"])):
+            raise ValueError(
+                f"chain_batch = {chain_batch} does not divide the {divisors[0]} chains of one device. "
+                f"Take one of {divisors[::-1]}."
+            )
     for one in meshes:
-        local = num_chains // one.shape["chain"]
-        divisors = [k for k in range(local, 0, -1) if local % k == 0]
-        if chain_batch is not None:
-            check_count("chain_batch", chain_batch, 1)
-            if chain_batch not in divisors and one is meshes[0]:
-                raise ValueError(
-                    f"chain_batch = {chain_batch} does not divide the {local} chains of one device. "
-                    f"Take one of {divisors[::-1]}."
-                )
-            groups = [int(chain_batch)] if chain_batch in divisors else []
-        elif one.devices.flat[0].platform == "cpu":
-            groups = [1]
-        else:  # past that many weights one chain alone keeps an accelerator busy
-            groups = [k for k in divisors if k == 1 or k * num_free <= _TOGETHER]
-        yield from ((one, group) for group in groups)
+        for group in _divisors(num_chains // one.shape["chain"]):
+            # Past that many weights one chain alone keeps an accelerator busy.
+            good = group == 1 or (not on_cpu and group * num_free <= _TOGETHER)
+            if group == chain_batch or (chain_batch is None and good):
+                yield one, group
+
+
+def _divisors(count: int) -> list[int]:
+    """From the largest, ``count`` itself, down to 1."""
+    return [k for k in range(count, 0, -1) if count % k == 0]
 
 
 def weighs(posterior: LocalPosterior, num_chains: int) -> bool:
@@ -131,12 +142,12 @@ def weighs(posterior: LocalPosterior, num_chains: int) -> bool:
     return 4 * (posterior.num_free * (8 * devices + 2 * num_chains) + whole * devices) > _MUCH
 
 
-def need_of(engine: Engine, looks: Sequence[int], *, saves: bool) -> Need:
+def need_of(engine: Engine, looks: Sequence[int], *, saves: bool, control: bool = False) -> Need:
     """What a run of this engine takes.
 
     Args:
         looks: temporary bytes of the programs of its probes, see ``Probe.temporaries``.
-        saves: whether checkpoints are written.
+        saves: whether checkpoints are written. control: whether control variates are asked for.
     """
     plan, mesh = engine.plan, engine.mesh
     local = plan.num_chains // mesh.shape["chain"]
@@ -144,19 +155,29 @@ def need_of(engine: Engine, looks: Sequence[int], *, saves: bool) -> Need:
     on_cpu = here[0].platform == "cpu"
     many = len(here) if on_cpu else 1
     step = _beside_arguments(engine.lower().compile().memory_analysis())
-    leaves = jax.tree.leaves(engine.described()[0])
-    state = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    state, _, batches = map(_on_device, engine.described())
     position = sum(x.addressable_data(0).nbytes for x in engine.center)
     look = (position + max(looks)) * (1 if engine.alone_is_one else many) if looks else 0
     heap = _HEAP * many if on_cpu and looks else 0
+    more = 0 if plan.control_variate or engine.sampler.family == "exact" else 2 * position  # two gradients
+    step, spare = (step + more, 0) if control else (step, many * more)
     if engine.sampler.metric:  # scales and bases on each device; while they are measured, one product in float64
         step, look = step + 3 * position, look + (3 * many + 3.5) * position
     chains = many * state
+    peak, now, free = _taken_and_free(here)
     return Need(
-        "this process" if on_cpu else "each device", *_taken_and_free(here), state / local, chains, many * step + heap,
-        look + heap, chains if saves else 0.0, plan.num_chains, plan.chain_batch * mesh.shape["chain"],
-        mesh.devices.size,
+        where="this process" if on_cpu else "each device", peak=peak, now=now, free=free,
+        chain=state / local, chains=chains, save=chains if saves else 0.0,
+        batches=(3 if on_cpu else 2) * many * batches,  # on a CPU the next ones are also held as they were read
+        step=many * step + heap, look=look + heap, control=spare,
+        num_chains=plan.num_chains, at_once=plan.chain_batch * mesh.shape["chain"], devices=mesh.devices.size,
     )  # fmt: skip
+
+
+def _on_device(described: Any) -> int:
+    """Bytes of shapes on a mesh that one device holds."""
+    leaves = jax.tree.leaves(described)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 def _beside_arguments(analysis: Any) -> int:
@@ -171,12 +192,7 @@ def _taken_and_free(devices: list) -> tuple[float, float, float]:
     if devices[0].platform == "cpu":
         return peak_of_process(), used_of_process(), free_of_process()
     peak, now = (max(_stat(d, name, 0.0) for d in devices) for name in ("peak_bytes_in_use", "bytes_in_use"))
-    return peak, now, min(_stat(d, "bytes_limit", math.inf) - _stat(d, "bytes_in_use", 0.0) for d in devices)
-
-
-def all_fit(need: Need, engine: Engine) -> bool:
-    """The same on every process."""
-    return all(gathered(need.fits, engine.mesh))
+    return peak, now, free_of_accelerator(devices)
 
 
 def check_room(size: float, what: str) -> None:
@@ -237,6 +253,9 @@ def _cached(limit: Path) -> float:
     return float(found.get("total_inactive_file", found.get("inactive_file", 0)))
 
 
-def free_of_accelerator() -> float:
-    """Bytes of this process's smallest device; infinite on a CPU, or where the device does not tell."""
-    return min(_stat(device, "bytes_limit", math.inf) for device in jax.local_devices())
+def free_of_accelerator(devices: list | None = None) -> float:
+    """Bytes that can be had of each of these devices, default all of this process; infinite where they do not tell."""
+    return min(
+        _stat(device, "bytes_limit", math.inf) - _stat(device, "bytes_in_use", 0.0)
+        for device in devices or jax.local_devices()
+    )

@@ -14,6 +14,7 @@ import numpy as np
 
 from slt_jax.corrections import Bias, bias_of, thermometer
 from slt_jax.diagnostics import Evidence, Health, assess, degree_of, ess_and_rhat, slopes, standard_error
+from slt_jax.reading import READINGS, Reading, estimate_text
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -23,53 +24,6 @@ _TRACES = (
     "loss_trace", "baseline_trace", "gap_var", "drift_sq", "virial", "distance_sq", "kinetic", "acceptance",
     "pull",
 )  # fmt: skip
-
-
-_READINGS = ("loss_trace", "baseline_trace", "gap_var")
-
-
-@dataclass(frozen=True)
-class Reading:
-    """The loss of a further data set at the draws of a run. Axes are (chain, draw), of the chains that stayed finite.
-
-    ``llc`` is nbeta (E[L'(w)] - L'(w*)), w from the posterior of the run's own data, as is: what step size and
-    minibatch noise add to it is not known, so it compares with ``llc_raw``.
-    """
-
-    loss_trace: np.ndarray
-    baseline_trace: np.ndarray
-    gap_var: np.ndarray
-    nbeta: float
-
-    @functools.cached_property
-    def llc_draws(self) -> np.ndarray:
-        """nbeta (L'_m(w_t) - L'_m(w*)), float64."""
-        return self.nbeta * (self.loss_trace.astype(np.float64) - self.baseline_trace.astype(np.float64))
-
-    @property
-    def llc(self) -> float:
-        return float(self.llc_draws.mean()) if self.llc_draws.size else math.nan
-
-    @functools.cached_property
-    def _ess_and_rhat(self) -> tuple[float, float]:
-        return ess_and_rhat(self.llc_draws) if self.llc_draws.size else (math.nan, math.nan)
-
-    @property
-    def ess(self) -> float:
-        return self._ess_and_rhat[0]
-
-    @property
-    def rhat(self) -> float:
-        return self._ess_and_rhat[1]
-
-    @property
-    def llc_stderr(self) -> float:
-        return standard_error(self.llc_draws, self.ess) if self.llc_draws.size else math.nan
-
-    @property
-    def init_loss(self) -> float:
-        """Mean of the loss at w*."""
-        return float(self.baseline_trace.mean(dtype=np.float64)) if self.baseline_trace.size else math.nan
 
 
 @dataclass(frozen=True)
@@ -212,9 +166,7 @@ class LLCResult:
 
     def estimate_text(self, sign: str) -> str:
         """Estimate and error bar in words."""
-        if math.isnan(self.llc):
-            return "unknown"
-        return f"{self.llc:.4g} " + ("without an error bar" if math.isnan(e := self.llc_stderr) else f"{sign} {e:.2g}")
+        return estimate_text(self.llc, self.llc_stderr, sign)
 
     def __str__(self) -> str:
         s, h = self.settings, self.health
@@ -235,10 +187,9 @@ class LLCResult:
         if lines := s.get("calibration", {}).get("lines"):
             text += f"\nChosen: {'; '.join(lines)}."
         for name, other in self.also.items():
-            text += (
-                f"\nOn '{name}': {other.llc:.4g} +/- {other.llc_stderr:.2g} (R-hat {other.rhat:.3f}), with loss "
-                f"{other.init_loss:.5g} at w*; compare with the raw estimate."
-            )
+            found = estimate_text(other.llc, other.llc_stderr, "+/-")
+            text += f"\nOn '{name}': {found} (R-hat {other.rhat:.3f}), with loss {other.init_loss:.5g} at w*; "
+            text += "compare with the raw estimate."
         text += _cost_line(s.get("cost", {}), s.get("memory", {}).get("total_mib"))
         if self.stopped:
             where = ", ".join(f"chain {c} at step {t}" for c, t in sorted(self.stopped.items())[:8])
@@ -281,15 +232,13 @@ class LLCResult:
         }  # fmt: skip
         plain = {k: (v if math.isfinite(v) else None) for k, v in numbers.items()}
         stopped = {str(k): v for k, v in self.stopped.items()}
-        readings = ("llc", "llc_stderr", "rhat", "ess", "init_loss")
-        also = {name: {key: getattr(other, key) for key in readings} for name, other in self.also.items()}
         return {
             **plain,
             "verdict": h.verdict,
             "reason": h.reason,
             "flags": list(h.flags),
             "stopped": stopped,
-            "also": {name: {k: v if math.isfinite(v) else None for k, v in row.items()} for name, row in also.items()},
+            "also": {name: other.to_dict() for name, other in self.also.items()},
             "settings": self.settings,
         }
 
@@ -306,7 +255,7 @@ class LLCResult:
         if names := list(self.also_traces):
             each = np.moveaxis(np.stack([self.also_traces[name] for name in names]), -1, 0)
             dims = ("data_set", "chain", "draw")
-            also = {name: (dims, value) for name, value in zip(_READINGS, each, strict=True)}
+            also = {name: (dims, value) for name, value in zip(READINGS, each, strict=True)}
             groups["/also_sample_stats"] = xr.Dataset(also, {"data_set": np.array(names, dtype=object)})
         tree = xr.DataTree.from_dict(groups)
         tree.attrs = {
@@ -383,7 +332,7 @@ def load_result(path: str | os.PathLike) -> LLCResult:
         also = {}
         if "also_sample_stats" in tree:
             group = tree["also_sample_stats"]
-            each = np.stack([group[name].values for name in _READINGS], axis=-1)
+            each = np.stack([group[name].values for name in READINGS], axis=-1)
             also = {str(name): each[i] for i, name in enumerate(group["data_set"].values)}
         # zarr fills a missing chunk without a word
         if _digest([*traces, warm, *also.values()]) != tree.attrs["sha256"]:

@@ -6,11 +6,12 @@ A directory that fails costs the durability of a run, not the run.
 import contextlib
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
 
+from slt_jax.batches import ArrayData
 from slt_jax.checkpoint import RunStore
 from slt_jax.chunk import Trace
 from slt_jax.engine import Engine, Run
@@ -47,6 +48,12 @@ def full_loss_at_center(engine: Engine) -> float:
     loss = engine.full_loss()
     _check_finite(engine, loss, "over the whole data set")
     return loss
+
+
+def check_also(engine: Engine, others: Mapping[str, ArrayData]) -> None:
+    """Raise FloatingPointError unless the loss at w* is finite on the first examples of each further data set."""
+    for name, data in others.items():
+        _check_finite(engine, engine.first_loss(data), f"on the first examples of '{name}'")
 
 
 def _check_finite(engine: Engine, loss: float, where: str) -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-from slt_jax.batches import HostData
 from slt_jax.mesh import chain_mesh
+from tests.sources import Rows
 
 DIMENSION, NBETA, GAMMA = 50, 40.0, 2.0
 KEYS = jax.random.split(jax.random.key(5), 3)
@@ -20,17 +20,6 @@ def loss_fn(w, rows):
     """Curvature x around w = 0 for the run's own rows; for rows above 1.5, around AWAY."""
     shift = jnp.where(rows > 1.75, 1.0, 0.0)[:, None] * AWAY
     return 0.5 * rows * jnp.sum((w - shift) ** 2, axis=-1)
-
-
-class Rows(HostData):
-    def __init__(self, rows):
-        self.rows, self.num_data = np.asarray(rows), len(rows)
-
-    def fetch(self, indices):
-        return self.rows[indices]
-
-    def fingerprint(self):
-        return "rows"
 
 
 def estimate(**changed):
@@ -121,3 +110,8 @@ def test_a_file_too_large_to_hold_is_refused(monkeypatch):
     monkeypatch.setattr("slt_jax.batches._HELD", 100)
     with pytest.raises(ValueError, match=r"'big' would take .* 25 examples at most"):
         estimate(also={"big": Rows(OTHER)})
+
+
+def test_a_loss_that_is_not_finite_at_the_center_is_named():
+    with pytest.raises(FloatingPointError, match=r"the loss at w\* is nan on the first examples of 'other'"):
+        estimate(also={"own": OWN, "other": OTHER.at[3].set(jnp.nan)})

@@ -9,10 +9,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import slt_jax as slt
-from slt_jax.batches import HostData, as_source, draw_indices
+from slt_jax.batches import as_source, draw_indices
 from slt_jax.engine import Engine, Schedule
 from slt_jax.mesh import chain_mesh
 from slt_jax.samplers.base import Info, Sampler
+from tests.sources import Rows
 
 NAMES = ("loss_trace", "baseline_trace", "drift_sq", "virial", "warmup_loss")
 COLLECTIVE = re.compile(r"\b(all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)\b")
@@ -36,19 +37,6 @@ def assert_same(a, b, exact=True):
             np.testing.assert_array_equal(x, y, err_msg=name)
         else:
             np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6, err_msg=name)
-
-
-class Rows(HostData):
-    """The same rows, read by the host."""
-
-    def __init__(self, rows):
-        self.rows, self.num_data = np.asarray(rows), len(rows)
-
-    def fetch(self, indices):
-        return self.rows[indices]
-
-    def fingerprint(self):
-        return "rows"
 
 
 @pytest.mark.parametrize("source", [lambda x: x, Rows], ids=["memory", "host"])

@@ -21,6 +21,7 @@ from slt_jax.mesh import chain_mesh
 from slt_jax.models import Decoder, DecoderConfig
 from slt_jax.models.hub import save_decoder
 from slt_jax.progress import span
+from tests.sources import Rows
 
 WIDTH = 512
 MIB = 2**20
@@ -74,6 +75,25 @@ def test_a_look_takes_a_position_beside_its_program():
     assert found.more == found.chains + found.look  # more than a step
 
 
+def test_the_batches_of_data_on_disk_are_counted():
+    """Three times: those in use, the next ones, and these as they were read."""
+    plan = Schedule(4, 6, 0, 1, 8, 1, "paired", 1, 512)
+    mesh = chain_mesh(4, jax.devices()[:2])
+    engine = Engine(posterior(), Rows(DATA), slt.sgld(1e-6), plan, jax.random.key(0), mesh)
+    assert need_of(engine, [], saves=False).batches == 3 * 4 * 6 * 8 * WIDTH * 4
+    assert need(slt.sgld(1e-6)).batches == 0
+
+
+def test_control_variates_are_not_taken_up_where_they_do_not_fit(monkeypatch):
+    two = 2 * WIDTH * WIDTH * 4
+    free = need(slt.sgld(1e-6))
+    assert free.control == two
+    asked = dataclasses.replace(free, free=1.05 * free.more + two / 2)
+    assert asked.fits
+    assert not asked.fits_with_control
+    assert dataclasses.replace(free, free=1.06 * (free.more + two)).fits_with_control
+
+
 def test_a_run_tells_what_it_will_take(capfd, monkeypatch):
     assert estimate(progress=True).settings["memory"] == {}  # too small to ask
     monkeypatch.setattr(memory, "_MUCH", 0)
@@ -103,7 +123,10 @@ def test_what_does_not_fit_is_refused_before_it_begins(monkeypatch):
 
 
 def test_fewer_chains_that_fit_are_named():
-    some = Need("each device", 0.0, 5.0 * MIB, 12.0 * MIB, 2.0 * MIB, 16.0 * MIB, 3.0 * MIB, 1.0 * MIB, 0.0, 8, 1, 1)
+    some = Need(
+        where="each device", peak=0.0, now=5.0 * MIB, free=12.0 * MIB, chain=2.0 * MIB, chains=16.0 * MIB,
+        batches=0.0, step=3.0 * MIB, look=1.0 * MIB, save=0.0, control=0.0, num_chains=8, at_once=1, devices=1,
+    )  # fmt: skip
     assert not some.fits
     assert "Take at most 4 chains, more" in some.refusal()
     assert dataclasses.replace(some, num_chains=4, chains=8.0 * MIB).fits
