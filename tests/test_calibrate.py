@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
+from slt_jax import memory
 from slt_jax.corrections import heating
 
 RNG = np.random.default_rng(0)
@@ -123,6 +124,12 @@ def test_control_variates_are_chosen_where_they_pay():
     assert abs(noisy.llc - 4) < 4 * noisy.llc_stderr
     plain = estimate(noise=1.0, control_variate=False, sampler=slt.sgld())
     assert not plain.settings["control_variate"]
+
+
+def test_control_variates_are_left_where_memory_is_short(monkeypatch):
+    monkeypatch.setattr(memory, "_MUCH", 0)
+    monkeypatch.setattr(memory.Need, "fits_with_control", False)
+    assert not estimate(noise=1.0).settings["control_variate"]
 
 
 def test_control_variates_remove_the_noise_at_the_center():

@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,22 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record["summary"], indent=1))
+    print(*table(record), sep="\n")
+
+
+def table(record: dict[str, Any]) -> Iterator[str]:
+    """Lines of Markdown: steps/s, and how many times a peer's ours is."""
+    sums = record["summary"]
+    works = {
+        "deep_linear": "deep linear, 3 layers of 50 x 50, batch 500", "gpt": "GPT, 2.8M weights, batch 8 x 128 tokens",
+    }  # fmt: skip
+    peers = list(sums["deep_linear"]["peers_steps_per_s"])
+    yield f"| steps/s | slt-jax | {' | '.join(peers)} |"
+    yield "|---" * (2 + len(peers)) + "|"
+    for work, label in works.items():
+        speeds, times = sums[work]["peers_steps_per_s"], sums[work]["times_faster"]
+        cells = (f"{speeds[p]:,.4g} (ours is {times[p]:.2f}x)" if p in speeds else "" for p in peers)
+        yield f"| {label} | **{sums[work]['steps_per_s']:,.4g}** | {' | '.join(cells)} |"
 
 
 def summary(record: dict[str, Any]) -> dict[str, Any]:
