@@ -1,45 +1,15 @@
 """What a careless user may pass: each is refused by name, with its value and what to do instead."""
 
 import functools
-import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import Mesh
 
 import slt_jax as slt
-from slt_jax.engine import _chunk_indices
-from slt_jax.models import Decoder, DecoderConfig
-
-DATA = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
-PLAN = {"num_chains": 4, "num_draws": 4, "num_warmup": 2, "batch_size": 8}
-
-
-def square(w, x):
-    return 0.5 * (x @ w) ** 2
-
-
-def posterior(loss_fn=square, center=None, num_data=40, **more):
-    more = {"localization": 1.0, **more}
-    return slt.LocalPosterior(loss_fn, jnp.zeros(3) if center is None else center, num_data, **more)
-
-
-def estimate(target=None, data=DATA, **more):
-    given = {"sampler": slt.sgld(1e-4), **PLAN, **more}
-    return slt.estimate_llc(posterior() if target is None else target, data, **given)
-
-
-def refuses(kind, call, *words):
-    """``call`` raises exactly ``kind`` with every word in its text."""
-    with pytest.raises(kind) as error:
-        call()
-    assert error.type is kind
-    for word in words:
-        assert str(word) in str(error.value), f"{word!r} is not in: {error.value}"
-
+from tests.small import DATA, PLAN, estimate, posterior, refuses, square
 
 # Numbers
 
@@ -348,115 +318,3 @@ def test_a_baseline_that_is_not_finite_stops_its_chain():
     assert np.isfinite(result.llc)
     for chain, step in result.stopped.items():
         assert np.flatnonzero(~np.isfinite(result.baseline_trace[chain]))[0] == step
-
-
-# Token ids past the vocabulary
-
-VOCABULARY = 11
-TOKEN_PLAN = {"num_chains": 4, "num_draws": 30, "num_warmup": 5, "batch_size": 2, "key": 6}  # one: it compiles once
-
-
-@functools.cache
-def decoder():
-    return Decoder(DecoderConfig(VOCABULARY, 6, 8, 1, 2), rngs=nnx.Rngs(0))
-
-
-def tokens_with(bad, rows=slice(None)):
-    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (64, 6)).astype(np.int32)
-    tokens[rows, -1] = bad
-    return tokens
-
-
-TOKEN_LOSSES = {"next_token_loss": slt.next_token_loss, "Decoder.losses": lambda model, tokens: model.losses(tokens)}
-
-
-@functools.cache
-def token_posterior(loss):
-    params, loss_fn = slt.from_nnx(decoder(), TOKEN_LOSSES[loss])
-    return slt.LocalPosterior(loss_fn, params, 64)
-
-
-@pytest.mark.parametrize("bad", [VOCABULARY, 10**6, -1])
-@pytest.mark.parametrize("loss", TOKEN_LOSSES)
-def test_token_ids_past_the_vocabulary(loss, bad):
-    """Kills: a gather that clips to the last row, and estimates the LLC of other data."""
-    words = ("the loss at w* is nan", "are all token ids inside the model's vocabulary?")
-    refuses(FloatingPointError, lambda: estimate(token_posterior(loss), tokens_with(bad), **TOKEN_PLAN), *words)
-    last = estimate(token_posterior(loss), tokens_with(VOCABULARY - 1), **TOKEN_PLAN)
-    assert np.isfinite(last.loss_trace).all()
-
-
-@pytest.mark.parametrize("loss", TOKEN_LOSSES)
-def test_a_token_id_past_the_vocabulary_in_a_later_batch_stops_the_chain(loss):
-    """The step at which row 40 is first drawn, from the index stream. Kills: an estimate without that row."""
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(6), jnp.arange(4))
-    drawn = (np.asarray(_chunk_indices(keys, 0, 35, 64, 2)) == 40).any(-1)
-    expected = {chain: int(np.argmax(hit)) for chain, hit in enumerate(drawn) if hit.any()}
-    assert expected
-    assert min(expected.values()) > 0
-    result = estimate(token_posterior(loss), tokens_with(VOCABULARY, 40), **TOKEN_PLAN)
-    assert result.stopped == expected
-    assert result.verdict == "diverged"
-    chain, step = next(iter(expected.items()))
-    assert f"chain {chain} at step {step}" in str(result)
-    assert np.isfinite(result.llc) == (len(expected) < 4)
-
-
-def test_token_file_with_a_vocabulary(tmp_path):
-    np.save(tmp_path / "t.npy", tokens_with(VOCABULARY, 40).reshape(-1))
-    words = (f"token id {VOCABULARY} at position {40 * 6 + 5}", "t.npy", "vocabulary of 11", "right tokenizer")
-    refuses(ValueError, lambda: slt.token_file(tmp_path / "t.npy", 6, vocab_size=VOCABULARY), *words)
-
-
-def test_tokens_of_a_wrong_kind():
-    target = token_posterior("next_token_loss")
-    for bad in (tokens_with(0).astype(np.float32), tokens_with(0)[:, 0], tokens_with(0)[:, :1]):
-        refuses(ValueError, lambda bad=bad: estimate(target, bad), "tokens must be whole numbers of shape (m, T)")
-
-
-# Results on disk
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    result = estimate()
-    return result, result.save(tmp_path_factory.mktemp("saved") / "result")
-
-
-def test_paths_that_cannot_be_saved_to(saved, tmp_path):
-    result, path = saved
-    refuses(FileExistsError, lambda: result.save(path), path, "overwrite=True", "another path")
-    np.testing.assert_array_equal(slt.load_result(path).loss_trace, result.loss_trace)
-    (tmp_path / "file").write_text("precious")
-    refuses(FileExistsError, lambda: result.save(tmp_path / "file"), tmp_path / "file", "overwrite=True")
-    words = (f"could not write {tmp_path / 'file' / 'result'}", "still in memory: save it elsewhere")
-    refuses(OSError, lambda: result.save(tmp_path / "file" / "result"), *words)
-    refuses(OSError, lambda: result.save("/proc/slt-jax/result"), "could not write /proc/slt-jax/result", "elsewhere")
-    assert (tmp_path / "file").read_text() == "precious"
-
-
-def test_paths_that_hold_no_result(saved, tmp_path):
-    refuses(FileNotFoundError, lambda: slt.load_result(tmp_path / "no"), "no result at", tmp_path / "no")
-    (tmp_path / "file").write_text("not a result")
-    (tmp_path / "folder").mkdir()
-    for path in (tmp_path / "file", tmp_path / "folder"):
-        refuses(ValueError, lambda path=path: slt.load_result(path), path, "not a result written by slt-jax")
-
-
-def test_every_truncated_file_of_a_result_is_refused(saved, tmp_path):
-    _, path = saved
-    files = sorted(p.relative_to(path) for p in path.rglob("*") if p.is_file())
-    assert len(files) >= 10
-    for number, file in enumerate(files):
-        copy = shutil.copytree(path, tmp_path / str(number))
-        (copy / file).write_bytes((copy / file).read_bytes()[: (copy / file).stat().st_size // 2])
-        refuses(
-            ValueError, lambda copy=copy: slt.load_result(copy), copy, "not a result written by slt-jax, or it is trunc"
-        )
-
-
-def test_a_result_with_a_missing_chunk_is_refused(saved, tmp_path):
-    """What a save killed halfway leaves. Kills: a trace filled with zeros."""
-    copy = shutil.copytree(saved[1], tmp_path / "copy")
-    (copy / "sample_stats" / "loss_trace" / "c" / "0" / "0").unlink()
-    refuses(ValueError, lambda: slt.load_result(copy), copy, "not a result written by slt-jax, or it is trunc")

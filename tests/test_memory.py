@@ -145,6 +145,7 @@ def test_a_cpu_takes_fewer_devices_where_all_do_not_fit(monkeypatch):
     np.testing.assert_allclose(fewer.loss_trace, whole.loss_trace, rtol=1e-5)
 
 
+@pytest.mark.quick
 def test_layouts_keep_to_what_was_given():
     mesh = chain_mesh(4, jax.devices()[:2])
     assert list(layouts(4, mesh, 2, 10)) == [(mesh, 2)]

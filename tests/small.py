@@ -1,0 +1,33 @@
+"""A small run that takes any argument, and what a refusal must say, for the tests of bad input."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import slt_jax as slt
+
+DATA = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
+PLAN = {"num_chains": 4, "num_draws": 4, "num_warmup": 2, "batch_size": 8}
+
+
+def square(w, x):
+    return 0.5 * (x @ w) ** 2
+
+
+def posterior(loss_fn=square, center=None, num_data=40, **more):
+    more = {"localization": 1.0, **more}
+    return slt.LocalPosterior(loss_fn, jnp.zeros(3) if center is None else center, num_data, **more)
+
+
+def estimate(target=None, data=DATA, **more):
+    given = {"sampler": slt.sgld(1e-4), **PLAN, **more}
+    return slt.estimate_llc(posterior() if target is None else target, data, **given)
+
+
+def refuses(kind, call, *words):
+    """``call`` raises exactly ``kind`` with every word in its text."""
+    with pytest.raises(kind) as error:
+        call()
+    assert error.type is kind
+    for word in words:
+        assert str(word) in str(error.value), f"{word!r} is not in: {error.value}"
