@@ -80,7 +80,9 @@ def test_the_batches_of_data_on_disk_are_counted():
     plan = Schedule(4, 6, 0, 1, 8, 1, "paired", 1, 512)
     mesh = chain_mesh(4, jax.devices()[:2])
     engine = Engine(posterior(), Rows(DATA), slt.sgld(1e-6), plan, jax.random.key(0), mesh)
-    assert need_of(engine, [], saves=False).batches == 3 * 4 * 6 * 8 * WIDTH * 4
+    found = need_of(engine, [], saves=False)
+    assert found.batches == 3 * 4 * 6 * 8 * WIDTH * 4
+    assert found.more == found.chains + found.batches + found.step
     assert need(slt.sgld(1e-6)).batches == 0
 
 
