@@ -4,9 +4,11 @@ from slt_jax.adapters import from_linen, from_nnx, next_token_loss
 from slt_jax.batches import hf_dataset, token_file
 from slt_jax.crosschecks import CrossCheck, two_temperature_estimator, variance_estimator
 from slt_jax.estimate import estimate_llc
+from slt_jax.grid import Sweep, load_sweep
 from slt_jax.posterior import LocalPosterior
 from slt_jax.results import LLCResult, load_result
 from slt_jax.samplers import Sampler, hmc, mala, mclmc, nuts, preconditioned_sgld, sghmc, sgld, sgnht, underdamped
+from slt_jax.sweep import sweep
 
 __version__ = "0.1.0"
 __all__ = [
@@ -14,12 +16,14 @@ __all__ = [
     "LLCResult",
     "LocalPosterior",
     "Sampler",
+    "Sweep",
     "estimate_llc",
     "from_linen",
     "from_nnx",
     "hf_dataset",
     "hmc",
     "load_result",
+    "load_sweep",
     "mala",
     "mclmc",
     "next_token_loss",
@@ -28,6 +32,7 @@ __all__ = [
     "sghmc",
     "sgld",
     "sgnht",
+    "sweep",
     "token_file",
     "two_temperature_estimator",
     "underdamped",

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from slt_jax.batches import draw_indices
 from slt_jax.posterior import LossProgram
-from slt_jax.samplers.base import Hyper
+from slt_jax.samplers.base import Hyper, Metric
 
 PyTree = Any
 BATCH, _NOISE, _ALSO = 0, 1, 2  # what a step's key is folded with; from _ALSO on, one for each further data set
@@ -74,6 +74,19 @@ class Window(NamedTuple):
     num_warmup: jax.Array
     thinning: jax.Array
     hot: jax.Array
+
+
+class Row(NamedTuple):
+    """What differs from chain to chain, ``(num_chains,)`` each; the names are those of ``Hyper``.
+
+    ``number``: of the chain in its own estimate, of which the odd ones may start hot.
+    """
+
+    number: Any
+    nbeta: Any
+    localization: Any
+    step_size: Any
+    friction: Any
 
 
 def gather(arrays: PyTree, indices: jax.Array) -> PyTree:
@@ -140,21 +153,20 @@ def _read_also(static: Static, frozen: PyTree, also: tuple, key: jax.Array, posi
     return jnp.stack(rows)
 
 
-def _at_step(window: Window, step: jax.Array, chain: jax.Array, hyper: Hyper) -> Hyper:
+def _at_step(window: Window, step: jax.Array, row: Row, metric: Metric) -> Hyper:
     """The step's own numbers: statistics adapt, and the odd chains cool, over the first half of the warm-up.
 
     A chain hotter by F moves with a step longer by its root: right for a quartic, on the safe side for a quadratic.
     """
     cooling = jnp.maximum(1, window.num_warmup // 2)
-    heat = jnp.where(chain % 2 == 1, window.hot ** jnp.maximum(0.0, 1.0 - step / cooling), 1.0)
-    return hyper._replace(
-        nbeta=hyper.nbeta / heat, step_size=hyper.step_size * jnp.sqrt(heat), adapt=step < window.num_warmup // 2
-    )
+    heat = jnp.where(row.number % 2 == 1, window.hot ** jnp.maximum(0.0, 1.0 - step / cooling), 1.0)
+    step_size, adapt = row.step_size * jnp.sqrt(heat), step < window.num_warmup // 2
+    return Hyper(row.nbeta / heat, row.localization, step_size, row.friction, adapt, metric)
 
 
-def _one_chain(static: Static, shared: tuple, window: Window, state, key, chain, alive, batches):
+def _one_chain(static: Static, shared: tuple, window: Window, state, key, row, alive, batches):
     """All steps of the chunk for one chain; stops when the chain (with vmap: its whole group) is no longer finite."""
-    center, frozen, arrays, hyper, center_grad, also = shared
+    center, frozen, arrays, metric, center_grad, also = shared
 
     def go_on(carry):
         i, _, still, _ = carry
@@ -180,7 +192,7 @@ def _one_chain(static: Static, shared: tuple, window: Window, state, key, chain,
                 losses, grad = plain(position)
                 return losses, jax.tree.map(lambda g, n, full: g - n + full, grad, noise, center_grad)
 
-        mine, before = _at_step(window, step, chain, hyper), state.position
+        mine, before = _at_step(window, step, row, metric), state.position
         state, info = static.sampler_step(jax.random.fold_in(step_key, _NOISE), state, at, center, mine)
         kept = (step >= window.num_warmup) & ((step - window.num_warmup) % window.thinning == window.thinning - 1)
         unknown = jnp.full(info.loss.shape, jnp.nan, info.loss.dtype)
@@ -202,16 +214,16 @@ def _one_chain(static: Static, shared: tuple, window: Window, state, key, chain,
                 lambda: _read_also(static, frozen, also, step_key, before, center),
                 lambda: jnp.full((len(also), 3), jnp.nan, jnp.float32),
             )
-        row = Trace(jnp.mean(info.loss), jnp.mean(baseline), jnp.where(kept, spread, jnp.nan), *info[1:], others)
-        trace = jax.tree.map(lambda t, x: t.at[i].set(jnp.where(still, x, jnp.nan).astype(t.dtype)), trace, row)
-        return i + 1, state, still & jnp.isfinite(row.loss) & jnp.isfinite(info.drift_sq), trace
+        now = Trace(jnp.mean(info.loss), jnp.mean(baseline), jnp.where(kept, spread, jnp.nan), *info[1:], others)
+        trace = jax.tree.map(lambda t, x: t.at[i].set(jnp.where(still, x, jnp.nan).astype(t.dtype)), trace, now)
+        return i + 1, state, still & jnp.isfinite(now.loss) & jnp.isfinite(info.drift_sq), trace
 
     empty = blank(jnp, (static.length,), len(also))
     _, state, alive, trace = jax.lax.while_loop(go_on, body, (jnp.int32(0), state, alive, empty))
     return state, alive, trace
 
 
-def _device_chunk(static: Static, state, alive, keys, chains, batches, shared, window):
+def _device_chunk(static: Static, state, alive, keys, rows, batches, shared, window):
     """One device's chains, ``group`` at a time; the stacked state is updated in place."""
     chain = functools.partial(_one_chain, static, shared, window)
     size = static.group
@@ -222,20 +234,20 @@ def _device_chunk(static: Static, state, alive, keys, chains, batches, shared, w
     num = keys.shape[0]
     trace = blank(jnp, (num, static.length), len(static.also_data))
     if num == size:
-        return run_group(state, keys, chains, alive, batches)
+        return run_group(state, keys, rows, alive, batches)
 
     def one_group(g, carry):
         def take(tree):
             return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, g * size, size), tree)
 
-        moved = run_group(take(carry[0]), take(keys), take(chains), take(carry[1]), take(batches))
+        moved = run_group(take(carry[0]), take(keys), take(rows), take(carry[1]), take(batches))
         return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, g * size, 0), carry, moved)
 
     return jax.lax.fori_loop(0, num // size, one_group, (state, alive, trace))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1,))
-def run_chunk(static: Static, state, alive, keys, batches, shared, window):
+def run_chunk(static: Static, state, alive, keys, rows, batches, shared, window):
     """``window.count`` steps of every chain: (state, alive, trace, whose names are ``(num_chains, length)``)."""
     per, whole = PartitionSpec("chain"), PartitionSpec()
     mapped = jax.shard_map(
@@ -246,4 +258,4 @@ def run_chunk(static: Static, state, alive, keys, batches, shared, window):
         axis_names={"chain"},
         check_vma=False,
     )
-    return mapped(state, alive, keys, jnp.arange(keys.shape[0]), batches, shared, window)
+    return mapped(state, alive, keys, rows, batches, shared, window)

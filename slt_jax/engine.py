@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from slt_jax.batches import ArrayData, Prefetcher, Source, draw_indices
-from slt_jax.chunk import BATCH, Static, Trace, Window, blank, gather, loss_and_grad_on, run_chunk
+from slt_jax.chunk import BATCH, Row, Static, Trace, Window, blank, gather, loss_and_grad_on, run_chunk
 from slt_jax.mesh import chain_sharding, gathered, own_rows, place, place_rows, shared_sharding, to_host
 from slt_jax.posterior import LocalPosterior, LossProgram
 from slt_jax.samplers.base import Hyper, Metric, Position, Sampler
@@ -63,6 +63,13 @@ class Run:
 def _chain_keys(key, num, sharding):
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num))
     return jax.lax.with_sharding_constraint(keys, sharding)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _cell_keys(keys, num_each, sharding):
+    of_cell = jax.vmap(jax.random.fold_in, (None, 0))
+    found = jax.vmap(lambda key: of_cell(key, jnp.arange(num_each)))(keys)
+    return jax.lax.with_sharding_constraint(found.reshape(-1), sharding)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -117,7 +124,7 @@ class Engine:
         posterior, source, sampler, mesh = self.posterior, self.source, self.sampler, self.mesh
         self.plan, self.hot = plan, plan.hot
         self.keys = self._keys(self.key)
-        self.hyper = self.hyper_of(step_size, friction)
+        self.rows = self.rows_of(step_size, friction)
         self.center_grad: Position = ()
         self.static = Static(
             posterior.program,
@@ -152,12 +159,11 @@ class Engine:
     def localize(self, localization: float) -> None:
         """Give a posterior without a localization this one."""
         self.posterior = dataclasses.replace(self.posterior, localization=localization)
-        self.hyper = self.hyper._replace(localization=jnp.float32(localization))
+        self.rows = self.rows._replace(localization=self._each(localization))
 
     def measure_in(self, metric: Metric) -> None:
         """Let samplers that take a metric move in its coordinates from now on."""
         self.metric = self.put(metric)
-        self.hyper = self.hyper._replace(metric=self.metric)
 
     def alone(self, tree: PyTree) -> PyTree:
         """``tree``, held once for all chains, as the first device has it: what is done once need not be done on each.
@@ -187,9 +193,9 @@ class Engine:
 
     def pilot(self, run: Run, steps: int, step_size: float, friction: float, tag: int) -> None:
         """Move ``run`` by ``steps`` steps with numbers and noise of its own; no chain is hot."""
-        keys, hyper, hot = self.keys, self.hyper, self.hot
+        keys, rows, hot = self.keys, self.rows, self.hot
         self.keys, self.hot = self._keys(jax.random.fold_in(self.key, tag)), 1.0
-        self.hyper = self.hyper_of(step_size, friction)
+        self.rows = self.rows_of(step_size, friction)
         try:
             end = min(run.step + steps, self.plan.total_steps)
             while run.step < end:
@@ -200,18 +206,28 @@ class Engine:
                         batches = self._on_chains(ahead.result())
                 self.advance(run, min(self.static.length, end - run.step), batches)
         finally:
-            self.keys, self.hyper, self.hot = keys, hyper, hot
+            self.keys, self.rows, self.hot = keys, rows, hot
 
-    def hyper_of(self, step_size: float, friction: float = 0.1) -> Hyper:
-        """The posterior's numbers and the step's, as arrays."""
+    def rows_of(self, step_size: float, friction: float = 0.1) -> Row:
+        """The posterior's numbers and the step's, the same for every chain."""
         posterior = self.posterior
-        numbers = (
-            posterior.nbeta,
-            1.0 if posterior.localization is None else posterior.localization,
-            step_size,
-            friction,
-        )
-        return Hyper(*(jnp.float32(x) for x in numbers), jnp.bool_(False), self.metric)
+        gamma = 1.0 if posterior.localization is None else posterior.localization
+        numbers = (self._each(x) for x in (posterior.nbeta, gamma, step_size, friction))
+        return Row(place(np.arange(self.plan.num_chains, dtype=np.int32), self.per_chain), *numbers)
+
+    def _each(self, values: Any) -> jax.Array:
+        """One number for each chain, or one for all."""
+        return place(np.full(self.plan.num_chains, values, np.float32), self.per_chain)
+
+    def share_out(self, keys: jax.Array, num_each: int, **numbers: np.ndarray) -> None:
+        """Give the chains to cells, ``num_each`` to one: to each cell a key, and its own of the numbers of ``Row``.
+
+        A chain then moves as in an estimate of its cell alone, with that key.
+        """
+        each = np.tile(np.arange(num_each, dtype=np.int32), len(keys))
+        self.keys = _cell_keys(self.put(keys), num_each, self.per_chain)
+        found = {name: self._each(np.repeat(np.asarray(x, np.float32), num_each)) for name, x in numbers.items()}
+        self.rows = self.rows._replace(number=place(each, self.per_chain), **found)
 
     def _length(self) -> int:
         """Most steps in one chunk: bounded for host data by the memory of the batches."""
@@ -225,15 +241,17 @@ class Engine:
         """Every chain at the center."""
         num, shape = self.plan.num_chains, (self.plan.num_chains, self.plan.total_steps)
         if self.static.whole:
-            first = jax.jit(self._first_exact)(self.center, self.frozen, self.arrays, self.hyper)
+            laid = jax.tree.map(lambda x: x.sharding, self.described()[0])
+            init = jax.jit(jax.vmap(self._first_exact, (None, None, None, 0)), out_shardings=laid)
+            state = init(self.center, self.frozen, self.arrays, self.rows)
         else:
             first = self.sampler.init(self.center)
-        shardings = tuple(chain_sharding(self.mesh, x) for x in jax.tree.leaves(first))
-        state = _spread(num, shardings, first)
+            state = _spread(num, tuple(chain_sharding(self.mesh, x) for x in jax.tree.leaves(first)), first)
         alive = place(np.ones(num, bool), self.per_chain)
         return Run(state, alive, blank(np, shape, len(self.also)))
 
-    def _first_exact(self, center: Position, frozen: PyTree, arrays: PyTree, hyper: Hyper) -> PyTree:
+    def _first_exact(self, center: Position, frozen: PyTree, arrays: PyTree, row: Row) -> PyTree:
+        hyper = Hyper(row.nbeta, row.localization, row.step_size, row.friction)
         return self.sampler.init(center, loss_and_grad_on(self.static, frozen, arrays), hyper)
 
     def full_loss(self) -> float:
@@ -272,13 +290,15 @@ class Engine:
         state, alive, batches = self.described()
         if run is not None:
             state, alive = run.state, run.alive
-        return run_chunk.lower(self.static, state, alive, self.keys, batches, self._shared(), self._window(0, 1))
+        given = (state, alive, self.keys, self.rows, batches)
+        return run_chunk.lower(self.static, *given, self._shared(), self._window(0, 1))
 
     def described(self) -> tuple[PyTree, jax.ShapeDtypeStruct, PyTree]:
         """A run's state, its chains' marks of being alive, a chunk's batches from the host: shapes on the mesh."""
         num, center = self.plan.num_chains, self.center
         if self.static.whole:
-            first = jax.eval_shape(self._first_exact, center, self.frozen, self.arrays, self.hyper)
+            one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype), self.rows)
+            first = jax.eval_shape(self._first_exact, center, self.frozen, self.arrays, one)
         else:
             first = jax.eval_shape(self.sampler.init, center)
 
@@ -297,7 +317,7 @@ class Engine:
         """Run ``steps`` steps (at most the chunk length) and append their traces. The old state is donated."""
         window = self._window(run.step, steps, offset)
         run.state, run.alive, rows = run_chunk(
-            self.static, run.state, run.alive, self.keys, batches, self._shared(), window
+            self.static, run.state, run.alive, self.keys, self.rows, batches, self._shared(), window
         )
         for kept, row in zip(jax.tree.leaves(run.trace), jax.tree.leaves(to_host(rows)), strict=True):
             kept[:, run.step : run.step + steps] = row[:, :steps]
@@ -341,7 +361,7 @@ class Engine:
         return jax.tree.map(lambda x: place_rows(x, self.plan.num_chains, self.per_chain), batches)
 
     def _shared(self) -> tuple:
-        return self.center, self.frozen, self.arrays, self.hyper, self.center_grad, self.also
+        return self.center, self.frozen, self.arrays, self.metric, self.center_grad, self.also
 
     def _window(self, start: int, count: int, offset: int = 0) -> Window:
         numbers = (start, count, offset, self.plan.num_warmup, self.plan.thinning)

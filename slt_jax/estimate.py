@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import os
 import sys
 from collections.abc import Mapping
@@ -16,11 +15,11 @@ from jax.sharding import Mesh
 from slt_jax.batches import ArrayData, as_source, check_batch_size, check_key, named_data
 from slt_jax.calibrate import Choice, calibrate, default_budget, probe_of
 from slt_jax.checkpoint import RunStore, first_difference, versions
-from slt_jax.engine import Engine, Run, Schedule
+from slt_jax.engine import Engine, Schedule
 from slt_jax.memory import Need, layouts, need_of, weighs
-from slt_jax.mesh import addressable, automatic, check_mesh, gathered, leads, spans_processes, to_host
+from slt_jax.mesh import addressable, automatic, check_mesh, gathered, leads, spans_processes
+from slt_jax.outcome import last_probe, looks_at_end, result_of
 from slt_jax.posterior import LocalPosterior, check_count, check_positive
-from slt_jax.probe import Probe
 from slt_jax.results import LLCResult
 from slt_jax.running import abandon, check_also, check_at_center, full_loss_at_center, run_to_end
 from slt_jax.samplers.base import Sampler
@@ -28,7 +27,6 @@ from slt_jax.samplers.exact import from_blackjax
 from slt_jax.samplers.underdamped import underdamped
 
 WARMUP_SHARE = 0.4  # of the steps, where the budget sets the lengths
-_PROBE_SHARE = 0.02  # of the steps' gradients, for looks at the chains' ends
 
 
 @dataclass(frozen=True)
@@ -170,12 +168,13 @@ def estimate_llc(
     if need is not None and progress and leads(mesh):
         print(*(f"  {line}" for line in need.lines()), sep="\n", file=sys.stderr)
     if spans_processes(mesh):
-        _check_same_call(_identity(engine, key, request, others), mesh, int(chunk_size), checkpoint_dir is not None)
+        same = {**identity_of(engine, key, vars(request), others), "chunk_size": int(chunk_size)}
+        check_same_call({**same, "checkpoint_dir is given": checkpoint_dir is not None}, mesh)
     check_also(engine, others)
     full = gathered(full_loss_at_center(engine), mesh)[0] if baseline == "full" else None
     store = None
     if checkpoint_dir is not None:
-        store = RunStore(checkpoint_dir, _identity(engine, key, request, others), mesh)
+        store = RunStore(checkpoint_dir, identity_of(engine, key, vars(request), others), mesh)
     choice = None
     if is_open:
         roomy = need is None or all(gathered(need.fits_with_control, mesh))
@@ -187,7 +186,11 @@ def estimate_llc(
         if progress and leads(mesh):
             print(*(f"  {line}" for line in choice.lines), sep="\n", file=sys.stderr)
     run = run_to_end(engine, store, progress, checkpoint_seconds)
-    return _result(engine, run, full, choice, need, tuple(others))
+    used = choice or sampler
+    return result_of(
+        engine, run, engine.posterior, used.step_size, used.friction, full_loss=full, choice=choice, need=need,
+        names=tuple(others),
+    )  # fmt: skip
 
 
 def as_sampler(sampler: Any) -> Sampler:
@@ -279,19 +282,16 @@ def _choice_of(found: dict[str, Any]) -> Choice:
 
 
 def _need(engine: Engine, is_open: bool, request: _Request, saves: bool) -> Need:
-    plan, exact = engine.plan, engine.sampler.family == "exact"
-    looked = not exact and _for_looks(plan) >= 8
-    looks = []
+    looks, plan = [], engine.plan
     if is_open:
         looks += probe_of(engine, _total(engine, request)).temporaries(calibrates=True)
-    if looked:
-        looks += _last_probe(engine).temporaries(calibrates=False)
+    if looks_at_end(engine.sampler.family, plan):
+        looks += last_probe(engine, plan.num_chains, engine.key).temporaries(calibrates=False)
     return need_of(engine, looks, saves=saves, control=bool(request.control_variate))
 
 
-def _check_same_call(identity: dict[str, Any], mesh: Mesh, chunk_size: int, saves: bool) -> None:
+def check_same_call(mine: dict[str, Any], mesh: Mesh) -> None:
     """Raise ValueError, on all processes, when one of them asks for something else than process 0."""
-    mine = {**identity, "chunk_size": chunk_size, "checkpoint_dir is given": saves}
     first, *others = gathered(mine, mesh)
     for number, other in enumerate(others, start=1):
         if (differs := first_difference(other, first)) is not None:
@@ -302,9 +302,10 @@ def _check_same_call(identity: dict[str, Any], mesh: Mesh, chunk_size: int, save
             )
 
 
-def _identity(
-    engine: Engine, key: jax.Array, request: _Request, others: dict[str, ArrayData]
+def identity_of(
+    engine: Engine, key: jax.Array, request: dict[str, Any], others: dict[str, ArrayData]
 ) -> dict[str, Any]:
+    """Everything that a run's numbers depend on, for its directory."""
     plan, mesh = engine.plan, engine.mesh
     posterior = engine.posterior
     if spans_processes(mesh):
@@ -315,7 +316,7 @@ def _identity(
         "versions": versions(),
         "sampler": {name: getattr(engine.sampler, name) for name in ("name", "step_size", "friction")},
         "schedule": {k: v for k, v in vars(plan).items() if k != "chunk_size"},
-        "request": {k: None if v is None else float(v) for k, v in vars(request).items()},
+        "request": {k: None if v is None else np.asarray(v, float).tolist() for k, v in request.items()},
         "key": jax.random.key_data(key).tolist(),
         "mesh": {name: int(size) for name, size in mesh.shape.items()},
         "device": mesh.devices.flat[0].device_kind,
@@ -323,73 +324,3 @@ def _identity(
         "also": {name: one.fingerprint() for name, one in others.items()},
         "posterior": posterior.fingerprint(batch),
     }
-
-
-def _for_looks(plan: Schedule) -> float:
-    """Minibatch gradients for looks at the chains' ends."""
-    return _PROBE_SHARE * plan.num_chains * plan.total_steps
-
-
-def _last_probe(engine: Engine) -> Probe:
-    return Probe(engine, 1 if _for_looks(engine.plan) < 80 else 4, jax.random.fold_in(engine.key, 2**31 - 9))
-
-
-def _looks(engine: Engine, run: Run) -> dict[str, float]:
-    """Gradient noise and acceptance where the chains ended; nothing when the run is too short to pay for it."""
-    plan, alive = engine.plan, to_host(run.alive)
-    chains = [int(c) for c in np.flatnonzero(alive)][:4]
-    allowed = _for_looks(plan)
-    if allowed < 8 or not chains or engine.sampler.family == "exact":
-        return {}
-    probe = _last_probe(engine)
-    repeats = int(np.clip(allowed / (4 * len(chains)), 1, 8))
-    found = [probe.noise(engine.position(run, c), repeats)[0] for c in chains]
-    values = np.array([n.controlled if plan.control_variate else n.plain for n in found])
-    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else values.mean()
-    accepted = [probe.acceptance(engine.position(run, c), float(engine.hyper.step_size)) for c in chains[:2]]
-    return {
-        "noise": float(values.mean()),
-        "noise_stderr": float(error),
-        "acceptance": float(np.mean(accepted)),
-        "gradients": probe.gradients,
-    }
-
-
-def _result(
-    engine: Engine, run: Run, full_loss: float | None, choice: Choice | None, need: Need | None, names: tuple[str, ...]
-) -> LLCResult:
-    plan, posterior = engine.plan, engine.posterior
-    probe = gathered(_looks(engine, run), engine.mesh)[0]
-    steps = plan.num_chains * plan.total_steps * (2 if plan.control_variate else 1)
-    passes = -(-engine.source.num_data // plan.batch_size) if plan.control_variate else 0
-    spent = {"steps": steps, "calibration": choice.gradients if choice else 0.0, "control": passes}
-    spent["probe"] = probe.get("gradients", 0.0)
-    kept = slice(plan.num_warmup + plan.thinning - 1, None, plan.thinning)
-    loss, baseline, *others = (t[:, kept] for t in run.trace[:-1])
-    also = {name: run.trace.also[:, kept, k] for k, name in enumerate(names)}
-    if full_loss is not None:
-        baseline = np.full_like(loss, np.float32(full_loss), dtype=np.float64)
-    finite = np.isfinite(run.trace.loss) & np.isfinite(run.trace.drift_sq)
-    finite[:, kept] &= np.isfinite(baseline)
-    stopped = {c: int(np.argmin(ok)) for c, ok in enumerate(finite) if not ok.all()}
-    settings = {
-        **{k: v for k, v in vars(plan).items() if k != "chunk_size"},
-        "nbeta": posterior.nbeta,
-        "localization": posterior.localization,
-        "num_data": posterior.num_data,
-        "num_free": posterior.num_free,
-        "sampler": engine.sampler.name,
-        "family": engine.sampler.family,
-        "metric": engine.sampler.metric,
-        "step_size": choice.step_size if choice else engine.sampler.step_size,
-        "friction": choice.friction if choice else engine.sampler.friction,
-        "gradients": spent,
-        "calibration": choice.to_dict() if choice else {},
-        "probe": probe,
-        "devices": f"{engine.mesh.devices.size} x {engine.mesh.devices.flat[0].device_kind}",
-        "versions": versions(),
-        "cost": run.cost,
-        "memory": gathered(need.to_dict() if need else {}, engine.mesh)[0],
-    }
-    warmup = run.trace.loss[:, : plan.num_warmup]
-    return LLCResult(loss, baseline, *others, warmup, stopped, settings, tuple(run.notes), also)

@@ -174,6 +174,12 @@ def need_of(engine: Engine, looks: Sequence[int], *, saves: bool, control: bool 
     )  # fmt: skip
 
 
+def state_bytes(engine: Engine) -> int:
+    """Bytes that the chains hold between steps, on all of a CPU's devices or on one other; nothing is compiled."""
+    here = [d for d in engine.mesh.devices.flat if d.process_index == jax.process_index()]
+    return (len(here) if here[0].platform == "cpu" else 1) * _on_device(engine.described()[0])
+
+
 def _on_device(described: Any) -> int:
     """Bytes of shapes on a mesh that one device holds."""
     leaves = jax.tree.leaves(described)

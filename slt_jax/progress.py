@@ -15,10 +15,13 @@ _WORTH_TELLING = 60  # seconds
 
 
 class Progress:
-    """A progress bar over the steps of a run, and the clock that says when a save is due."""
+    """A progress bar over the steps of a run, and the clock that says when a save is due.
 
-    def __init__(self, engine, *, enabled: bool, every: float):
-        self._engine, self._every = engine, every
+    ``part``: which part of something larger the run is; there the chains' mean is of different things and not shown.
+    """
+
+    def __init__(self, engine, *, enabled: bool, every: float, part: str = ""):
+        self._engine, self._every, self._part = engine, every, part
         self._saved = self._began = self._started = time.monotonic()
         self._first: int | None = None
         self._enabled, self._told = enabled, False
@@ -32,7 +35,7 @@ class Progress:
             disable=not (enabled and (console.is_terminal or console.is_jupyter)),  # a log needs no bars
             transient=True,
         )
-        self._task = self._bar.add_task("compiling", total=engine.plan.total_steps, note="")
+        self._task = self._bar.add_task(f"{part}compiling", total=engine.plan.total_steps, note="")
 
     def __enter__(self) -> "Progress":
         self._bar.__enter__()
@@ -63,7 +66,7 @@ class Progress:
         plan, speed = self._engine.plan, self._speed(run)
         phase = "warm-up" if run.step <= plan.num_warmup else "drawing"
         note = "" if speed is None else f"{speed:,.1f} steps/s"
-        if phase == "drawing" and plan.baseline == "paired":
+        if phase == "drawing" and plan.baseline == "paired" and not self._part:
             gap = (run.trace.loss - run.trace.baseline)[:, plan.num_warmup : run.step]
             if np.isfinite(gap).any():
                 note += f", LLC {self._engine.posterior.nbeta * np.nanmean(gap):.4g}"
@@ -73,7 +76,7 @@ class Progress:
             if self._enabled and (left := (plan.total_steps - run.step) * each) > _WORTH_TELLING:
                 line = f"  {each:.2g} s a step of all chains: about {span(left)} to go"
                 self._bar.console.print(line, highlight=False, soft_wrap=True)
-        self._bar.update(self._task, completed=run.step, description=phase, note=note)
+        self._bar.update(self._task, completed=run.step, description=f"{self._part}{phase}", note=note)
 
     def save_due(self) -> bool:
         """Whether ``every`` seconds have passed since the last time this said so."""

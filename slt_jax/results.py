@@ -1,11 +1,9 @@
 """What a run gives back: the estimate, its error, its traces, on screen and on disk."""
 
 import functools
-import hashlib
 import json
 import math
 import os
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +13,13 @@ import numpy as np
 from slt_jax.corrections import Bias, bias_of, thermometer
 from slt_jax.diagnostics import Evidence, Health, assess, degree_of, ess_and_rhat, slopes, standard_error
 from slt_jax.reading import READINGS, Reading, estimate_text
+from slt_jax.storage import RESULT, digest, load, write
 
 if TYPE_CHECKING:
     import xarray as xr
 
 
-_TRACES = (
+TRACES = (
     "loss_trace", "baseline_trace", "gap_var", "drift_sq", "virial", "distance_sq", "kinetic", "acceptance",
     "pull",
 )  # fmt: skip
@@ -130,10 +129,13 @@ class LLCResult:
     @property
     def llc_stderr(self) -> float:
         """Standard error of ``llc``: pooled standard deviation over the root of ``ess``, and the correction's own."""
-        if not self.llc_draws.size:
-            return math.nan
-        error = standard_error(self.llc_draws, self.ess)
+        error = self.llc_raw_stderr
         return math.hypot(error, self.bias.stderr) if self.bias.applied else error
+
+    @property
+    def llc_raw_stderr(self) -> float:
+        """Standard error of ``llc_raw``: pooled standard deviation over the root of ``ess``."""
+        return standard_error(self.llc_draws, self.ess) if self.llc_draws.size else math.nan
 
     @property
     def ess(self) -> float:
@@ -249,7 +251,7 @@ class LLCResult:
         """
         import xarray as xr  # 70 MB of memory, for whoever asks
 
-        sample = xr.Dataset({name: (("chain", "draw"), getattr(self, name)) for name in _TRACES})
+        sample = xr.Dataset({name: (("chain", "draw"), getattr(self, name)) for name in TRACES})
         warm = xr.Dataset({"loss": (("chain", "step"), self.warmup_loss)})
         groups = {"/sample_stats": sample, "/warmup_sample_stats": warm}
         if names := list(self.also_traces):
@@ -259,32 +261,17 @@ class LLCResult:
             groups["/also_sample_stats"] = xr.Dataset(also, {"data_set": np.array(names, dtype=object)})
         tree = xr.DataTree.from_dict(groups)
         tree.attrs = {
-            "slt_jax_result": 1,
+            RESULT: 1,
             "settings": json.dumps(self.settings),
             "stopped": json.dumps({str(k): v for k, v in self.stopped.items()}),
             "notes": json.dumps(list(self.notes)),
-            "sha256": _digest([*(getattr(self, x) for x in (*_TRACES, "warmup_loss")), *self.also_traces.values()]),
+            "sha256": digest([*(getattr(self, x) for x in (*TRACES, "warmup_loss")), *self.also_traces.values()]),
         }
         return tree
 
     def save(self, path: str | os.PathLike, *, overwrite: bool = False) -> Path:
         """Write the traces and settings as zarr. Raises FileExistsError on an existing path, and OSError."""
-        target = Path(path)
-        if target.exists() and not overwrite:
-            raise FileExistsError(f"{target} exists. Pass overwrite=True to replace it, or another path.")
-        if target.exists() and not _is_result(target):
-            raise FileExistsError(f"{target} exists and is not a result of slt-jax, so it is kept. Give another path.")
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")  # a save cut short leaves target as it was
-        try:
-            self.to_xarray().to_zarr(partial, mode="w", consolidated=False)
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
-        except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(
-                f"could not write {target}: {error}. The result is still in memory: save it elsewhere."
-            ) from error
-        return target
+        return write(self.to_xarray(), path, RESULT, overwrite=overwrite)
 
     def plot(self, path: str | os.PathLike | None = None):
         """Loss traces by chain and the running estimate; written to ``path`` if given. Returns the figure."""
@@ -303,42 +290,21 @@ def _cost_line(cost: dict[str, Any], predicted: int | None) -> str:
     return f"\nTook {cost['seconds']:.3g} s{speed}{''.join(memory)}{told}."
 
 
-def _digest(arrays: list[np.ndarray]) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(f"{array.dtype.str}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
-
-
-def _is_result(path: Path) -> bool:
-    record = path / "zarr.json"
-    return record.is_file() and "slt_jax_result" in record.read_text(errors="replace")
-
-
 def load_result(path: str | os.PathLike) -> LLCResult:
     """Read what ``LLCResult.save`` wrote. Raises FileNotFoundError, or ValueError for a foreign or truncated file."""
-    import xarray as xr
+    return load(path, RESULT, _of_tree)
 
-    if not Path(path).exists():
-        raise FileNotFoundError(f"no result at {path}.")
-    try:
-        tree = xr.open_datatree(path, engine="zarr", consolidated=False)
-        tree.load()
-        settings, stopped, notes = (json.loads(tree.attrs[name]) for name in ("settings", "stopped", "notes"))
-        sample = tree["sample_stats"]
-        traces = [sample[name].values for name in _TRACES]
-        warm = tree["warmup_sample_stats"]["loss"].values
-        also = {}
-        if "also_sample_stats" in tree:
-            group = tree["also_sample_stats"]
-            each = np.stack([group[name].values for name in READINGS], axis=-1)
-            also = {str(name): each[i] for i, name in enumerate(group["data_set"].values)}
-        # zarr fills a missing chunk without a word
-        if _digest([*traces, warm, *also.values()]) != tree.attrs["sha256"]:
-            raise ValueError("its traces are not those that were saved")
-    except Exception as error:
-        raise ValueError(
-            f"{path} is not a result written by slt-jax, or it is truncated ({type(error).__name__}: {error})."
-        ) from error
+
+def _of_tree(tree: "xr.DataTree") -> LLCResult:
+    settings, stopped, notes = (json.loads(tree.attrs[name]) for name in ("settings", "stopped", "notes"))
+    sample = tree["sample_stats"]
+    traces = [sample[name].values for name in TRACES]
+    warm = tree["warmup_sample_stats"]["loss"].values
+    also = {}
+    if "also_sample_stats" in tree:
+        group = tree["also_sample_stats"]
+        each = np.stack([group[name].values for name in READINGS], axis=-1)
+        also = {str(name): each[i] for i, name in enumerate(group["data_set"].values)}
+    if digest([*traces, warm, *also.values()]) != tree.attrs["sha256"]:
+        raise ValueError("its traces are not those that were saved")
     return LLCResult(*traces, warm, {int(k): v for k, v in stopped.items()}, settings, tuple(notes), also)

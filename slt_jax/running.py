@@ -67,7 +67,7 @@ def _check_finite(engine: Engine, loss: float, where: str) -> None:
         )
 
 
-def run_to_end(engine: Engine, store: RunStore | None, progress: bool, every: float) -> Run:
+def run_to_end(engine: Engine, store: RunStore | None, progress: bool, every: float, part: str = "") -> Run:
     """All steps, from where ``store`` left off if it has any; saved at most once in ``every`` seconds.
 
     Raises FloatingPointError when the loss or its gradient at w* is not finite on the first batch.
@@ -78,7 +78,7 @@ def run_to_end(engine: Engine, store: RunStore | None, progress: bool, every: fl
         run.trace = Trace(*(host.get(name, ()) for name in Trace._fields))
         run.alive = place(np.asarray(host["alive"]), engine.per_chain)
     try:
-        with Progress(engine, enabled=progress and leads(engine.mesh), every=every) as bar:
+        with Progress(engine, enabled=progress and leads(engine.mesh), every=every, part=part) as bar:
             for _ in engine.steps(run):
                 if bar.first_chunk:
                     _check_center(engine, run)

@@ -1,0 +1,108 @@
+"""From a run at its end to results: last looks at its chains, and the record of what it was given and what it took."""
+
+import math
+
+import jax
+import numpy as np
+
+from slt_jax.calibrate import Choice
+from slt_jax.checkpoint import versions
+from slt_jax.engine import Engine, Run, Schedule
+from slt_jax.memory import Need
+from slt_jax.mesh import gathered, to_host
+from slt_jax.posterior import LocalPosterior
+from slt_jax.probe import Probe
+from slt_jax.results import LLCResult
+
+_PROBE_SHARE = 0.02  # of the steps' gradients, for looks at the chains' ends
+
+
+def looks_at_end(sampler_family: str, plan: Schedule) -> bool:
+    """Whether a run is long enough to pay for looks at its chains' ends, and they say something."""
+    return sampler_family != "exact" and _for_looks(plan.num_chains, plan) >= 8
+
+
+def _for_looks(num_chains: int, plan: Schedule) -> float:
+    """Minibatch gradients for looks at the chains' ends."""
+    return _PROBE_SHARE * num_chains * plan.total_steps
+
+
+def last_probe(engine: Engine, num_chains: int, key: jax.Array) -> Probe:
+    """What the looks are taken with. ``key``: that of the estimate."""
+    blocks = 1 if _for_looks(num_chains, engine.plan) < 80 else 4
+    return Probe(engine, blocks, jax.random.fold_in(key, 2**31 - 9))
+
+
+def _looks(engine: Engine, run: Run, chains: range, step_size: float, key: jax.Array) -> dict[str, float]:
+    """Gradient noise and acceptance where the chains ended; nothing when the run is too short to pay for it."""
+    alive = to_host(run.alive)
+    kept = [c for c in chains if alive[c]][:4]
+    allowed = _for_looks(len(chains), engine.plan)
+    if allowed < 8 or not kept or engine.sampler.family == "exact":
+        return {}
+    probe = last_probe(engine, len(chains), key)
+    repeats = int(np.clip(allowed / (4 * len(kept)), 1, 8))
+    found = [probe.noise(engine.position(run, c), repeats)[0] for c in kept]
+    values = np.array([n.controlled if engine.plan.control_variate else n.plain for n in found])
+    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else values.mean()
+    accepted = [probe.acceptance(engine.position(run, c), step_size) for c in kept[:2]]
+    return {
+        "noise": float(values.mean()),
+        "noise_stderr": float(error),
+        "acceptance": float(np.mean(accepted)),
+        "gradients": probe.gradients,
+    }
+
+
+def result_of(
+    engine: Engine, run: Run, posterior: LocalPosterior, step_size: float, friction: float | None, *,
+    chains: range | None = None, key: jax.Array | None = None, full_loss: float | None = None,
+    choice: Choice | None = None, need: Need | None = None, names: tuple[str, ...] = (),
+) -> LLCResult:  # fmt: skip
+    """The result of a finished run, or of some of its chains.
+
+    Args:
+        posterior: what these chains sampled; the looks at their ends are taken with it.
+        chains, key: consecutive ones and the key of their estimate; default all, and the engine's. full_loss: L_n(w*),
+            where the baseline is that. names: of the further data sets.
+    """
+    plan = engine.plan
+    chains = range(plan.num_chains) if chains is None else chains
+    mine = slice(chains.start, chains.stop)
+    engine.posterior = posterior
+    seen = _looks(engine, run, chains, step_size, engine.key if key is None else key)
+    probe = gathered(seen, engine.mesh)[0]
+    steps = len(chains) * plan.total_steps * (2 if plan.control_variate else 1)
+    passes = -(-engine.source.num_data // plan.batch_size) if plan.control_variate else 0
+    spent = {"steps": steps, "calibration": choice.gradients if choice else 0.0, "control": passes}
+    spent["probe"] = probe.get("gradients", 0.0)
+    kept = slice(plan.num_warmup + plan.thinning - 1, None, plan.thinning)
+    loss, baseline, *others = (t[mine, kept] for t in run.trace[:-1])
+    also = {name: run.trace.also[mine, kept, k] for k, name in enumerate(names)}
+    if full_loss is not None:
+        baseline = np.full_like(loss, np.float32(full_loss), dtype=np.float64)
+    finite = np.isfinite(run.trace.loss[mine]) & np.isfinite(run.trace.drift_sq[mine])
+    finite[:, kept] &= np.isfinite(baseline)
+    stopped = {c: int(np.argmin(ok)) for c, ok in enumerate(finite) if not ok.all()}
+    settings = {
+        **{k: v for k, v in vars(plan).items() if k != "chunk_size"},
+        "num_chains": len(chains),
+        "nbeta": posterior.nbeta,
+        "localization": posterior.localization,
+        "num_data": posterior.num_data,
+        "num_free": posterior.num_free,
+        "sampler": engine.sampler.name,
+        "family": engine.sampler.family,
+        "metric": engine.sampler.metric,
+        "step_size": step_size,
+        "friction": friction,
+        "gradients": spent,
+        "calibration": choice.to_dict() if choice else {},
+        "probe": probe,
+        "devices": f"{engine.mesh.devices.size} x {engine.mesh.devices.flat[0].device_kind}",
+        "versions": versions(),
+        "cost": run.cost,
+        "memory": gathered(need.to_dict() if need else {}, engine.mesh)[0],
+    }
+    warmup = run.trace.loss[mine, : plan.num_warmup]
+    return LLCResult(loss, baseline, *others, warmup, stopped, settings, tuple(run.notes), also)

@@ -1,0 +1,282 @@
+"""A grid of inverse temperatures, localizations and step sizes: all cells in one compiled program."""
+
+import dataclasses
+import functools
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from slt_jax.batches import Source, as_source, check_batch_size, check_key
+from slt_jax.calibrate import calibrate
+from slt_jax.checkpoint import RunStore
+from slt_jax.engine import Engine, Schedule
+from slt_jax.estimate import as_sampler, check_same_call, identity_of
+from slt_jax.grid import AXES, Sweep
+from slt_jax.memory import Need, layouts, need_of, state_bytes, weighs
+from slt_jax.mesh import automatic, check_mesh, gathered, leads, spans_processes
+from slt_jax.outcome import last_probe, looks_at_end, result_of
+from slt_jax.posterior import LocalPosterior, LossProgram, check_count, check_positive
+from slt_jax.results import LLCResult
+from slt_jax.running import abandon, check_at_center, full_loss_at_center, run_to_end
+from slt_jax.samplers.base import Sampler, gaussian
+
+_CONTROL_DRAWS = 32
+_CONTROL, _CALIBRATION = 2**31 - 21, 2**31 - 22  # folded into the key
+
+
+def sweep(
+    posterior: LocalPosterior,
+    data: Any,
+    *,
+    nbeta: Sequence[float] | None = None,
+    localization: Sequence[float] | None = None,
+    step_size: Sequence[float] | None = None,
+    sampler: Any = None,
+    num_chains: int = 4,
+    num_draws: int = 200,
+    num_warmup: int | None = None,
+    thinning: int = 1,
+    batch_size: int | None = None,
+    key: Any = 0,
+    mesh: Mesh | None = None,
+    chain_batch: int | None = None,
+    micro_batches: int = 1,
+    baseline: str = "paired",
+    memory_gib: float | None = None,
+    checkpoint_dir: str | os.PathLike | None = None,
+    progress: bool = False,
+    chunk_size: int = 512,
+    checkpoint_seconds: float = 60.0,
+) -> Sweep:
+    """Estimate the LLC at every combination of the given numbers, and read the grid.
+
+    Cell ``i`` (step size counted fastest, then localization, then nbeta) equals ``estimate_llc`` at its numbers with
+    ``key=jax.random.fold_in(key, i)``: its noise is its own. A cell that diverges is marked; the others go on. For each
+    localization the control at nbeta = 0 is taken too, where the posterior is a Gaussian that can be drawn exactly.
+
+    Args:
+        posterior, data, sampler, batch_size, key, mesh, chain_batch, micro_batches, baseline, progress, chunk_size,
+            checkpoint_seconds: as for ``estimate_llc``.
+        nbeta, localization, step_size: the values of each axis, in any order. An axis left out has the one value of the
+            posterior or the sampler; where they have none, calibration chooses it, at the largest nbeta.
+        num_chains, num_draws, num_warmup, thinning: of each cell; default as many warm-up steps as go into the draws.
+        memory_gib: GiB that the process (on a CPU) or each device may take; default all there is. As many cells are
+            in the program at once as fit, and divide their number.
+        checkpoint_dir: where to keep states and traces; the same call with the same directory resumes, and ends bit
+            for bit equal.
+
+    Returns:
+        a Sweep: ``dataset`` (xarray, with named coordinates), ``reading`` (where the LLC stands, what to take),
+        ``cell(...)``, ``plot``, ``save``.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be used. FloatingPointError: the loss is not finite at w*.
+        MemoryError: not even one cell fits.
+    """
+    if not isinstance(posterior, LocalPosterior):
+        raise TypeError(f"posterior must be a LocalPosterior, got a {type(posterior).__name__}. Make one first.")
+    source, sampler, key = as_source(data), as_sampler(sampler), check_key(key)
+    if sampler.metric:
+        raise ValueError("a metric belongs to one setting, and a sweep has many. Take underdamped() without a metric.")
+    given = {name: _axis(name, values) for name, values in zip(AXES, (nbeta, localization, step_size), strict=True)}
+    if all(values is None for values in given.values()):
+        raise ValueError("a sweep needs values for nbeta, localization or step_size: step_size=[1e-5, 3e-5, 1e-4].")
+    whole = sampler.family == "exact"
+    if batch_size is None:
+        batch_size = source.num_data if whole else min(256, source.num_data)
+    num_warmup = num_draws * thinning if num_warmup is None else num_warmup
+    _check_counts(num_chains, num_draws, num_warmup, thinning, batch_size, micro_batches, chunk_size, baseline, source)
+    if whole and (source.on_host or batch_size != source.num_data):
+        raise ValueError(f"{sampler.name} takes whole gradients: give arrays in memory, and leave batch_size out.")
+    if memory_gib is not None:
+        check_positive("memory_gib", memory_gib, "It is the memory of the process or of a device, in GiB.")
+    check_positive("checkpoint_seconds", checkpoint_seconds, "0 saves after every chunk.", zero=True)
+    counts = (num_chains, num_draws, num_warmup, thinning, batch_size, micro_batches)
+    plan = Schedule(*(int(x) for x in counts), baseline, 1, int(chunk_size))
+    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+    axes, friction = _filled(given, posterior, source, sampler, plan, key, mesh, folder)
+    posterior = dataclasses.replace(posterior, nbeta=max(axes["nbeta"]), localization=max(axes["localization"]))
+    work = _Work(posterior, source, sampler, plan, key, mesh, chain_batch, memory_gib, axes, friction)
+    engine, at_once, need = _fitted(work, folder is not None)
+    if progress and leads(engine.mesh):
+        print(f"  {work.num_cells} cells of {num_chains} chains, {at_once} cells at once", file=sys.stderr)
+    identity = {"grid": {k: list(v) for k, v in axes.items()}, **identity_of(engine, key, {"cells": at_once}, {})}
+    if spans_processes(engine.mesh):
+        check_same_call({**identity, "checkpoint_dir is given": folder is not None}, engine.mesh)
+    full = gathered(full_loss_at_center(engine), engine.mesh)[0] if baseline == "full" else None
+    control = _control(engine, axes["localization"], jax.random.fold_in(key, _CONTROL))
+    results: list[LLCResult] = []
+    for first in range(0, work.num_cells, at_once):
+        cells = range(first, first + at_once)
+        part = "" if at_once == work.num_cells else f"cells {first} to {cells[-1]}: "
+        results += _run_cells(work, engine, cells, folder, identity, (progress, checkpoint_seconds, part), full, need)
+    return Sweep(axes, tuple(results), control)
+
+
+@dataclass(frozen=True)
+class _Work:
+    posterior: LocalPosterior
+    source: Source
+    sampler: Sampler
+    plan: Schedule  # of one cell
+    key: jax.Array
+    mesh: Mesh | None
+    chain_batch: int | None
+    memory_gib: float | None
+    axes: dict[str, np.ndarray]
+    friction: float | None
+
+    @property
+    def num_cells(self) -> int:
+        return math.prod(len(values) for values in self.axes.values())
+
+    def numbers(self, cells: range) -> dict[str, np.ndarray]:
+        """nbeta, localization and step size of these cells."""
+        grid = np.meshgrid(*(self.axes[name] for name in AXES), indexing="ij")
+        return {name: values.reshape(-1)[cells.start : cells.stop] for name, values in zip(AXES, grid, strict=True)}
+
+
+def _axis(name: str, values: Any) -> np.ndarray | None:
+    """Increasing, distinct, positive; None when left out."""
+    if values is None:
+        return None
+    listed = list(np.atleast_1d(np.asarray(values, object)))
+    if not listed:
+        raise ValueError(f"{name} has no values. Give at least one, or leave it out.")
+    for value in listed:
+        if name == "nbeta" and value == 0:
+            raise ValueError(
+                "nbeta holds 0: that control is drawn exactly, for every localization, without asking. Leave 0 out."
+            )
+        check_positive(f"each {name}", value, "Leave the others out of the list.")
+    found = np.unique(np.asarray(listed, float))
+    if len(found) < len(listed):
+        raise ValueError(f"{name} holds a value twice: {[float(x) for x in listed]}. Give each once.")
+    return found
+
+
+def _check_counts(chains, draws, warmup, thinning, batch_size, parts, chunk_size, baseline, source) -> None:
+    least = {"num_chains": (chains, 1), "num_draws": (draws, 1), "num_warmup": (warmup, 0), "thinning": (thinning, 1)}
+    for name, (value, low) in {**least, "micro_batches": (parts, 1), "chunk_size": (chunk_size, 1)}.items():
+        check_count(name, value, low)
+    check_batch_size(batch_size, source.num_data)
+    if batch_size % parts:
+        raise ValueError(f"micro_batches = {parts} does not divide batch_size = {batch_size}. Take a divisor.")
+    if not isinstance(baseline, str) or baseline not in ("paired", "full"):
+        raise ValueError(f"baseline must be 'paired' or 'full', got {baseline!r}. 'paired' has less variance.")
+
+
+def _filled(
+    given: dict[str, np.ndarray | None], posterior: LocalPosterior, source: Source, sampler: Sampler, plan: Schedule,
+    key: jax.Array, mesh: Mesh | None, folder: Path | None,
+) -> tuple[dict[str, np.ndarray], float | None]:  # fmt: skip
+    """(axes, friction), with what was left out: the posterior's own number, the sampler's, or the calibration's."""
+    own = {"nbeta": posterior.nbeta, "localization": posterior.localization, "step_size": sampler.step_size}
+    axes = {name: np.array([own[name]], float) if values is None else values for name, values in given.items()}
+    missing = [name for name, values in axes.items() if np.isnan(values).any()]
+    if not missing and sampler.friction is not None:
+        return axes, sampler.friction
+    gamma = None if "localization" in missing else float(max(axes["localization"]))
+    known = None if "step_size" in missing else float(max(axes["step_size"]))
+    one = dataclasses.replace(posterior, nbeta=float(max(axes["nbeta"])), localization=gamma)
+    layout = next(layouts(plan.num_chains, mesh, None, posterior.num_free))[0]
+    engine = Engine(one, source, sampler, plan, jax.random.fold_in(key, _CALIBRATION), layout)
+    store, note = None, None
+    if folder is not None:
+        store = RunStore(folder / "calibration", identity_of(engine, key, {}, {}), layout)
+        note = store.read_note("calibration")
+    if note is None:
+        try:
+            total = plan.num_chains * plan.total_steps
+            open_sampler = sampler._replace(step_size=known)
+            choice = calibrate(engine, open_sampler, gamma, False, total, functools.partial(check_at_center, engine))
+            note = gathered(choice.to_dict(), layout)[0]
+            if store is not None:
+                store.write_note("calibration", note)
+        finally:
+            abandon(store)
+    else:
+        abandon(store)
+    for name in missing:
+        axes[name] = np.array([note[name]])
+    return axes, note["friction"]
+
+
+def _fitted(work: _Work, saves: bool) -> tuple[Engine, int, Need | None]:
+    """An engine for as many cells at once as memory takes, and divide their number."""
+    chains, need = work.plan.num_chains, None
+    for cells in (k for k in range(work.num_cells, 0, -1) if work.num_cells % k == 0):
+        rows = cells * chains
+        mesh = None if work.mesh is None else check_mesh(automatic(work.mesh), rows)
+        for layout, group in layouts(rows, mesh, work.chain_batch, work.posterior.num_free):
+            plan = dataclasses.replace(work.plan, num_chains=rows, chain_batch=group)
+            sampler = work.sampler._replace(step_size=float(work.axes["step_size"][0]), friction=work.friction)
+            engine = Engine(work.posterior, work.source, sampler, plan, work.key, layout)
+            if work.memory_gib is None and not weighs(work.posterior, rows):
+                return engine, cells, None
+            if state_bytes(engine) > (math.inf if work.memory_gib is None else work.memory_gib * 2**30):
+                continue
+            looked = looks_at_end(sampler.family, work.plan)
+            looks = last_probe(engine, chains, work.key).temporaries(calibrates=False) if looked else []
+            need = need_of(engine, looks, saves=saves)
+            if work.memory_gib is not None:
+                need = dataclasses.replace(need, free=min(need.free, work.memory_gib * 2**30 - need.now))
+            if all(gathered(need.fits, layout)):
+                return engine, cells, need
+    told = f"memory_gib = {work.memory_gib} is less than the chains of one cell hold. Give more."
+    raise MemoryError(need.refusal() if need else told)
+
+
+def _run_cells(
+    work: _Work, engine: Engine, cells: range, folder: Path | None, identity: dict[str, Any], show: tuple,
+    full: float | None, need: Need | None,
+) -> list[LLCResult]:  # fmt: skip
+    numbers, chains = work.numbers(cells), work.plan.num_chains
+    keys = jnp.stack([jax.random.fold_in(work.key, i) for i in cells])
+    engine.share_out(keys, chains, **numbers)
+    store = None
+    if folder is not None:
+        store = RunStore(folder / f"cells-{cells[0]}-{cells[-1]}", identity, engine.mesh)
+    progress, seconds, part = show
+    run = run_to_end(engine, store, progress, seconds, part)
+    found = []
+    for i in range(len(cells)):
+        one = {name: float(values[i]) for name, values in numbers.items()}
+        posterior = dataclasses.replace(work.posterior, nbeta=one["nbeta"], localization=one["localization"])
+        mine = range(i * chains, (i + 1) * chains)
+        given = (engine, run, posterior, one["step_size"], work.friction)
+        found.append(result_of(*given, chains=mine, key=keys[i], full_loss=full, need=need))
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _rise(program: LossProgram, center, frozen, batch, localization, key):
+    """L_m(w) - L_m(w*) at one draw w of the localizing Gaussian alone."""
+    away = gaussian(key, center)
+    moved = tuple(c + x / jnp.sqrt(localization) for c, x in zip(center, away, strict=True))
+    return program.mean_loss(moved, frozen, batch) - program.mean_loss(center, frozen, batch)
+
+
+def _control(engine: Engine, localizations: np.ndarray, key: jax.Array) -> np.ndarray:
+    """Mean of L(w) - L(w*) at nbeta = 0 and its standard error, nats, for each localization: ``(len, 2)``."""
+    program, size = engine.posterior.program, engine.plan.batch_size
+    center, frozen = engine.alone(engine.center), engine.alone(engine.frozen)
+    random = np.random.default_rng(np.asarray(jax.random.key_data(engine.key)))
+    found = []
+    for g, localization in enumerate(localizations):
+        rises = []
+        for draw in range(_CONTROL_DRAWS):
+            batch = engine.fetch(random.integers(0, engine.source.num_data, size))
+            noise = engine.alone(engine.put(jax.random.fold_in(jax.random.fold_in(key, g), draw)))
+            rises.append(float(_rise(program, center, frozen, batch, jnp.float32(localization), noise)))
+        found.append((np.mean(rises), np.std(rises, ddof=1) / math.sqrt(len(rises))))
+    return np.array(found)
