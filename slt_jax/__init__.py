@@ -9,6 +9,8 @@ from slt_jax.posterior import LocalPosterior
 from slt_jax.results import LLCResult, load_result
 from slt_jax.samplers import Sampler, hmc, mala, mclmc, nuts, preconditioned_sgld, sghmc, sgld, sgnht, underdamped
 from slt_jax.sweep import sweep
+from slt_jax.training import Trajectory, load_trajectory
+from slt_jax.trajectory import trajectory
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,6 +19,7 @@ __all__ = [
     "LocalPosterior",
     "Sampler",
     "Sweep",
+    "Trajectory",
     "estimate_llc",
     "from_linen",
     "from_nnx",
@@ -24,6 +27,7 @@ __all__ = [
     "hmc",
     "load_result",
     "load_sweep",
+    "load_trajectory",
     "mala",
     "mclmc",
     "next_token_loss",
@@ -34,6 +38,7 @@ __all__ = [
     "sgnht",
     "sweep",
     "token_file",
+    "trajectory",
     "two_temperature_estimator",
     "underdamped",
     "variance_estimator",

@@ -1,6 +1,7 @@
 """A run on disk: what it depends on, and where it got to. Orbax writes the state; a manifest guards it."""
 
 import errno
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -189,6 +190,11 @@ def first_difference(found: dict[str, Any], wanted: dict[str, Any], prefix: str 
         elif json.dumps(here) != json.dumps(there):  # as text, in which NaN is itself
             return f"{prefix}{name}", there, here
     return None
+
+
+def digest_of(identity: dict[str, Any]) -> str:
+    """SHA-256 of plain JSON."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

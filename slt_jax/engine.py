@@ -264,10 +264,15 @@ class Engine:
             total += float(_batch_loss(self.posterior.program, center, frozen, batch)) * len(indices)
         return total / num
 
-    def first_loss(self, data: ArrayData) -> float:
-        """Mean loss at w* over the first examples of another data set, ``batch_size`` at most."""
+    def first_loss(self, data: Source | None = None, position: Position | None = None) -> float:
+        """Mean loss at w*, or at another position, over the first examples, or those of another data set.
+
+        ``batch_size`` of them at most.
+        """
+        data = self.source if data is None else data
         batch = self.fetch(np.arange(min(self.plan.batch_size, data.num_data)), data)
-        return float(_batch_loss(self.posterior.program, self.alone(self.center), self.alone(self.frozen), batch))
+        at = self.alone(self.center) if position is None else position
+        return float(_batch_loss(self.posterior.program, at, self.alone(self.frozen), batch))
 
     def full_grad(self) -> Position:
         """grad L_n(w*) over the whole data set, in blocks of ``batch_size``: as many gradients as there are blocks."""

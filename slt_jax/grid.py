@@ -1,7 +1,6 @@
 """What a sweep gives back: a result for each cell of a grid, as one labelled data set, on screen and on disk."""
 
 import functools
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,9 @@ import numpy as np
 
 from slt_jax.plateau import GridReading, read_grid
 from slt_jax.reading import estimate_text
-from slt_jax.results import TRACES, LLCResult
-from slt_jax.storage import SWEEP, digest, load, write
+from slt_jax.results import LLCResult
+from slt_jax.stacked import stack, unstack
+from slt_jax.storage import SWEEP, load, write
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -103,20 +103,9 @@ class Sweep:
         """DataTree: ``/`` is ``dataset``; ``sample_stats`` and ``warmup_sample_stats`` hold all traces, cells first."""
         import xarray as xr
 
-        def stacked(name):
-            values = np.stack([getattr(result, name) for result in self.results])
-            return values.reshape(*self.shape, *values.shape[1:])
-
-        sample = xr.Dataset({name: ((*AXES, "chain", "draw"), stacked(name)) for name in TRACES})
-        warm = xr.Dataset({"loss": ((*AXES, "chain", "step"), stacked("warmup_loss"))})
-        groups = {"/": self.dataset, "/sample_stats": sample, "/warmup_sample_stats": warm}
-        tree = xr.DataTree.from_dict(groups)
-        cells = [[r.settings, {str(k): v for k, v in r.stopped.items()}, r.notes] for r in self.results]
-        tree.attrs = {
-            SWEEP: 1,
-            "cells": json.dumps(cells),
-            "sha256": digest([*(stacked(name) for name in (*TRACES, "warmup_loss")), self.control]),
-        }
+        groups, attrs = stack(self.results, AXES, self.shape)
+        tree = xr.DataTree.from_dict({"/": self.dataset, **groups})
+        tree.attrs = {SWEEP: 1, **attrs}
         return tree
 
     def save(self, path: str | os.PathLike, *, overwrite: bool = False) -> Path:
@@ -146,19 +135,9 @@ def load_sweep(path: str | os.PathLike) -> Sweep:
 
 def _of_tree(tree: "xr.DataTree") -> Sweep:
     axes = {name: np.asarray(tree[name].values, float) for name in AXES}
-    shape = tuple(map(len, axes.values()))
-    flat = (int(np.prod(shape)),)
-    traces = [tree["sample_stats"][name].values for name in TRACES]
-    warm = tree["warmup_sample_stats"]["loss"].values
     control = np.stack([tree["control"].values, tree["control_stderr"].values], -1)
-    if digest([*traces, warm, control]) != tree.attrs["sha256"]:
-        raise ValueError("its traces are not those that were saved")
-    rows = [x.reshape(flat + x.shape[3:]) for x in (*traces, warm)]
-    results = []
-    for i, (settings, stopped, notes) in enumerate(json.loads(tree.attrs["cells"])):
-        given = (settings, tuple(notes))
-        results.append(LLCResult(*(x[i] for x in rows), {int(k): v for k, v in stopped.items()}, *given))
-    return Sweep(axes, tuple(results), control)
+    results = unstack(tree, len(AXES))
+    return Sweep(axes, results, control)
 
 
 def table_of(sweep: Sweep) -> list[str]:

@@ -277,7 +277,8 @@ def _why_none(layer: "xr.Dataset") -> str:
     good = _settled(layer)
     if (p := _plateau(layer, one=True)) is not None:
         value = estimate_text(p.llc, p.llc_stderr, "±")
-        return f"the LLC stands along step_size ({value} at localization {p.localization[0]:.3g}), not along localization"
+        where = f"{value} at localization {p.localization[0]:.3g}"
+        return f"the LLC stands along step_size ({where}), not along localization"
     if good.sum() >= _LEAST_CELLS:
         return "its settled cells disagree, or are no neighbours: the LLC depends on step_size and localization here"
     verdicts = Counter(layer.verdict.values.astype(str)[~good].tolist())

@@ -56,6 +56,11 @@ def check_also(engine: Engine, others: Mapping[str, ArrayData]) -> None:
         _check_finite(engine, engine.first_loss(data), f"on the first examples of '{name}'")
 
 
+def check_first_loss(engine: Engine) -> None:
+    """Raise FloatingPointError unless the loss at w* is finite on the first examples."""
+    _check_finite(engine, engine.first_loss(), "on the first examples")
+
+
 def _check_finite(engine: Engine, loss: float, where: str) -> None:
     if not math.isfinite(loss):
         example = engine.source.fetch(np.zeros(1, np.int64))
@@ -67,20 +72,30 @@ def _check_finite(engine: Engine, loss: float, where: str) -> None:
         )
 
 
-def run_to_end(engine: Engine, store: RunStore | None, progress: bool, every: float, part: str = "") -> Run:
+def restored(engine: Engine, store: RunStore) -> Run | None:
+    """The run as ``store`` last saved it, if it did."""
+    run = engine.start()
+    if (saved := store.restore(run.state, _host_part(run))) is None:
+        return None
+    run.step, run.state, host = saved
+    run.trace = Trace(*(host.get(name, ()) for name in Trace._fields))
+    run.alive = place(np.asarray(host["alive"]), engine.per_chain)
+    return run
+
+
+def run_to_end(
+    engine: Engine, store: RunStore | None, progress: bool, every: float, part: str = "", start: Run | None = None
+) -> Run:
     """All steps, from where ``store`` left off if it has any; saved at most once in ``every`` seconds.
 
-    Raises FloatingPointError when the loss or its gradient at w* is not finite on the first batch.
+    ``start``: where the chains begin, if not at w*. Raises FloatingPointError when the loss or its gradient at w* is
+    not finite on the first batch.
     """
-    run = engine.start()
-    if store is not None and (saved := store.restore(run.state, _host_part(run))):
-        run.step, run.state, host = saved
-        run.trace = Trace(*(host.get(name, ()) for name in Trace._fields))
-        run.alive = place(np.asarray(host["alive"]), engine.per_chain)
+    run = (None if store is None else restored(engine, store)) or start or engine.start()
     try:
         with Progress(engine, enabled=progress and leads(engine.mesh), every=every, part=part) as bar:
             for _ in engine.steps(run):
-                if bar.first_chunk:
+                if bar.first_chunk and start is None:
                     _check_center(engine, run)
                 bar.update(run)
                 if store is not None and (

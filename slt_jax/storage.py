@@ -12,8 +12,8 @@ import numpy as np
 if TYPE_CHECKING:
     import xarray as xr
 
-RESULT, SWEEP = "slt_jax_result", "slt_jax_sweep"  # attributes that say what a file is
-_NAMES = {RESULT: "result", SWEEP: "sweep"}
+RESULT, SWEEP, TRAJECTORY = "slt_jax_result", "slt_jax_sweep", "slt_jax_trajectory"  # what says what a file is
+_NAMES = {RESULT: "result", SWEEP: "sweep", TRAJECTORY: "trajectory"}
 
 
 def kind_of(path: Path) -> str | None:

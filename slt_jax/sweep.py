@@ -5,7 +5,7 @@ import functools
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,21 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from slt_jax.batches import Source, as_source, check_batch_size, check_key
+from slt_jax.batches import Source, as_source, check_key
 from slt_jax.calibrate import calibrate
-from slt_jax.checkpoint import RunStore
+from slt_jax.checkpoint import RunStore, digest_of
+from slt_jax.control import control_of
 from slt_jax.engine import Engine, Schedule
 from slt_jax.estimate import as_sampler, check_same_call, identity_of
 from slt_jax.grid import AXES, Sweep
 from slt_jax.memory import Need, layouts, need_of, state_bytes, weighs
 from slt_jax.mesh import automatic, check_mesh, gathered, leads, spans_processes
 from slt_jax.outcome import last_probe, looks_at_end, result_of
-from slt_jax.posterior import LocalPosterior, LossProgram, check_count, check_positive
+from slt_jax.posterior import LocalPosterior, check_positive
 from slt_jax.results import LLCResult
 from slt_jax.running import abandon, check_at_center, full_loss_at_center, run_to_end
-from slt_jax.samplers.base import Sampler, gaussian
+from slt_jax.samplers.base import Sampler
+from slt_jax.setting import Notes, Subject, alone_layout, schedule_of
 
-_CONTROL_DRAWS = 32
 _CONTROL, _CALIBRATION = 2**31 - 21, 2**31 - 22  # folded into the key
 
 
@@ -90,35 +91,38 @@ def sweep(
     given = {name: _axis(name, values) for name, values in zip(AXES, (nbeta, localization, step_size), strict=True)}
     if all(values is None for values in given.values()):
         raise ValueError("a sweep needs values for nbeta, localization or step_size: step_size=[1e-5, 3e-5, 1e-4].")
-    whole = sampler.family == "exact"
-    if batch_size is None:
-        batch_size = source.num_data if whole else min(256, source.num_data)
     num_warmup = num_draws * thinning if num_warmup is None else num_warmup
-    _check_counts(num_chains, num_draws, num_warmup, thinning, batch_size, micro_batches, chunk_size, baseline, source)
-    if whole and (source.on_host or batch_size != source.num_data):
-        raise ValueError(f"{sampler.name} takes whole gradients: give arrays in memory, and leave batch_size out.")
+    counts = (num_chains, num_draws, num_warmup, thinning, batch_size, micro_batches, baseline, chunk_size)
+    plan = schedule_of(source, sampler, *counts)
     if memory_gib is not None:
         check_positive("memory_gib", memory_gib, "It is the memory of the process or of a device, in GiB.")
     check_positive("checkpoint_seconds", checkpoint_seconds, "0 saves after every chunk.", zero=True)
-    counts = (num_chains, num_draws, num_warmup, thinning, batch_size, micro_batches)
-    plan = Schedule(*(int(x) for x in counts), baseline, 1, int(chunk_size))
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-    axes, friction = _filled(given, posterior, source, sampler, plan, key, mesh, folder)
-    posterior = dataclasses.replace(posterior, nbeta=max(axes["nbeta"]), localization=max(axes["localization"]))
-    work = _Work(posterior, source, sampler, plan, key, mesh, chain_batch, memory_gib, axes, friction)
-    engine, at_once, need = _fitted(work, folder is not None)
+    layout = alone_layout(num_chains, mesh)
+    subject = Subject(posterior, source, sampler, plan, layout)
+    grid = {name: None if values is None else values.tolist() for name, values in given.items()}
+    identity = {"grid": grid, **identity_of(subject, key, {}, {})}
+    if spans_processes(layout):
+        check_same_call({**identity, "checkpoint_dir is given": folder is not None}, layout)
+    notes = Notes(None if folder is None else RunStore(folder, identity, layout))
+    try:
+        axes, friction = _filled(given, subject, key, notes)
+        posterior = dataclasses.replace(posterior, nbeta=max(axes["nbeta"]), localization=max(axes["localization"]))
+        work = _Work(posterior, source, sampler, plan, key, mesh, chain_batch, memory_gib, axes, friction)
+        engine, at_once, need = _fitted(work, notes)
+    finally:
+        abandon(notes.store)
     if progress and leads(engine.mesh):
         print(f"  {work.num_cells} cells of {num_chains} chains, {at_once} cells at once", file=sys.stderr)
-    identity = {"grid": {k: list(v) for k, v in axes.items()}, **identity_of(engine, key, {"cells": at_once}, {})}
-    if spans_processes(engine.mesh):
-        check_same_call({**identity, "checkpoint_dir is given": folder is not None}, engine.mesh)
     full = gathered(full_loss_at_center(engine), engine.mesh)[0] if baseline == "full" else None
-    control = _control(engine, axes["localization"], jax.random.fold_in(key, _CONTROL))
+    control = control_of(engine, axes["localization"], jax.random.fold_in(key, _CONTROL))
     results: list[LLCResult] = []
     for first in range(0, work.num_cells, at_once):
         cells = range(first, first + at_once)
         part = "" if at_once == work.num_cells else f"cells {first} to {cells[-1]}: "
-        results += _run_cells(work, engine, cells, folder, identity, (progress, checkpoint_seconds, part), full, need)
+        mine = {"sweep": digest_of(identity), "mesh": dict(engine.mesh.shape), "at once": engine.plan.chain_batch}
+        store = None if folder is None else RunStore(folder / f"cells-{first}-{cells[-1]}", mine, engine.mesh)
+        results += _run_cells(work, engine, cells, store, (progress, checkpoint_seconds, part), full, need)
     return Sweep(axes, tuple(results), control)
 
 
@@ -164,22 +168,11 @@ def _axis(name: str, values: Any) -> np.ndarray | None:
     return found
 
 
-def _check_counts(chains, draws, warmup, thinning, batch_size, parts, chunk_size, baseline, source) -> None:
-    least = {"num_chains": (chains, 1), "num_draws": (draws, 1), "num_warmup": (warmup, 0), "thinning": (thinning, 1)}
-    for name, (value, low) in {**least, "micro_batches": (parts, 1), "chunk_size": (chunk_size, 1)}.items():
-        check_count(name, value, low)
-    check_batch_size(batch_size, source.num_data)
-    if batch_size % parts:
-        raise ValueError(f"micro_batches = {parts} does not divide batch_size = {batch_size}. Take a divisor.")
-    if not isinstance(baseline, str) or baseline not in ("paired", "full"):
-        raise ValueError(f"baseline must be 'paired' or 'full', got {baseline!r}. 'paired' has less variance.")
-
-
 def _filled(
-    given: dict[str, np.ndarray | None], posterior: LocalPosterior, source: Source, sampler: Sampler, plan: Schedule,
-    key: jax.Array, mesh: Mesh | None, folder: Path | None,
-) -> tuple[dict[str, np.ndarray], float | None]:  # fmt: skip
+    given: dict[str, np.ndarray | None], subject: Subject, key: jax.Array, notes: Notes
+) -> tuple[dict[str, np.ndarray], float | None]:
     """(axes, friction), with what was left out: the posterior's own number, the sampler's, or the calibration's."""
+    posterior, source, sampler, plan, layout = subject
     own = {"nbeta": posterior.nbeta, "localization": posterior.localization, "step_size": sampler.step_size}
     axes = {name: np.array([own[name]], float) if values is None else values for name, values in given.items()}
     missing = [name for name, values in axes.items() if np.isnan(values).any()]
@@ -188,33 +181,36 @@ def _filled(
     gamma = None if "localization" in missing else float(max(axes["localization"]))
     known = None if "step_size" in missing else float(max(axes["step_size"]))
     one = dataclasses.replace(posterior, nbeta=float(max(axes["nbeta"])), localization=gamma)
-    layout = next(layouts(plan.num_chains, mesh, None, posterior.num_free))[0]
     engine = Engine(one, source, sampler, plan, jax.random.fold_in(key, _CALIBRATION), layout)
-    store, note = None, None
-    if folder is not None:
-        store = RunStore(folder / "calibration", identity_of(engine, key, {}, {}), layout)
-        note = store.read_note("calibration")
-    if note is None:
-        try:
-            total = plan.num_chains * plan.total_steps
-            open_sampler = sampler._replace(step_size=known)
-            choice = calibrate(engine, open_sampler, gamma, False, total, functools.partial(check_at_center, engine))
-            note = gathered(choice.to_dict(), layout)[0]
-            if store is not None:
-                store.write_note("calibration", note)
-        finally:
-            abandon(store)
-    else:
-        abandon(store)
+
+    def decide() -> dict[str, Any]:
+        check, total = functools.partial(check_at_center, engine), plan.num_chains * plan.total_steps
+        choice = calibrate(engine, sampler._replace(step_size=known), gamma, False, total, check)
+        return gathered(choice.to_dict(), layout)[0]
+
+    note = notes.kept("calibration", decide)
     for name in missing:
         axes[name] = np.array([note[name]])
     return axes, note["friction"]
 
 
-def _fitted(work: _Work, saves: bool) -> tuple[Engine, int, Need | None]:
-    """An engine for as many cells at once as memory takes, and divide their number."""
+def _fitted(work: _Work, notes: Notes) -> tuple[Engine, int, Need | None]:
+    """An engine for as many cells at once as memory takes, and divide their number; resumed, for as many as before."""
+    found: list[Any] = []
+
+    def decide() -> dict[str, Any]:
+        found.extend(_fitting(work, range(work.num_cells, 0, -1), notes.store is not None))
+        return {"cells": found[1]}
+
+    cells = notes.kept("at-once", decide)["cells"]
+    engine, _, need = found or _fitting(work, [cells], notes.store is not None)
+    return engine, cells, need
+
+
+def _fitting(work: _Work, counts: Iterable[int], saves: bool) -> tuple[Engine, int, Need | None]:
+    """(engine, cells at once, its need) for the first of ``counts`` that divides the cells and fits."""
     chains, need = work.plan.num_chains, None
-    for cells in (k for k in range(work.num_cells, 0, -1) if work.num_cells % k == 0):
+    for cells in (k for k in counts if work.num_cells % k == 0):
         rows = cells * chains
         mesh = None if work.mesh is None else check_mesh(automatic(work.mesh), rows)
         for layout, group in layouts(rows, mesh, work.chain_batch, work.posterior.num_free):
@@ -237,15 +233,12 @@ def _fitted(work: _Work, saves: bool) -> tuple[Engine, int, Need | None]:
 
 
 def _run_cells(
-    work: _Work, engine: Engine, cells: range, folder: Path | None, identity: dict[str, Any], show: tuple,
-    full: float | None, need: Need | None,
+    work: _Work, engine: Engine, cells: range, store: RunStore | None, show: tuple, full: float | None,
+    need: Need | None,
 ) -> list[LLCResult]:  # fmt: skip
     numbers, chains = work.numbers(cells), work.plan.num_chains
     keys = jnp.stack([jax.random.fold_in(work.key, i) for i in cells])
     engine.share_out(keys, chains, **numbers)
-    store = None
-    if folder is not None:
-        store = RunStore(folder / f"cells-{cells[0]}-{cells[-1]}", identity, engine.mesh)
     progress, seconds, part = show
     run = run_to_end(engine, store, progress, seconds, part)
     found = []
@@ -256,27 +249,3 @@ def _run_cells(
         given = (engine, run, posterior, one["step_size"], work.friction)
         found.append(result_of(*given, chains=mine, key=keys[i], full_loss=full, need=need))
     return found
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _rise(program: LossProgram, center, frozen, batch, localization, key):
-    """L_m(w) - L_m(w*) at one draw w of the localizing Gaussian alone."""
-    away = gaussian(key, center)
-    moved = tuple(c + x / jnp.sqrt(localization) for c, x in zip(center, away, strict=True))
-    return program.mean_loss(moved, frozen, batch) - program.mean_loss(center, frozen, batch)
-
-
-def _control(engine: Engine, localizations: np.ndarray, key: jax.Array) -> np.ndarray:
-    """Mean of L(w) - L(w*) at nbeta = 0 and its standard error, nats, for each localization: ``(len, 2)``."""
-    program, size = engine.posterior.program, engine.plan.batch_size
-    center, frozen = engine.alone(engine.center), engine.alone(engine.frozen)
-    random = np.random.default_rng(np.asarray(jax.random.key_data(engine.key)))
-    found = []
-    for g, localization in enumerate(localizations):
-        rises = []
-        for draw in range(_CONTROL_DRAWS):
-            batch = engine.fetch(random.integers(0, engine.source.num_data, size))
-            noise = engine.alone(engine.put(jax.random.fold_in(jax.random.fold_in(key, g), draw)))
-            rises.append(float(_rise(program, center, frozen, batch, jnp.float32(localization), noise)))
-        found.append((np.mean(rises), np.std(rises, ddof=1) / math.sqrt(len(rises))))
-    return np.array(found)

@@ -1,4 +1,4 @@
-"""A sweep: its cells are single estimates, compiled once; lost cells marked, memory kept to, interrupted and resumed."""
+"""A sweep: its cells are single estimates, compiled once; lost cells marked, memory kept to, resumed."""
 
 import contextlib
 import json
@@ -198,12 +198,12 @@ def test_interrupted_and_resumed(data, whole, in_parts, tmp_path, stop_at):
         sweep((posterior(), data), **options, checkpoint_dir=tmp_path / "run")
     again = sweep((posterior(), data), **options, checkpoint_dir=tmp_path / "run")
     parts = sorted(p.name for p in (tmp_path / "run").iterdir())
-    assert parts == ["cells-0-3", "cells-4-7", "cells-8-11"]
+    assert [name for name in parts if name.startswith("cells")] == ["cells-0-3", "cells-4-7", "cells-8-11"]
     for one, other in zip(again.results, whole.results, strict=True):
         for name in (*TRACES, "warmup_loss"):
             np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
     assert str(again) == str(whole)
-    with pytest.raises(ValueError, match="another grid.step_size"):
+    with pytest.raises(ValueError, match=r"another grid\.step_size"):
         sweep((posterior(), data), **options, step_size=[1e-3, 2e-3, 1e-2], checkpoint_dir=tmp_path / "run")
 
 

@@ -1,0 +1,211 @@
+"""The LLC over checkpoints: each one's estimate, one compilation, one setting that serves the sharpest, resumed."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import slt_jax as slt
+from slt_jax.engine import Engine
+from slt_jax.results import TRACES
+
+DATA = jax.random.normal(jax.random.key(1), (200, 6))
+PLAN = {"num_chains": 4, "num_draws": 60, "num_warmup": 20, "batch_size": 40, "key": 5}
+STEPS = (0, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000)
+RANKS = (1, 1, 1, 3, 3, 3, 6, 6, 6)
+
+
+def center(rank):
+    return {"on": (jnp.arange(6) < rank).astype(jnp.float32), "w": jnp.full(6, float(rank))}
+
+
+CENTERS = {step: center(rank) for step, rank in zip(STEPS, RANKS, strict=True)}
+
+
+def loss_at_own(p, x):
+    """Least at each checkpoint's own ``w``, told by ``on``; the LLC is half the number that are on."""
+    return 0.5 * jnp.sum((x * p["on"] * (p["w"] - 6 * jnp.mean(p["on"]))) ** 2, -1)
+
+
+def posterior(loss=loss_at_own, **numbers):
+    numbers = {"nbeta": 50.0, "localization": 0.5, **numbers}
+    return slt.LocalPosterior(loss, center(1), 200, mask=lambda path: path == ("w",), **numbers)
+
+
+def run(centers=CENTERS, target=None, **changes):
+    target = posterior() if target is None else target
+    return slt.trajectory(target, centers, DATA, **{"sampler": slt.sgld(1e-2), **PLAN, **changes})
+
+
+@pytest.fixture(scope="module")
+def cold():
+    return run(warm_start=False)
+
+
+@pytest.fixture(scope="module")
+def warm():
+    return run()
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("step", [10, 1000])
+def test_without_a_warm_start_it_is_the_estimate_of_each(cold, step):
+    """Kills: another checkpoint's weights; a key used twice."""
+    alone = slt.estimate_llc(
+        slt.LocalPosterior(loss_at_own, CENTERS[step], 200, 50.0, 0.5, mask=lambda path: path == ("w",)), DATA,
+        sampler=slt.sgld(1e-2), **{**PLAN, "key": jax.random.fold_in(jax.random.key(5), step)},
+    )  # fmt: skip
+    found = cold.results["all"][STEPS.index(step)]
+    for name in (*TRACES, "warmup_loss"):
+        np.testing.assert_allclose(getattr(found, name), getattr(alone, name), rtol=1e-6, err_msg=name)
+    assert found.llc == pytest.approx(alone.llc, rel=1e-6)
+
+
+def exact(rank):
+    curvature = 50.0 * np.asarray((DATA[:, :rank] ** 2).mean(0), float)
+    return float(np.sum(curvature / (curvature + 0.5)) / 2)
+
+
+@pytest.mark.parametrize("warm_start", [True, False])
+def test_estimates_are_those_of_the_posteriors(warm_start):
+    """Half the number of directions that count, less the localization's share, at each checkpoint."""
+    found = run(warm_start=warm_start, num_draws=1500, num_warmup=200, sampler=slt.underdamped(1e-2, 0.3))
+    for result, rank in zip(found.results["all"], RANKS, strict=True):
+        assert abs(result.llc - exact(rank)) < 4 * result.llc_stderr, rank
+
+
+def test_chains_start_where_those_before_ended(warm, cold):
+    """As far from the new w* as from the old. Kills: a start at w*; at the old place."""
+    np.testing.assert_array_equal(warm.results["all"][0].loss_trace, cold.results["all"][0].loss_trace)
+    for result in cold.results["all"]:
+        assert (result.warmup_loss[:, 0] < 1e-9).all()
+    for at in (1, 4):  # those whose posterior is that of the one before
+        first, later = warm.results["all"][at].warmup_loss[:, 0], warm.results["all"][at].loss_trace
+        assert (first > 1e-6).all()
+        assert first.mean() < 10 * later.mean()
+    assert warm.results["all"][3].warmup_loss[:, 0].max() < 5  # at the old place 2 x 3 / 2 x 2^2 and more
+
+
+@pytest.mark.quick
+def test_all_checkpoints_share_a_program():
+    """Kills: a checkpoint that became part of the program."""
+    counts = []
+    for steps in (STEPS[:1], STEPS):
+        traces = []
+
+        def loss(p, x, traces=traces):
+            traces.append(1)
+            return loss_at_own(p, x)
+
+        run({step: CENTERS[step] for step in steps}, posterior(loss), warm_start=False)
+        counts.append(len(traces))
+    assert counts[0] == counts[1]
+
+
+def of_scales(scales, sampler, localization=None, **lengths):
+    """Checkpoints 1, 2, ... of which the curvatures of the loss are these numbers squared."""
+
+    def loss(p, x):
+        return 0.5 * jnp.sum((x * p["scale"] * p["w"]) ** 2, -1)
+
+    centers = {s: {"scale": jnp.float32(c), "w": jnp.zeros(6)} for s, c in enumerate(scales, start=1)}
+    target = slt.LocalPosterior(loss, centers[1], 200, 50.0, localization, mask=lambda path: path == ("w",))
+    return slt.trajectory(target, centers, DATA, **{**PLAN, "sampler": sampler, **lengths})
+
+
+def test_the_step_size_serves_the_sharpest_checkpoint():
+    """Curvatures of 1, 100 and 10: calibrated at the second. A step for the first would be 100 times too long."""
+    found = of_scales((1.0, 10.0, 3.2), None, num_draws=300, num_warmup=200)
+    sharpest = 50.0 * 100.0 * float(np.linalg.eigvalsh(np.asarray(DATA.T @ DATA) / 200)[-1])
+    assert 0.02 < found.setting["step_size"] * sharpest < 0.5
+    assert not found.unserved()
+    assert len({r.settings["step_size"] for r in found.results["all"]}) == 1
+
+
+def test_a_setting_that_does_not_serve_is_told():
+    found = of_scales((1.0, 3.0), slt.sgld(5e-3), localization=0.5, num_draws=2000, num_warmup=500)
+    assert found.unserved() == {2: "biased by the step size"}
+    assert "does not serve 2 (biased by the step size): take a shorter step_size for all" in str(found)
+
+
+def test_parts_have_results_of_their_own():
+    """Two halves of the weights: their LLCs add up to the whole's, as the loss is a sum over them."""
+    def half(posterior, low):
+        mask = {"on": np.zeros(6, bool), "w": (np.arange(6) < 3) == low}
+        return slt.LocalPosterior(posterior.loss_fn, posterior.center, 200, 50.0, 0.5, mask)
+
+    parts = {"low": functools.partial(half, low=True), "high": functools.partial(half, low=False)}
+    found = run({7: center(6)}, parts=parts, num_draws=800, sampler=slt.underdamped(1e-2, 0.3))
+    assert list(found.results) == ["all", "low", "high"]
+    whole, low, high = (found.results[name][0] for name in found.results)
+    assert [r.settings["num_free"] for r in (whole, low, high)] == [6, 3, 3]
+    errors = np.array([r.llc_stderr for r in (whole, low, high)])
+    assert abs(whole.llc - low.llc - high.llc) < 4 * np.sqrt(np.sum(errors**2))
+    assert found.dataset.llc.sel(part="low").values == pytest.approx(low.llc)
+    with pytest.raises(KeyError, match="no part 'middle' in this trajectory, which has all, low, high"):
+        found.stages_of("middle")
+
+
+def test_stages_are_found(warm):
+    """Ranks 1, 3, 6, three checkpoints each."""
+    assert warm.stages is not None
+    assert [b.between for b in warm.stages.boundaries] == [(30, 100), (1000, 3000)]
+    assert str(warm.stages) in str(warm)
+    assert run({1: center(1), 2: center(3)}).stages is None
+
+
+@pytest.mark.quick
+def test_saved_and_read_again(warm, tmp_path):
+    warm.save(tmp_path / "t.zarr")
+    again = slt.load_trajectory(tmp_path / "t.zarr")
+    assert json.dumps(again.to_dict()) == json.dumps(warm.to_dict())
+    assert str(again) == str(warm)
+    with pytest.raises(ValueError, match=r"holds a trajectory, not a sweep. Read it with load_trajectory"):
+        slt.load_sweep(tmp_path / "t.zarr")
+
+
+@pytest.mark.parametrize("stop_at", [(0, 40), (1, 0), (7, 40)])
+def test_interrupted_and_resumed(warm, tmp_path, monkeypatch, stop_at):
+    """In the first checkpoint, at the beginning of the second, in the middle of the eighth; loaded by functions."""
+    checkpoint, step = stop_at
+    runs, advance = [], Engine.advance
+
+    def watching(self, run, *rest, **more):
+        if not runs or runs[-1] is not run:
+            runs.append(run)
+        if len(runs) > checkpoint and run.step >= step:
+            raise KeyboardInterrupt
+        return advance(self, run, *rest, **more)
+
+    options = {"checkpoint_dir": tmp_path / "run", "chunk_size": 20, "checkpoint_seconds": 0}
+    monkeypatch.setattr(Engine, "advance", watching)
+    with pytest.raises(KeyboardInterrupt):
+        run(**options)
+    monkeypatch.setattr(Engine, "advance", advance)
+    again = run({step: lambda c=c: c for step, c in CENTERS.items()}, **options)
+    for one, other in zip(again.results["all"], warm.results["all"], strict=True):
+        for name in (*TRACES, "warmup_loss"):
+            np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
+    kept = sorted(p.name for p in (tmp_path / "run" / "all").iterdir())
+    assert kept == sorted([*(f"step-{s}.zarr" for s in STEPS), "step-30000"])
+    with pytest.raises(ValueError, match=r"another steps"):
+        run({1: center(1)}, **options)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "words"),
+    [
+        ({}, TypeError, "an empty dict"),
+        ([center(1)], TypeError, "a list"),
+        ({"one": center(1)}, ValueError, "'one'"),
+        ({-1: center(1)}, ValueError, "-1"),
+        ({1: {"w": jnp.zeros(6)}}, ValueError, "the checkpoint of step 1: "),
+        ({1: {"on": jnp.ones(6), "w": jnp.full(6, jnp.nan)}}, ValueError, "the checkpoint of step 1: parameter 'w'"),
+    ],
+)
+def test_checkpoints_that_cannot_be_used(given, error, words):
+    with pytest.raises(error, match=words):
+        run(given)
