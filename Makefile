@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Processes of the test suite: compiling, which takes most of its time, is done by one core each.
+WORKERS ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test parity lint clean
@@ -9,7 +11,7 @@ demo: $(VENV)/.installed
 	$(BIN)/slt-jax demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # The loader against transformers on torch; takes a torch wheel of 200 MB or more.
 parity: $(VENV)/.installed-test

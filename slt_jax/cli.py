@@ -1,91 +1,20 @@
-"""The command line: ``slt-jax demo`` and ``slt-jax llc``.
+"""The command line: ``slt-jax demo | llc | sweep | trajectory | report``.
 
 Exit codes: 0 done; 2 input that cannot be used; 3 no chain stayed finite; 130 interrupted.
 """
 
-import dataclasses
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import tyro
 
-
-@dataclasses.dataclass(frozen=True)
-class Demo:
-    """Train a small transformer on Python's own source and estimate its LLC along training (a few minutes)."""
-
-    out: Path = Path("demo-run")
-    """Folder for checkpoints, traces, table and picture; trained checkpoints found there are reused."""
-    smoke: bool = False
-    """A much smaller run, to see that everything works."""
-    quiet: bool = False
-    """No progress bars."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Llc:
-    """Estimate the LLC of a language model's checkpoint: GPT-2, GPT-NeoX (Pythia), Llama, Qwen2, Qwen3."""
-
-    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    """A folder with config.json and safetensors, a repository on the Hugging Face Hub, or a checkpoint of the demo."""
-    tokens: Path | None = None
-    """Token ids: a one-dimensional .npy file, or raw little-endian .bin."""
-    text: Path | None = None
-    """Or a text file, for the checkpoint's tokenizer.json."""
-    also: tuple[str, ...] = ()
-    """Further data sets, NAME=FILE: their losses are read at the same draws (data-refined LLCs). Token files (.npy,
-    .bin) or text."""
-    dtype: Literal["uint16", "uint32"] = "uint16"
-    """Type of the ids in a .bin file."""
-    seq_len: int | None = None
-    """Tokens in one example; default the model's context length."""
-    only: str | None = None
-    """Sample only a part: 'layer 3', 'layer 3 head 5', attention, mlp, embedding, unembedding, norms, 'layer 3 mlp', or
-    several with commas."""
-    heads: bool = False
-    """A table of the refined LLCs of all heads, each with the rest held fast."""
-    nbeta: float | None = None
-    """n times the inverse temperature; default 30, what published work on language models uses."""
-    localization: float | None = None
-    """gamma, the pull to the trained weights; default 300, what published work on language models uses."""
-    sampler: Literal["sgld", "preconditioned", "underdamped"] = "sgld"
-    """How a step moves. The default is what published work on language models uses."""
-    step_size: float | None = None
-    """The sampler's epsilon; default calibrated."""
-    chains: int = 4
-    """Independent chains, started at the checkpoint; every other one hot, where a calibrated run is long enough."""
-    draws: int = 200
-    """Losses recorded in each chain."""
-    warmup: int | None = None
-    """Steps before the first draw; default as many as draws."""
-    thinning: int = 1
-    """Steps from one draw to the next."""
-    batch_size: int = 32
-    """Examples in a step's batch, drawn with replacement, other ones for each chain."""
-    micro_batches: int = 1
-    """Parts in which a batch goes through the model, to save memory."""
-    bfloat16: bool = False
-    """Run the model in bfloat16; the chains keep float32 weights."""
-    seed: int = 0
-    """The same seed gives the same numbers."""
-    out: Path | None = None
-    """Write the traces here (zarr); with --heads a folder with one for each."""
-    plot: Path | None = None
-    """Write the picture of the traces here (png, pdf, svg)."""
-    checkpoint_dir: Path | None = None
-    """Keep the run's state here; the same command resumes an interrupted run."""
-    json: bool = False
-    """Print the result as JSON on standard output."""
-    quiet: bool = False
-    """No plan and no progress bar."""
-
+from slt_jax.options import Command, Course, Demo, Llc, Report, Sampling, SweepGrid
 
 _INTERRUPTED = 130
-
-Command = Annotated[Demo, tyro.conf.subcommand("demo")] | Annotated[Llc, tyro.conf.subcommand("llc")]
 
 
 def run() -> None:
@@ -107,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     _use_all_cores()
     try:
-        return _demo(command) if isinstance(command, Demo) else _llc(command)
+        return _DOES[type(command)](command)
     except KeyboardInterrupt:
         resume = " The same command resumes it." if getattr(command, "checkpoint_dir", None) else ""
         print(f"interrupted.{resume}", file=sys.stderr)
@@ -141,23 +70,13 @@ def _llc(command: Llc) -> int:
     from slt_jax import language
     from slt_jax.models.restrict import restricted
 
-    for path in (command.out, command.plot):
-        if path is not None and path.exists():
-            raise FileExistsError(f"{path} exists. Remove it, or give another path.")
-        if path is not None and not os.access(path.absolute().parent, os.W_OK):
-            raise PermissionError(f"{path.absolute().parent} is not a folder that can be written to.")
+    _check_outputs(command)
     _check_together(command)
     case = language.open_case(
-        command.checkpoint, tokens=command.tokens, text=command.text, dtype=command.dtype, seq_len=command.seq_len,
-        nbeta=command.nbeta, localization=command.localization, bfloat16=command.bfloat16, also=_named(command.also),
+        command.checkpoint, **_reading(command), nbeta=command.nbeta, localization=command.localization,
+        also=_named(command.also),
     )  # fmt: skip
-    samplers = {"sgld": slt.sgld, "preconditioned": slt.preconditioned_sgld, "underdamped": slt.underdamped}
-    options = {
-        "sampler": samplers[command.sampler](command.step_size), "num_chains": command.chains,
-        "num_draws": command.draws, "num_warmup": command.warmup, "thinning": command.thinning,
-        "batch_size": command.batch_size, "micro_batches": command.micro_batches, "key": command.seed,
-        "also": case.also,
-    }  # fmt: skip
+    options = {**_options(command, command.step_size), "also": case.also}
     posterior = case.posterior if command.only is None else restricted(case.posterior, command.only)
     if not command.quiet:
         print(*language.plan_of(case, posterior, options), sep="\n", file=sys.stderr)
@@ -166,11 +85,7 @@ def _llc(command: Llc) -> int:
     result = slt.estimate_llc(
         posterior, case.data, checkpoint_dir=command.checkpoint_dir, progress=not command.quiet, **options
     )
-    print(json.dumps(result.to_dict(), indent=1) if command.json else result)
-    if command.out is not None:
-        result.save(command.out)
-    if command.plot is not None:
-        result.plot(command.plot)
+    _deliver(command, result)
     return 3 if result.verdict == "diverged" and not len(result.kept_chains) else 0
 
 
@@ -184,14 +99,100 @@ def _named(also: tuple[str, ...]) -> dict[str, Path]:
     return found
 
 
+def _check_outputs(command: Any) -> None:
+    """Raise OSError where a file that is to be written cannot be: before anything is sampled."""
+    for path in (command.out, command.plot):
+        if path is not None and path.exists():
+            raise FileExistsError(f"{path} exists. Remove it, or give another path.")
+        if path is not None and not os.access(path.absolute().parent, os.W_OK):
+            raise PermissionError(f"{path.absolute().parent} is not a folder that can be written to.")
+
+
+def _options(command: Sampling, step_size: float | None) -> dict[str, Any]:
+    """What all estimates take."""
+    import slt_jax as slt
+
+    samplers = {"sgld": slt.sgld, "preconditioned": slt.preconditioned_sgld, "underdamped": slt.underdamped}
+    return {
+        "sampler": samplers[command.sampler](step_size), "num_chains": command.chains, "num_draws": command.draws,
+        "num_warmup": command.warmup, "thinning": command.thinning, "batch_size": command.batch_size,
+        "micro_batches": command.micro_batches, "key": command.seed,
+    }  # fmt: skip
+
+
+def _deliver(command: Any, found: Any) -> None:
+    """Print, save and draw what was found."""
+    print(json.dumps(found.to_dict(), indent=1) if command.json else found)
+    if command.out is not None:
+        found.save(command.out)
+    if command.plot is not None:
+        found.plot(command.plot)
+
+
+def _sweep(command: SweepGrid) -> int:
+    import slt_jax as slt
+    from slt_jax import language
+    from slt_jax.grid import table_of
+    from slt_jax.models.restrict import restricted
+
+    _check_outputs(command)
+    case = language.open_case(command.checkpoint, **_reading(command))
+    posterior = case.posterior if command.only is None else restricted(case.posterior, command.only)
+    options = _options(command, None)
+    axes = {name: getattr(command, name) or None for name in ("nbeta", "localization", "step_size")}
+    if not command.quiet:
+        print(*language.plan_of(case, posterior, options)[:2], sep="\n", file=sys.stderr)
+    found = slt.sweep(
+        posterior, case.data, **axes, **options, memory_gib=command.memory_gib, progress=not command.quiet,
+        checkpoint_dir=command.checkpoint_dir,
+    )  # fmt: skip
+    if not command.json:
+        print(*table_of(found), "", sep="\n")
+    _deliver(command, found)
+    return 3 if found.dataset.diverged.values.all() else 0
+
+
+def _trajectory(command: Course) -> int:
+    import slt_jax as slt
+    from slt_jax import language
+
+    _check_outputs(command)
+    case, centers = language.open_course(
+        command.checkpoints, **_reading(command), nbeta=command.nbeta, localization=command.localization
+    )
+    options = _options(command, command.step_size)
+    if not command.quiet:
+        print(*language.plan_of(case, case.posterior, options)[:2], sep="\n", file=sys.stderr)
+    found = slt.trajectory(
+        case.posterior, centers, case.data, parts=command.parts, warm_start=not command.cold, **options,
+        progress=not command.quiet, checkpoint_dir=command.checkpoint_dir,
+    )  # fmt: skip
+    _deliver(command, found)
+    return 3 if all(not len(r.kept_chains) for r in found.results["all"]) else 0
+
+
+def _reading(command: Sampling) -> dict[str, Any]:
+    """What says how data and model are read."""
+    return {name: getattr(command, name) for name in ("tokens", "text", "dtype", "seq_len", "bfloat16")}
+
+
+def _report(command: Report) -> int:
+    from slt_jax.report import report
+
+    out = command.out or command.run.with_suffix(".html")
+    print(report(command.run, out, overwrite=command.overwrite))
+    return 0
+
+
 def _check_together(command: Llc) -> None:
-    alone = {"--only": command.only, "--plot": command.plot, "--checkpoint-dir": command.checkpoint_dir}
+    alone = {"--only": command.only, "--checkpoint-dir": command.checkpoint_dir}
     if command.heads and (given := [name for name, value in alone.items() if value is not None]):
         raise ValueError(f"--heads makes a table of many results and takes no {', '.join(given)}. Leave it out.")
 
 
 def _heads(command: Llc, case: Any, options: dict[str, Any]) -> int:
     from slt_jax import language
+    from slt_jax.heatmaps import plot_heads
     from slt_jax.models.restrict import head_names
 
     def told(name: str, result: Any) -> None:
@@ -207,7 +208,14 @@ def _heads(command: Llc, case: Any, options: dict[str, Any]) -> int:
         print(json.dumps({name: result.to_dict() for name, result in found.items()}, indent=1))
     else:
         print(*language.table(found), sep="\n")
+    if command.plot is not None:
+        plot_heads(found, command.plot)
     return 0
+
+
+_DOES: dict[type, Callable[[Any], int]] = {
+    Demo: _demo, Llc: _llc, SweepGrid: _sweep, Course: _trajectory, Report: _report,
+}  # fmt: skip
 
 
 if __name__ == "__main__":

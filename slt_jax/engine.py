@@ -257,12 +257,15 @@ class Engine:
     def full_loss(self) -> float:
         """L_n(w*): the mean over the whole data set, in blocks of ``batch_size``."""
         total, num, size = 0.0, self.source.num_data, self.plan.batch_size
-        center, frozen = self.alone(self.center), self.alone(self.frozen)
+        center = self.alone(self.center)
         for begin in range(0, num, size):
             indices = np.arange(begin, min(begin + size, num))
-            batch = self.fetch(indices)
-            total += float(_batch_loss(self.posterior.program, center, frozen, batch)) * len(indices)
+            total += self.loss_at(center, self.fetch(indices)) * len(indices)
         return total / num
+
+    def loss_at(self, position: Position, batch: PyTree) -> float:
+        """L_m at a position, as ``alone`` leaves one, on a batch, as ``fetch`` gives it."""
+        return float(_batch_loss(self.posterior.program, position, self.alone(self.frozen), batch))
 
     def first_loss(self, data: Source | None = None, position: Position | None = None) -> float:
         """Mean loss at w*, or at another position, over the first examples, or those of another data set.
@@ -271,8 +274,7 @@ class Engine:
         """
         data = self.source if data is None else data
         batch = self.fetch(np.arange(min(self.plan.batch_size, data.num_data)), data)
-        at = self.alone(self.center) if position is None else position
-        return float(_batch_loss(self.posterior.program, at, self.alone(self.frozen), batch))
+        return self.loss_at(self.alone(self.center) if position is None else position, batch)
 
     def full_grad(self) -> Position:
         """grad L_n(w*) over the whole data set, in blocks of ``batch_size``: as many gradients as there are blocks."""

@@ -38,6 +38,12 @@ class Sweep:
     def shape(self) -> tuple[int, ...]:
         return tuple(len(self.axes[name]) for name in AXES)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What all cells have in common."""
+        own = (*AXES, "probe", "gradients", "cost")
+        return {name: value for name, value in self.results[0].settings.items() if name not in own}
+
     def cell(self, *, nbeta: float | None = None, localization: float | None = None, step_size: float | None = None):
         """The LLCResult of one cell. An axis with one value may be left out. Raises KeyError for a value not in it."""
         at = []
@@ -95,9 +101,15 @@ class Sweep:
 
     def plot(self, path: str | os.PathLike | None = None):
         """Heat maps, one for each nbeta; written to ``path`` if given. Returns the figure."""
-        from slt_jax.plots import plot_sweep
+        from slt_jax.heatmaps import plot_sweep
 
         return plot_sweep(self.dataset, self.reading, path)
+
+    def report(self, path: str | os.PathLike, *, overwrite: bool = False) -> Path:
+        """Write everything as one self-contained HTML page."""
+        from slt_jax.report import report
+
+        return report(self, path, overwrite=overwrite)
 
     def to_xarray(self) -> "xr.DataTree":
         """DataTree: ``/`` is ``dataset``; ``sample_stats`` and ``warmup_sample_stats`` hold all traces, cells first."""

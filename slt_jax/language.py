@@ -1,7 +1,9 @@
 """What ``slt-jax llc`` does: checkpoint and tokens in; the plan, and one LLC or a table of refined ones, out."""
 
+import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,34 @@ def open_case(
     )  # fmt: skip
     given = {name for name, value in {"nbeta": nbeta, "localization": localization}.items() if value is not None}
     return Case(model, posterior, data, length, frozenset(given), others)
+
+
+def open_course(checkpoints: Sequence[str], **options: Any) -> tuple[Case, dict[int, Callable[[], Any]]]:
+    """(the case of the first checkpoint, training step -> what loads its parameters).
+
+    Args:
+        checkpoints: folders whose names end in the training step, of one model.
+        options: of ``open_case``.
+
+    Raises:
+        ValueError: a name without a number, or two with the same; and what ``open_case`` raises.
+    """
+    if not checkpoints:
+        raise ValueError("a trajectory needs checkpoints: step-100 step-1000 step-10000.")
+    paths: dict[int, str] = {}
+    for checkpoint in checkpoints:
+        number = re.search(r"(\d+)\D*$", Path(checkpoint).name)
+        if number is None:
+            raise ValueError(f"the name of {checkpoint} has no training step. Name it step-100.")
+        if (step := int(number[1])) in paths:
+            raise ValueError(f"{paths[step]} and {checkpoint} both say that they are of step {step}. Leave one out.")
+        paths[step] = checkpoint
+    case = open_case(paths[min(paths)], **options)
+    return case, {step: functools.partial(_params_of, path) for step, path in paths.items()}
+
+
+def _params_of(checkpoint: str) -> Any:
+    return from_nnx(load_checkpoint(checkpoint)[0], model_losses)[0]
 
 
 def tokenized(checkpoint: Path, text: Path, length: int) -> np.ndarray:

@@ -281,6 +281,8 @@ def _why_none(layer: "xr.Dataset") -> str:
         return f"the LLC stands along step_size ({where}), not along localization"
     if good.sum() >= _LEAST_CELLS:
         return "its settled cells disagree, or are no neighbours: the LLC depends on step_size and localization here"
+    if good.all():
+        return f"its {good.size} cells are too few to see one: give at least three along step_size or localization"
     verdicts = Counter(layer.verdict.values.astype(str)[~good].tolist())
     common, count = verdicts.most_common(1)[0]
     remedy = {

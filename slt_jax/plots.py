@@ -1,74 +1,174 @@
 """Pictures: loss traces, and the LLC over training."""
 
+import math
 import os
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito
+from slt_jax.drawing import COLORS, MARKERS, figure_of, legend_below
+from slt_jax.plateau import SETTLED
 
+if TYPE_CHECKING:
+    pass
 
-def _figure(size: tuple[float, float], path: str | os.PathLike | None, draw) -> Figure:
-    with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=size, layout="constrained")
-        FigureCanvasAgg(figure)
-        draw(figure)
-        if path is not None:
-            figure.savefig(path, dpi=150)
-    return figure
+_POINTS = 200  # of a line; twice as many and more are averaged in blocks
 
 
 def plot_result(result: Any, path: str | os.PathLike | None = None) -> Figure:
-    """Loss by chain with the warm-up shaded, and below it the running estimate with its final error bar."""
+    """Loss by chain with the warm-up shaded, and below it the running estimate with its final error bar.
+
+    Long runs are drawn as means over blocks of steps. A chain that went non-finite ends at a cross.
+    """
 
     def draw(figure: Figure) -> None:
         upper, lower = figure.subplots(2, 1, height_ratios=(3, 2))
-        warm, thin = result.settings["num_warmup"], result.settings["thinning"]
-        steps = warm + thin * (1 + np.arange(result.loss_trace.shape[1])) - 1
-        for c, (before, after) in enumerate(zip(result.warmup_loss, result.loss_trace, strict=True)):
-            color = _COLORS[c % len(_COLORS)]
-            upper.plot(np.r_[np.arange(warm), steps], np.r_[before, after], color=color, lw=0.6, alpha=0.8)
-        if warm:
-            upper.axvspan(0, warm, color="0.9", zorder=0, label="warm-up")
-        upper.axhline(result.init_loss, color="black", ls="--", lw=1, label="loss at w*")
-        upper.set(ylabel="minibatch loss (nats per example)", xlabel="step")
-        upper.set_title(f"LLC {result.estimate_text('±')}: {result.verdict}")
-        upper.legend(frameon=False, loc="upper right")
-        if result.llc_draws.size:
-            mean = result.llc_draws.mean(0)
-            lower.plot(steps, np.cumsum(mean) / np.arange(1, mean.size + 1), color=_COLORS[0])
-            band = (result.llc - result.llc_stderr, result.llc + result.llc_stderr)
-            lower.axhspan(*band, color=_COLORS[1], alpha=0.25, lw=0, label="estimate ± standard error")
-            lower.legend(frameon=False)
-        lower.set(ylabel="running LLC", xlabel="step")
+        _losses(upper, result)
+        _running(lower, result)
+        figure.suptitle(f"LLC {result.estimate_text('±')}: {result.verdict}", fontweight="bold")
+        upper.set_title(_facts(result), fontsize=9)
+        legend_below(figure, (upper, lower), 3)
 
-    return _figure((7.0, 5.5), path, draw)
+    return figure_of((6.2, 6.0), path, draw)
+
+
+def _facts(result: Any) -> str:
+    chains, draws = result.loss_trace.shape
+    text = f"{chains} chain{'s' * (chains > 1)} of {draws} draws"
+    if math.isfinite(result.rhat):
+        text += f", R-hat {result.rhat:.3f}, ESS {result.ess:.0f}"
+    return text + (f"; lines are means of {round(draws / _POINTS)} draws" if draws > 2 * _POINTS else "")
+
+
+def _means(values: np.ndarray) -> np.ndarray:
+    """Means along the last axis, over ``_POINTS`` blocks where there are many values."""
+    length = values.shape[-1]
+    edges = np.linspace(0, length, (length if length <= 2 * _POINTS else _POINTS) + 1).astype(int)
+    return np.add.reduceat(values.astype(np.float64), edges[:-1], axis=-1) / np.diff(edges)
+
+
+def _chain_style(result: Any, chain: int) -> dict[str, Any]:
+    """Colour and label: a chain's own up to eight chains, beyond that of all chains that started alike."""
+    hot = result.settings.get("hot", 1.0) > 1 and chain % 2 == 1
+    if len(result.loss_trace) > len(COLORS):
+        return {"color": COLORS[int(hot)], "label": "chains started hot" if hot else "chains from w*"}
+    return {"color": COLORS[chain], "label": f"chain {chain}{', started hot' if hot else ''}"}
+
+
+def _draw_steps(result: Any) -> np.ndarray:
+    return result.settings["num_warmup"] + result.settings["thinning"] * (1 + np.arange(result.loss_trace.shape[1])) - 1
+
+
+def _losses(axis: Axes, result: Any) -> None:
+    warm, kept = result.settings["num_warmup"], result.kept_chains
+    steps = np.r_[_means(np.arange(warm)) if warm else [], _means(_draw_steps(result))]
+    losses = np.concatenate([_means(x) for x in (result.warmup_loss, result.loss_trace) if x.size], axis=-1)
+    for c, line in enumerate(losses):
+        axis.plot(steps, line, lw=0.8, alpha=0.8, **_chain_style(result, c))
+    if math.isfinite(result.init_loss):
+        axis.axhline(result.init_loss, color="black", ls="--", lw=1.2, label="loss at w*")
+    cross = {"transform": axis.get_xaxis_transform(), "color": "black", "ms": 8, "label": "chain went non-finite"}
+    for step in result.stopped.values():
+        axis.plot(step, 0.95, "X", **cross)
+    if warm:
+        axis.axvspan(0, warm, color="0.92", lw=0, zorder=0, label="warm-up")
+    axis.set(ylabel="minibatch loss (nats per example)", xlabel="step")
+    if kept.size:
+        _frame(axis, losses[kept], steps.searchsorted(warm), result.init_loss)
+        axis.set_xlim(-0.01 * steps[-1], 1.01 * steps[-1])
+    elif (losses > 0).any():
+        axis.set(yscale="log", xlim=(-1, 1.3 * max(result.stopped.values()) + 5))
+
+
+def _frame(axis: Axes, losses: np.ndarray, num_warm: int, init_loss: float) -> None:
+    """Frame the draws and the later warm-up, (chain, point): hot starts and rare spikes may leave the frame."""
+    low, high = np.quantile(np.append(losses[:, num_warm // 2 :], init_loss), (0.0, 0.998))
+    room = 0.08 * (high - low) or 1e-3 * abs(high) or 1e-3
+    axis.set_ylim(low - room, high + room)
+
+
+def _running(axis: Axes, result: Any) -> None:
+    draws, bias = result.llc_draws, result.bias.applied
+    if not draws.size:
+        axis.text(0.5, 0.5, "no chain stayed finite: no estimate", transform=axis.transAxes, ha="center", va="center")
+        axis.set(ylabel="running LLC", xticks=[], yticks=[])
+        return
+    some = np.linspace(0, draws.shape[1] - 1, min(_POINTS, draws.shape[1])).astype(int)
+    steps, each = _draw_steps(result)[some], np.cumsum(draws, 1)[:, some] / (some + 1) - bias
+    for c, line in zip(result.kept_chains, each, strict=True):
+        axis.plot(steps, line, lw=0.8, alpha=0.8, **_chain_style(result, int(c)))
+    axis.plot(steps, each.mean(0), color="black", lw=2, label="mean of the chains")
+    band = (result.llc - result.llc_stderr, result.llc + result.llc_stderr)
+    if math.isfinite(result.llc_stderr):
+        axis.axhspan(*band, color=COLORS[4], alpha=0.45, lw=0, zorder=0.5, label="estimate ± standard error")
+    if bias:
+        axis.axhline(result.llc_raw, color="black", ls=":", lw=1.5, label="raw: bias not taken off")
+    settled = each[:, each.shape[1] // 8 :]
+    ends = [settled.min(), settled.max(), result.llc_raw, *(x for x in band if math.isfinite(x))]
+    room = 0.08 * (max(ends) - min(ends)) or 0.5
+    axis.set(ylabel="running LLC", xlabel="step (after warm-up)", ylim=(min(ends) - room, max(ends) + room))
 
 
 def plot_training(
-    steps: list[int], losses: list[float], results: list[Any], path: str | os.PathLike | None = None
+    steps: Sequence[int],
+    losses: Sequence[float],
+    results: Sequence[Any] | Mapping[str, Sequence[Any]],
+    path: str | os.PathLike | None = None,
+    *,
+    stages: Any = None,
+    unit: str = "nats per byte",
 ) -> Figure:
-    """LLC with error bars and loss over training steps; hollow markers are estimates whose chains have not settled."""
+    """LLC with error bars and loss over training steps; hollow markers are estimates whose chains have not settled.
+
+    Args:
+        steps: of training, (checkpoint,), with one of ``losses`` each, in ``unit``.
+        results: one for each step; or name -> such a list, for several lines, e.g. refined LLCs.
+        stages: of ``find_stages``: boundaries, each with a step and its interval from ``low`` to ``high``.
+
+    Raises:
+        ValueError: lists of different lengths.
+    """
+    series = dict(results) if isinstance(results, Mapping) else {"": results}
+    for name, found in [("losses", losses), *((f"results {name}".strip(), rs) for name, rs in series.items())]:
+        if len(found) != len(steps):
+            raise ValueError(f"{name} has {len(found)} entries for {len(steps)} steps. Give one for each step.")
 
     def draw(figure: Figure) -> None:
         axis = figure.subplots()
         right = axis.twinx()
-        x, y = np.asarray(steps), np.array([r.llc for r in results])
-        axis.errorbar(x, y, yerr=[r.llc_stderr for r in results], color=_COLORS[0], capsize=3, lw=1.5)
-        good = np.array([r.verdict in ("converged", "depends on nbeta or localization") for r in results])
-        axis.plot(x[good], y[good], "o", color=_COLORS[0], label="LLC ± standard error")
-        if not good.all():
-            axis.plot(x[~good], y[~good], "o", mfc="white", mec=_COLORS[0], label="LLC, chains not settled")
-        right.plot(x, losses, "s--", color=_COLORS[1], lw=1.2, ms=4, label="loss")
+        for k, (name, found) in enumerate(series.items()):
+            _line(axis, steps, found, COLORS[k % len(COLORS)], MARKERS[k % len(MARKERS)], name)
+        if len(series) > 1 and any(r.verdict not in SETTLED for found in series.values() for r in found):
+            axis.plot([], [], "o", mfc="white", mec="black", label="hollow: chains not settled")
+        one, loss = len(series) == 1, COLORS[1] if len(series) == 1 else "0.45"
+        right.plot(steps, losses, "s--" if one else ":", color=loss, lw=1.2 if one else 2, ms=4, label="loss")
         right.spines["right"].set_visible(True)
-        axis.set(xscale="log", xlabel="training step")
-        axis.set_ylabel("local learning coefficient", color=_COLORS[0])
-        right.set_ylabel("loss (nats per byte)", color=_COLORS[1])
-        handles = [h for a in (axis, right) for h in a.get_legend_handles_labels()[0]]
-        labels = [t for a in (axis, right) for t in a.get_legend_handles_labels()[1]]
-        axis.legend(handles, labels, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
+        interval = f"stage boundary, {100 * getattr(stages, 'level', 0.9):g} % interval"
+        for boundary in getattr(stages, "boundaries", ()):
+            axis.axvspan(boundary.low, boundary.high, color="0.88", lw=0, zorder=0)
+            axis.axvline(boundary.step, color="0.3", lw=1.3, ls="-.", label=interval)
+        axis.set(xscale="log" if min(steps) > 0 else "linear", xlabel="training step")
+        axis.set_ylabel("local learning coefficient", color=COLORS[0] if one else "black")
+        right.set_ylabel(f"loss ({unit})", color=loss)
+        entries = {t: h for a in (axis, right) for h, t in zip(*a.get_legend_handles_labels(), strict=True)}
+        if interval in entries:
+            entries[interval] = (Patch(color="0.88"), entries[interval])
+        place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 3, "fontsize": 9}
+        axis.legend(entries.values(), entries.keys(), frameon=False, **place)
 
-    return _figure((7.0, 4.2), path, draw)
+    return figure_of((7.0, 4.2), path, draw)
+
+
+def _line(axis: Axes, steps: Sequence[int], results: Sequence[Any], color: str, marker: str, name: str) -> None:
+    x, y = np.asarray(steps), np.array([r.llc for r in results])
+    axis.errorbar(x, y, yerr=[r.llc_stderr for r in results], color=color, capsize=3, lw=1.5)
+    good = np.array([r.verdict in SETTLED for r in results])
+    if good.any() or name:
+        axis.plot(x[good], y[good], ls="", marker=marker, color=color, label=name or "LLC ± standard error")
+    if not good.all():
+        hollow = None if name else "LLC, chains not settled"
+        axis.plot(x[~good], y[~good], ls="", marker=marker, mfc="white", mec=color, label=hollow)

@@ -279,6 +279,12 @@ class LLCResult:
 
         return plot_result(self, path)
 
+    def report(self, path: str | os.PathLike, *, overwrite: bool = False) -> Path:
+        """Write everything as one self-contained HTML page."""
+        from slt_jax.report import report
+
+        return report(self, path, overwrite=overwrite)
+
 
 def _cost_line(cost: dict[str, Any], predicted: int | None) -> str:
     if not cost:

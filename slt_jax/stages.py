@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 _MIN_SIZE = 2  # checkpoints of a stage
 _GRID = 12  # values of scatter, and of drift, beside 0
@@ -83,9 +84,9 @@ class Stages:
 
 
 def find_stages(
-    steps: Sequence[float] | np.ndarray,
-    llc: Sequence[float] | np.ndarray,
-    llc_stderr: Sequence[float] | np.ndarray,
+    steps: ArrayLike,
+    llc: ArrayLike,
+    llc_stderr: ArrayLike,
     *,
     level: float = 0.9,
     resamples: int = 200,
@@ -110,7 +111,7 @@ def find_stages(
     boundary; what error bars that are too small leave unexplained is scatter.
 
     Intervals are from a parametric bootstrap around the fitted stages: each resample is the stage's mean plus new noise
-    and a new drift about that mean, is cut anew with scatter and drift held, and each boundary found counts for the
+    and a new drift about that mean. It is cut anew, scatter and drift held, and each boundary found counts for the
     nearest fitted one. (Noise added to the curve itself would count it twice: the curve has it already.)
 
     Args:
@@ -118,16 +119,16 @@ def find_stages(
         llc, llc_stderr: estimates and their standard errors, ``(T,)``; left out where one of them is not finite.
         level: share of the resamples that an interval holds.
         resamples, seed: of the bootstrap.
-        max_stages: default 10, or half the checkpoints where these are fewer than 20.
-        drift: default None, found from the curve; 0 for stages of constant LLC, which cuts whatever rises.
+        max_stages: default 10; never more than half the checkpoints.
+        drift: default found from the curve; 0 for stages of constant LLC, which cuts whatever rises.
 
     Raises:
         ValueError: shapes that differ, steps not increasing, errors that are not positive, fewer than 4 checkpoints.
         ImportError: without ruptures.
 
     Error: an interval's coverage is near ``level`` for boundaries that most resamples find (``support``), and below it
-    for those that few find, which are seen only where the noise helps. Time grows as T^2 times the number of stages:
-    seconds for 30 checkpoints, minutes for 200.
+    for those that few find, which are seen only where the noise helps. Takes a second for 20 checkpoints and minutes
+    for 200.
 
     Source: Romano et al., arXiv:2005.01379, for drift beside jumps; Truong et al., Signal Processing 167 (2020) 107299,
     for the search.
@@ -137,11 +138,9 @@ def find_stages(
     most = min(len(llc) // _MIN_SIZE, 10 if max_stages is None else max_stages)
     noise, edges = _fitted(llc, errors, most, drift)
     stages = tuple(_stage(steps, llc, np.hypot(errors, noise[0]), *pair) for pair in itertools.pairwise(edges))
-    drawn = []
-    if len(stages) > 1:
-        drawn = _bootstrap(np.random.default_rng(seed), resamples, llc, errors, stages, edges, noise, most)
-    boundaries = _boundaries(steps, edges, stages, drawn, level)
-    return Stages(boundaries, stages, float(noise[0]), float(noise[1]), level)
+    count = resamples if len(stages) > 1 else 0
+    drawn = _bootstrap(np.random.default_rng(seed), count, llc, errors, stages, edges, noise, most)
+    return Stages(_boundaries(steps, edges, stages, drawn, level), stages, *noise.tolist(), level)
 
 
 def _usable(steps: Any, llc: Any, errors: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -197,10 +196,9 @@ def _in_turn(costs: np.ndarray, extra: np.ndarray, at: int, most: int) -> tuple[
 
 
 def _costs(llc: np.ndarray, errors: np.ndarray, grid: np.ndarray) -> np.ndarray:
-    """-2 log p(llc[i:j]), less log 2 pi a checkpoint, as one stage, by a Kalman filter from every i. ``(G, T, T + 1)``.
+    """``(G, T, T + 1)``: -2 log p(llc[i:j]) - (j - i) log 2 pi as one stage, by a Kalman filter from every i.
 
-    Args:
-        grid: (scatter, drift), ``(G, 2)``.
+    grid: (scatter, drift), ``(G, 2)``.
     """
     count, prior = len(llc), llc.var() + np.mean(errors**2)
     scatter, drift = grid[:, :1] ** 2, grid[:, 1:] ** 2
@@ -209,11 +207,11 @@ def _costs(llc: np.ndarray, errors: np.ndarray, grid: np.ndarray) -> np.ndarray:
     for t in range(count):
         now = slice(0, t + 1)  # stages that began at t or before
         variance[:, :t] += drift
-        spread = variance[:, now] + errors[t] ** 2 + scatter
-        gap, gain = llc[t] - mean[:, now], variance[:, now] / spread
+        noise = errors[t] ** 2 + scatter
+        spread, gap = variance[:, now] + noise, llc[t] - mean[:, now]
         cost[:, now] += np.log(spread) + gap**2 / spread
-        mean[:, now] += gain * gap
-        variance[:, now] *= 1 - gain
+        mean[:, now] += variance[:, now] / spread * gap
+        variance[:, now] *= noise / spread
         costs[:, now, t + 1] = cost[:, now]
     return costs
 
@@ -225,7 +223,7 @@ def _score(costs: np.ndarray, edges: tuple[int, ...]) -> Any:
 
 
 def _cut(cost: np.ndarray, most: int) -> tuple[int, ...]:
-    """The edges of the best score with at most this many stages."""
+    """The edges of the best score of at most ``most`` stages."""
     dynp, table = _search()
     search = dynp(custom_cost=table(cost.tolist()), min_size=_MIN_SIZE, jump=1).fit(np.zeros(len(cost)))
     found = [(0, *search.predict(cuts)) for cuts in range(most)]
@@ -271,7 +269,7 @@ def _bootstrap(
     rng: np.random.Generator, count: int, llc: np.ndarray, errors: np.ndarray, stages: tuple[Stage, ...],
     edges: tuple[int, ...], noise: np.ndarray, most: int,
 ) -> list[tuple[int, ...]]:  # fmt: skip
-    """The edges of ``count`` resamples of the fitted stages, each of two stages more at most."""
+    """The edges of ``count`` resamples of the fitted stages, cut into two stages more at most."""
     means = np.repeat([stage.llc for stage in stages], np.diff(edges))
     spread, found = np.hypot(errors, noise[0]), []
     for _ in range(count):
@@ -287,7 +285,7 @@ def _boundaries(
 ) -> tuple[Boundary, ...]:
     cuts, found = np.array(edges[1:-1]), []
     for cut, (before, after) in zip(cuts, itertools.pairwise(stages), strict=True):
-        places = [place for edges in drawn for place in _own(cut, cuts, edges[1:-1])]
+        places = [place for resample in drawn for place in _own(cut, cuts, resample[1:-1])]
         low, high = 1, len(steps) - 1
         if places:
             tails = (1 - level) / 2, (1 + level) / 2
@@ -297,8 +295,8 @@ def _boundaries(
         x, y = float(steps[cut - 1]), float(steps[cut])
         middle = math.sqrt(x * y) if x > 0 else (x + y) / 2
         jump, error = after.llc - before.llc, math.hypot(before.llc_stderr, after.llc_stderr)
-        interval = float(steps[low - 1]), float(steps[high])
-        found.append(Boundary((x, y), middle, *interval, float(near / len(drawn)), jump, error))
+        interval, support = (float(steps[low - 1]), float(steps[high])), float(near / len(drawn))
+        found.append(Boundary((x, y), middle, *interval, support, jump, error))
     return tuple(found)
 
 

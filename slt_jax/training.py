@@ -55,10 +55,10 @@ class Trajectory:
         return find_stages(np.array(self.steps, float)[known], llc[known], error[known])
 
     @property
-    def setting(self) -> dict[str, float]:
+    def setting(self) -> dict[str, Any]:
         """The numbers that all have in common."""
         first = self.results[WHOLE][0].settings
-        return {name: first[name] for name in ("nbeta", "localization", "step_size", "friction")}
+        return {name: first.get(name) for name in ("nbeta", "localization", "step_size", "friction")}
 
     @functools.cached_property
     def dataset(self) -> "xr.Dataset":
@@ -107,6 +107,12 @@ class Trajectory:
 
         results = self.results if len(self.results) > 1 else self.results[WHOLE]
         return plot_training(self.steps, self.losses, results, path, stages=self.stages, unit=unit)
+
+    def report(self, path: str | os.PathLike, *, overwrite: bool = False) -> Path:
+        """Write everything as one self-contained HTML page."""
+        from slt_jax.report import report
+
+        return report(self, path, overwrite=overwrite)
 
     def to_xarray(self) -> "xr.DataTree":
         """DataTree: ``/`` is ``dataset``; ``sample_stats`` and ``warmup_sample_stats`` hold all traces."""

@@ -22,7 +22,7 @@ from slt_jax.estimate import as_sampler, check_same_call, identity_of
 from slt_jax.memory import layouts, need_of, weighs
 from slt_jax.mesh import automatic, check_mesh, gathered, leads, spans_processes
 from slt_jax.outcome import last_probe, looks_at_end, result_of
-from slt_jax.posterior import LocalPosterior, check_positive
+from slt_jax.posterior import LocalPosterior, check_positive, path_of
 from slt_jax.probe import Probe
 from slt_jax.reading import estimate_text
 from slt_jax.results import LLCResult, load_result
@@ -149,9 +149,17 @@ class _Work:
         center = self.centers[step]
         center = center() if callable(center) else center
         try:
-            return dataclasses.replace(self.posterior, center=center)
+            posterior = dataclasses.replace(self.posterior, center=center)
         except (TypeError, ValueError) as error:
             raise type(error)(f"the checkpoint of step {step}: {error}") from error
+        mine, wanted = _shapes(center), _shapes(self.posterior.center)
+        for name in [*wanted, *mine]:
+            if mine.get(name) != wanted.get(name):
+                raise ValueError(
+                    f"the checkpoint of step {step} is of another model than posterior.center: '{name}' has shape "
+                    f"{mine.get(name)} there, {wanted.get(name)} here. Give checkpoints of one training run."
+                )
+        return posterior
 
     def engine(self, posterior: LocalPosterior, key: jax.Array) -> Engine:
         return Engine(posterior, self.source, self.sampler, self.plan, key, self.layout)
@@ -170,6 +178,10 @@ def _steps(centers: Any) -> list[int]:
         if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**31:
             raise ValueError(f"centers has the step {step!r}; a training step is a whole number from 0 to 2^31.")
     return sorted(centers)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {"/".join(path_of(path)): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def _brief(value: Any) -> str:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -36,6 +37,12 @@ def files(tmp_path_factory):
 
 def llc(files, *options, tokens="t.npy"):
     return main(["llc", str(files / "model"), "--tokens", str(files / tokens), *SHORT, *options])
+
+
+def small_result():
+    posterior = slt.LocalPosterior(lambda w, x: 0.5 * (x @ w) ** 2, np.zeros(3, np.float32), 40, localization=1.0)
+    data = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
+    return slt.estimate_llc(posterior, data, sampler=slt.sgld(1e-3), num_chains=2, num_draws=8)
 
 
 @pytest.mark.quick
@@ -256,3 +263,53 @@ def test_the_demo_small(tmp_path, capsys):
     assert [p.stat().st_mtime_ns for c in checkpoints for p in sorted(c.rglob("*"))] == written
     again = json.loads((folder / "smoke" / "table.json").read_text())
     assert [r["llc"] for r in again] == [r["llc"] for r in rows]
+
+
+def test_sweep_is_the_librarys_own_call(files, tmp_path, capsys):
+    words = ["sweep", str(files / "model"), "--tokens", str(files / "t.npy"), *SHORT, "--step-size", "1e-5", "1e-4"]
+    words += ["--nbeta", "10", "30", "--localization", "100", "--seed", "3", "--out", str(tmp_path / "s.zarr")]
+    assert main([*words, "--plot", str(tmp_path / "s.png")]) == 0
+    out = capsys.readouterr().out
+    found = slt.load_sweep(tmp_path / "s.zarr")
+    assert found.dataset.sizes == {"nbeta": 2, "localization": 1, "step_size": 2}
+    assert out.endswith(f"{found}\n")
+    assert sum(line.startswith((" ", "nbeta  ")) for line in out.splitlines()) >= 5  # a row for each cell
+    assert (tmp_path / "s.png").stat().st_size > 10_000
+    model = Decoder(CONFIG, rngs=nnx.Rngs(0))
+    params, loss_fn = slt.from_nnx(model, lambda m, batch: m.losses(batch))
+    posterior = slt.LocalPosterior(loss_fn, params, num_data=100, nbeta=30.0, localization=100.0)
+    own = slt.estimate_llc(
+        posterior, TOKENS.reshape(100, 8).astype(np.int32), sampler=slt.sgld(1e-4), num_chains=2, num_draws=6,
+        num_warmup=2, batch_size=4, key=jax.random.fold_in(jax.random.key(3), 3),
+    )  # fmt: skip
+    assert found.cell(nbeta=30, step_size=1e-4).llc == pytest.approx(own.llc, rel=1e-3)
+
+
+def test_trajectory_reads_steps_from_names(files, tmp_path, capsys):
+    for step in (5, 40):
+        save_decoder(tmp_path / f"step-{step:04d}", Decoder(CONFIG, rngs=nnx.Rngs(step)))
+    folders = [str(tmp_path / f"step-{s:04d}") for s in (40, 5)]
+    words = ["trajectory", *folders, "--tokens", str(files / "t.npy"), *SHORT]
+    options = ["--step-size", "1e-5", "--parts", "layer 0 head 1", "--out", str(tmp_path / "t.zarr")]
+    assert main([*words, *options, "--plot", str(tmp_path / "t.png")]) == 0
+    found = slt.load_trajectory(tmp_path / "t.zarr")
+    assert found.steps == (5, 40)
+    assert list(found.results) == ["all", "layer 0 head 1"]
+    assert capsys.readouterr().out == f"{found}\n"
+    assert (tmp_path / "t.png").stat().st_size > 10_000
+    assert main(["trajectory", str(files / "model"), *words[3:]]) == 2
+    assert "has no training step. Name it step-100" in capsys.readouterr().err
+    assert main(["trajectory", words[1], words[1], *words[3:]]) == 2
+    assert "both say that they are of step 40" in capsys.readouterr().err
+
+
+def test_report_of_each_kind(files, tmp_path, capsys):
+    result = small_result()
+    result.save(tmp_path / "r.zarr")
+    assert main(["report", str(tmp_path / "r.zarr")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'r.html'}\n"
+    assert f"{result.llc:.4g}" in (tmp_path / "r.html").read_text()
+    assert main(["report", str(tmp_path / "r.zarr")]) == 2
+    assert "exists" in capsys.readouterr().err
+    assert main(["report", str(tmp_path / "r.zarr"), "--overwrite"]) == 0
+    assert main(["report", str(tmp_path / "none.zarr")]) == 2

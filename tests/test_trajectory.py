@@ -203,6 +203,7 @@ def test_interrupted_and_resumed(warm, tmp_path, monkeypatch, stop_at):
         ({"one": center(1)}, ValueError, "'one'"),
         ({-1: center(1)}, ValueError, "-1"),
         ({1: {"w": jnp.zeros(6)}}, ValueError, "the checkpoint of step 1: "),
+        ({1: {"on": jnp.ones(6), "w": jnp.zeros(7)}}, ValueError, r"'w' has shape \(7,\) there, \(6,\) here"),
         ({1: {"on": jnp.ones(6), "w": jnp.full(6, jnp.nan)}}, ValueError, "the checkpoint of step 1: parameter 'w'"),
     ],
 )

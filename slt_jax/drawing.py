@@ -1,0 +1,32 @@
+"""What all pictures share: size and fonts, colours and markers that tell in grey too, the legend."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")  # Okabe and Ito
+MARKERS = "osD^vP*X"
+
+
+def figure_of(size: tuple[float, float], path: str | os.PathLike | None, draw) -> Figure:
+    rules = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.8}
+    with matplotlib.rc_context(rules):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        draw(figure)
+        if path is not None:
+            figure.savefig(path, dpi=150)
+    return figure
+
+
+def legend_below(figure: Figure, axes: Sequence[Axes], columns: int, more: Sequence[Any] = ()) -> None:
+    """One legend below the picture, each label once."""
+    found = {text: h for a in axes for h, text in zip(*a.get_legend_handles_labels(), strict=True)}
+    found |= {h.get_label(): h for h in more}
+    place = {"loc": "outside lower center", "ncols": columns, "fontsize": 9, "handlelength": 1.8}
+    figure.legend(found.values(), found.keys(), frameon=False, **place)
