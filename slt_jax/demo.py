@@ -23,10 +23,11 @@ from slt_jax.adapters import from_nnx
 from slt_jax.estimate import estimate_llc
 from slt_jax.models.decoder import Decoder, DecoderConfig
 from slt_jax.models.hub import load_decoder, save_decoder
-from slt_jax.plots import plot_training
 from slt_jax.posterior import LocalPosterior
 from slt_jax.results import LLCResult
 from slt_jax.samplers.sgld import sgld
+from slt_jax.training import Trajectory
+from slt_jax.trajectory import trajectory
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class DemoSize:
     truth_draws: int = 3000
 
 
-FULL = DemoSize(DecoderConfig(256, 64, 128, 2, 4), (4, 9, 20, 43, 94, 205, 448, 980), 60, 150)
+FULL = DemoSize(DecoderConfig(256, 64, 128, 2, 4), (4, 9, 20, 33, 54, 88, 144, 234, 380, 610, 980), 50, 100)
 SMOKE = DemoSize(DecoderConfig(256, 32, 32, 1, 2), (2, 8, 20), 20, 30, 2, 8, 8, 5, 300)
 
 
@@ -131,32 +132,41 @@ def run_demo(out: Path, *, smoke: bool = False, show: bool = True) -> list[dict]
     )
     data = source_bytes(size.num_files, size.config.context_length)
     paths = train(size, data, folder / "checkpoints", show)
-    rows, results = [], []
-    loss_fn = None
-    for path in paths:
-        model, record = load_decoder(path)
-        # One loss function for all checkpoints: the sampler compiles once.
-        params, own_loss = from_nnx(model, _model_loss)
-        loss_fn = loss_fn or own_loss
-        posterior = LocalPosterior(loss_fn, params, num_data=len(data), nbeta=30.0, localization=300.0)
-        console.print(
-            f"[dim]step {record['step']}: {size.num_chains} chains x ({size.num_warmup} + {size.num_draws}) steps[/dim]"
-        )
-        estimate = estimate_llc(
-            posterior, data, sampler=sgld(5e-4), num_chains=size.num_chains, num_draws=size.num_draws,
-            num_warmup=size.num_warmup, batch_size=size.sample_batch, key=record["step"], progress=show,
-        )  # fmt: skip
-        estimate.save(folder / "traces" / f"step-{record['step']:05d}.zarr", overwrite=True)
-        results.append(estimate)
-        rows.append({"step": record["step"], "loss": estimate.init_loss, **estimate.to_dict()})
-    plot_training([r["step"] for r in rows], [r["loss"] for r in rows], results, folder / "llc-over-training.png")
+    opened = [load_decoder(path) for path in paths]
+    pairs = {record["step"]: from_nnx(model, _model_loss) for model, record in opened}
+    centers = {step: params for step, (params, _) in pairs.items()}
+    params, loss_fn = pairs[max(pairs)]
+    posterior = LocalPosterior(loss_fn, params, num_data=len(data), nbeta=30.0, localization=300.0)
+    console.print(
+        f"[dim]{len(centers)} checkpoints, {size.num_chains} chains x ({size.num_warmup} + {size.num_draws}) steps "
+        "each[/dim]", soft_wrap=True,
+    )  # fmt: skip
+    found = trajectory(
+        posterior, centers, data, sampler=sgld(5e-4), num_chains=size.num_chains, num_draws=size.num_draws,
+        num_warmup=size.num_warmup, batch_size=size.sample_batch, progress=show,
+    )  # fmt: skip
+    found.save(folder / "trajectory.zarr", overwrite=True)
+    picture, page = folder / "llc-over-training.png", folder / "report.html"
+    found.plot(picture, unit="nats per byte", drift=0.0)
+    found.report(page, overwrite=True)
+    each = zip(found.steps, found.results["all"], strict=True)
+    rows = [{"step": step, "loss": result.init_loss, **result.to_dict()} for step, result in each]
     (folder / "table.json").write_text(json.dumps(rows, indent=1))
     _print_table(console, rows)
-    console.print(
-        f"Picture: {folder / 'llc-over-training.png'}   traces: {folder / 'traces'}   {time.monotonic() - began:.0f} s",
-        soft_wrap=True,
-    )
+    _print_stages(console, found)
+    console.print(f"Picture: {picture}   page: {page}   {time.monotonic() - began:.0f} s", soft_wrap=True)
     return rows
+
+
+def _print_stages(console: Console, found: Trajectory) -> None:
+    """The boundaries drawn in the picture, with their intervals."""
+    if (stages := found.stages_of("all", drift=0.0)) is None:
+        return
+    for b in stages.boundaries:
+        console.print(
+            f"Stage boundary near step {b.step:.0f} ({stages.level:.0%}: {b.low:g} to {b.high:g}): the LLC moves by "
+            f"{b.jump:+.3g} ± {b.jump_stderr:.2g}.", soft_wrap=True, highlight=False,
+        )  # fmt: skip
 
 
 def _print_table(console: Console, rows: list[dict]) -> None:

@@ -43,8 +43,12 @@ class Trajectory:
         """Stages of the whole's LLC; None with fewer than four checkpoints that have one."""
         return self.stages_of(WHOLE)
 
-    def stages_of(self, part: str) -> Stages | None:
-        """Stages of a part's LLC. Raises KeyError for a part that was not measured."""
+    def stages_of(self, part: str, drift: float | None = None) -> Stages | None:
+        """Stages of a part's LLC. Raises KeyError for a part that was not measured.
+
+        ``drift``: of the level within a stage, per checkpoint; default found from the curve. With 0 a curve that rises
+        all the time is described by steps too.
+        """
         if part not in self.results:
             raise KeyError(f"no part '{part}' in this trajectory, which has {', '.join(self.results)}.")
         found = self.results[part]
@@ -52,7 +56,7 @@ class Trajectory:
         known = np.isfinite(llc) & np.isfinite(error) & (error > 0)
         if known.sum() < 4:
             return None
-        return find_stages(np.array(self.steps, float)[known], llc[known], error[known])
+        return find_stages(np.array(self.steps, float)[known], llc[known], error[known], drift=drift)
 
     @property
     def setting(self) -> dict[str, Any]:
@@ -101,12 +105,17 @@ class Trajectory:
             "stages": None if self.stages is None else self.stages.to_dict(),
         }
 
-    def plot(self, path: str | os.PathLike | None = None, *, unit: str = "nats per example"):
-        """LLC and loss over training with the stages' boundaries; written to ``path`` if given. Returns the figure."""
+    def plot(
+        self, path: str | os.PathLike | None = None, *, unit: str = "nats per example", drift: float | None = None
+    ):
+        """LLC and loss over training with the boundaries of ``stages_of("all", drift)``. Returns the figure.
+
+        Written to ``path`` if given.
+        """
         from slt_jax.plots import plot_training
 
         results = self.results if len(self.results) > 1 else self.results[WHOLE]
-        return plot_training(self.steps, self.losses, results, path, stages=self.stages, unit=unit)
+        return plot_training(self.steps, self.losses, results, path, stages=self.stages_of(WHOLE, drift), unit=unit)
 
     def report(self, path: str | os.PathLike, *, overwrite: bool = False) -> Path:
         """Write everything as one self-contained HTML page."""

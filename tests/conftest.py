@@ -1,6 +1,10 @@
 """Eight virtual devices for every test, so that the chain axis is real even on one CPU."""
 
+import atexit
 import gc
+import os
+import shutil
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +12,15 @@ import pytest
 
 import slt_jax as slt
 
+# What one test has compiled, no other compiles again, nor do its processes or the other workers: most of their time.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="slt-jax-programs-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_num_cpu_devices", 8)
 
 

@@ -253,10 +253,11 @@ def test_the_demo_small(tmp_path, capsys):
     assert [r["step"] for r in rows] == [2, 8, 20]
     assert len(checkpoints) == 3
     assert rows[0]["loss"] > rows[-1]["loss"]
-    for row in rows:
+    saved = slt.load_trajectory(folder / "smoke" / "trajectory.zarr")
+    for row, result in zip(rows, saved.results["all"], strict=True):
         assert f"{row['loss']:.3f}" in first
-        saved = slt.load_result(folder / "smoke" / "traces" / f"step-{row['step']:05d}.zarr")
-        assert saved.llc == pytest.approx(row["llc"], rel=1e-12)
+        assert result.llc == pytest.approx(row["llc"], rel=1e-12)
+    assert "LLC at 3 checkpoints" in (folder / "smoke" / "report.html").read_text()
     assert (folder / "smoke" / "llc-over-training.png").stat().st_size > 10_000
 
     assert main(["demo", "--smoke", "--quiet", "--out", str(folder)]) == 0

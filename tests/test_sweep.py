@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import random
 import re
+import signal
 import subprocess
 import sys
 
@@ -15,6 +17,7 @@ import slt_jax as slt
 from slt_jax.engine import Engine
 from slt_jax.grid import AXES, table_of
 from slt_jax.results import TRACES
+from tests.test_durability import Child
 
 GRID = {"nbeta": [10.0, 30.0], "localization": [1.0, 3.0], "step_size": [1e-3, 3e-3, 1e-2]}
 PLAN = {"num_chains": 2, "num_draws": 40, "num_warmup": 20, "thinning": 2, "batch_size": 50}
@@ -205,6 +208,45 @@ def test_interrupted_and_resumed(data, whole, in_parts, tmp_path, stop_at):
     assert str(again) == str(whole)
     with pytest.raises(ValueError, match=r"another grid\.step_size"):
         sweep((posterior(), data), **options, step_size=[1e-3, 2e-3, 1e-2], checkpoint_dir=tmp_path / "run")
+
+
+KILLED = """
+import sys, time
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+import numpy as np
+import slt_jax as slt
+from slt_jax.engine import Engine
+from tests.test_sweep import GRID, PLAN, posterior, CURVED
+
+advance = Engine.advance
+def slowly(self, run, *rest):
+    print(run.step, flush=True)
+    advance(self, run, *rest)
+    time.sleep(0.03)
+Engine.advance = slowly
+sys.modules["slt_jax.sweep"].state_bytes = lambda engine: engine.plan.num_chains * 2**30
+data = jax.random.normal(jax.random.key(1), (400, 10)) * CURVED
+found = slt.sweep(
+    posterior(), data, **GRID, **PLAN, sampler=slt.sgld(), memory_gib=9.0, chunk_size=5, checkpoint_seconds=0,
+    checkpoint_dir=sys.argv[2] if len(sys.argv) > 2 else None,
+)
+np.save(sys.argv[1], np.stack([r.loss_trace for r in found.results]))
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_and_resumed(tmp_path):
+    """Eight SIGKILLs over the three parts of a sweep; the end is bit for bit that of an unbroken one."""
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    assert (whole := Child(script, tmp_path / "whole.npy")).returncode == 0, whole.errors.read_text()
+    pick = random.Random(7)
+    children = [Child(script, tmp_path / "x.npy", tmp_path / "run", kill_after=pick.uniform(0, 1)) for _ in range(8)]
+    last = Child(script, tmp_path / "again.npy", tmp_path / "run")
+    assert last.returncode == 0, last.errors.read_text()
+    assert sum(child.returncode == -signal.SIGKILL for child in children) >= 4
+    np.testing.assert_array_equal(np.load(tmp_path / "again.npy"), np.load(tmp_path / "whole.npy"))
 
 
 RUN = """

@@ -33,7 +33,7 @@ GRID = {
     "localization": np.geomspace(30, 3000, 6).tolist(),
     "step_size": np.geomspace(1e-5, 1e-3, 6).tolist(),
 }
-PLAN = {"num_chains": 2, "num_draws": 50, "num_warmup": 50, "batch_size": FULL.sample_batch}
+PLAN = {"num_chains": 2, "num_draws": 20, "num_warmup": 10, "batch_size": FULL.sample_batch}
 BUDGET = 2.0  # GiB
 KEY = 0
 
@@ -109,7 +109,8 @@ def table(record: dict[str, Any]) -> Iterator[str]:
     sweep, calls, processes = (record[name] for name in ("sweep", "calls", "processes"))
     yield "| 108 cells | seconds | against the sweep |"
     yield "|---|---|---|"
-    yield f"| one sweep, peak memory {sweep['peak_mib']:,} MiB of {1024 * record['budget_gib']:,.0f} | {sweep['wall']:.0f} | |"
+    memory = f"peak memory {sweep['peak_mib']:,} MiB of {1024 * record['budget_gib']:,.0f}"
+    yield f"| one sweep, {memory} | {sweep['wall']:.0f} | |"
     yield f"| 108 calls in one process | {calls['wall']:.0f} | {calls['wall'] / sweep['wall']:.2f}x |"
     whole = processes["estimated_wall"]
     told = f"108 processes (mean of {len(processes['walls'])})"
@@ -119,7 +120,7 @@ def table(record: dict[str, Any]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--processes", type=int, default=9)
+    parser.add_argument("--processes", type=int, default=6)
     parser.add_argument("--child", choices=("sweep", "calls", "process"))
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--number", type=int, default=0)
