@@ -33,7 +33,7 @@ GRID = {
     "localization": np.geomspace(30, 3000, 6).tolist(),
     "step_size": np.geomspace(1e-5, 1e-3, 6).tolist(),
 }
-PLAN = {"num_chains": 2, "num_draws": 20, "num_warmup": 10, "batch_size": FULL.sample_batch}
+PLAN = {"num_chains": 2, "num_draws": 10, "num_warmup": 5, "batch_size": FULL.sample_batch}
 BUDGET = 2.0  # GiB
 KEY = 0
 
@@ -120,7 +120,7 @@ def table(record: dict[str, Any]) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--processes", type=int, default=6)
+    parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--child", choices=("sweep", "calls", "process"))
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--number", type=int, default=0)
