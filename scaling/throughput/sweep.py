@@ -33,7 +33,7 @@ GRID = {
     "localization": np.geomspace(30, 3000, 6).tolist(),
     "step_size": np.geomspace(1e-5, 1e-3, 6).tolist(),
 }
-PLAN = {"num_chains": 2, "num_draws": 10, "num_warmup": 5, "batch_size": FULL.sample_batch}
+PLAN = {"num_chains": 2, "num_draws": 4, "num_warmup": 2, "batch_size": FULL.sample_batch}
 BUDGET = 2.0  # GiB
 KEY = 0
 
