@@ -22,6 +22,7 @@ from slt_jax.estimate import as_sampler, check_same_call, identity_of
 from slt_jax.memory import layouts, need_of, weighs
 from slt_jax.mesh import automatic, check_mesh, gathered, leads, spans_processes
 from slt_jax.outcome import last_probe, looks_at_end, result_of
+from slt_jax.plateau import SETTLED
 from slt_jax.posterior import LocalPosterior, check_positive, path_of
 from slt_jax.probe import Probe
 from slt_jax.reading import estimate_text
@@ -71,8 +72,8 @@ def trajectory(
         centers: training step -> parameters, or a function without arguments that loads them. In any order.
         parts: further estimates at each checkpoint with only a part of the weights free (refined LLCs): names that a
             decoder understands (``"layer 0"``, ``"layer 1 head 2"``), or name -> function of the posterior.
-        warm_start: chains begin as far from w* as those of the checkpoint before ended, with their momenta, and not at
-            w*. The warm-up is the same; it only has less to do.
+        warm_start: chains begin as far from w* as those of the checkpoint before ended, with their momenta, where those
+            had settled; else at w*. The warm-up is the same; it only has less to do.
         checkpoint_dir: where to keep results and states; the same call resumes, and ends bit for bit equal.
         sampler, num_chains, num_draws, num_warmup, thinning, batch_size, key, mesh, chain_batch, micro_batches,
             baseline, progress, chunk_size, checkpoint_seconds: as for ``sweep``. The key of a checkpoint is
@@ -116,7 +117,7 @@ def trajectory(
             result, end = _one(work, name, part, number, step, before, (progress, checkpoint_seconds))
             found[name].append(result)
             _tidy(work, name, step, before)
-            before = end if warm_start else None
+            before = end if warm_start and result.verdict in SETTLED else None  # a chain that got lost stays lost
             if progress and leads(layout):
                 value = estimate_text(result.llc, result.llc_stderr, "±")
                 print(f"  step {step}, {name}: LLC {value}, {result.verdict}", file=sys.stderr)
