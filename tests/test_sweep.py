@@ -214,7 +214,7 @@ def test_interrupted_and_resumed(data, whole, in_parts, tmp_path, stop_at):
 KILLED = """
 import sys, time
 import jax
-jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_num_cpu_devices", 8)
 import numpy as np
 import slt_jax as slt
 from slt_jax.engine import Engine

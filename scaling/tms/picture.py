@@ -126,16 +126,18 @@ def _llc(axis: Axes, run: dict[str, Any]) -> None:
 
 
 def _points(axis: Axes, run: dict[str, Any], which: str, color: str, marker: str) -> None:
-    """Estimates; hollow where the verdict warns, and at the floor where the weights are no minimum."""
+    """Estimates; hollow where the verdict warns, and at the frame where they lie beyond it."""
     steps = _steps(run)
     llc = np.array([np.nan if c[which]["llc"] is None else c[which]["llc"] for c in run["checkpoints"]])
     error = np.array([c[which]["llc_stderr"] or 0 for c in run["checkpoints"]])
     good = np.array([c[which]["verdict"] in SETTLED for c in run["checkpoints"]])
-    below = llc < FLOOR
-    for chosen, face in ((good & ~below, color), (~good & ~below, "white")):
+    below, above = llc < FLOOR, llc > TOP
+    inside = ~(below | above)
+    for chosen, face in ((good & inside, color), (~good & inside, "white")):
         style = {"fmt": marker, "color": color, "mfc": face, "ms": 5, "capsize": 2, "lw": 1}
         axis.errorbar(steps[chosen], llc[chosen], error[chosen], **style)
     axis.plot(steps[below], np.full(below.sum(), FLOOR - 0.2), "v", color=color, mfc="white", ms=5)
+    axis.plot(steps[above], np.full(above.sum(), TOP - 0.2), "^", color=color, mfc="white", ms=5)
 
 
 def _loss(axis: Axes, run: dict[str, Any]) -> None:
@@ -161,6 +163,7 @@ def _legend() -> list[Line2D]:
         Line2D([], [], color=BLUE, marker="o", **point, label="LLC of the network's own function"),
         Line2D([], [], color=GREEN, marker="s", **point, label="LLC of the loss on the data"),
         Line2D([], [], color=GREEN, marker="v", mfc="white", **point, label="below 0: not a minimum"),
+        Line2D([], [], color=BLUE, marker="^", mfc="white", **point, label=f"above {TOP:g}: chains left"),
         Line2D([], [], lw=1.6, **line, label="exact LLC"),
         Line2D([], [], color="0.25", ls="-.", lw=1.2, label="jump found in the blue curve"),
         Line2D([], [], color=ORANGE, marker=".", lw=1.4, label="loss"),
