@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from slt_jax.mesh import gathered, leads, spans_processes
+from slt_jax.storage import write_file
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -74,15 +75,13 @@ class RunStore:
         if manifest.exists():
             self._compare(_read_json(manifest), identity)
         else:
-            foreign = [p.name for p in self.path.iterdir() if not p.name.startswith(MANIFEST)]
+            foreign = [p.name for p in self.path.iterdir() if not p.name.lstrip(".").startswith(MANIFEST)]
             if foreign:
                 raise ValueError(
                     f"checkpoint_dir {self.path} is not empty and holds no {MANIFEST}, so it is not a run of slt-jax "
                     f"(it has {foreign[0]}). Give an empty or new directory."
                 )
-            partial = self.path / f"{MANIFEST}.{os.getpid()}"
-            partial.write_text(json.dumps(identity, indent=1, sort_keys=True))
-            partial.replace(manifest)
+            write_file(manifest, json.dumps(identity, indent=1, sort_keys=True))
         steps = self.path / "steps"
         if steps.exists() and not steps.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, f"{steps} is a file: remove it")
@@ -133,9 +132,7 @@ class RunStore:
     def write_note(self, name: str, value: dict[str, Any]) -> None:
         """Keep plain JSON beside the run."""
         if leads(self.mesh):
-            partial = self.path / f"{name}.json.{os.getpid()}"
-            partial.write_text(json.dumps(value, indent=1))
-            partial.replace(self.path / f"{name}.json")
+            write_file(self.path / f"{name}.json", json.dumps(value, indent=1))
 
     def restore(self, state: Any, host: dict[str, np.ndarray]) -> tuple[int, Any, dict[str, np.ndarray]] | None:
         """(step, state, host arrays) of the newest complete save, laid out like the arguments; None without one."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-_LARGEST = 0.25  # of the raw estimate, that may be taken off
+LARGEST = 0.25  # of the raw estimate, that may be taken off
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,6 @@ def bias_of(
     if math.isnan(step) and math.isnan(added):
         return Bias(step, added, math.nan, 0.0, "no theory of its bias for this sampler")
     found = Bias(step, added, error if math.isfinite(error) else 0.0, 0.0, why)
-    if not abs(found.total) <= _LARGEST * abs(raw):
-        return Bias(step, added, found.stderr, 0.0, f"over {_LARGEST:.0%} of the raw estimate, so it is not taken off")
+    if not abs(found.total) <= LARGEST * abs(raw):
+        return Bias(step, added, found.stderr, 0.0, f"over {LARGEST:.0%} of the raw estimate, so it is not taken off")
     return Bias(step, added, found.stderr, found.total, why)

@@ -10,18 +10,18 @@ import numpy as np
 
 from slt_jax.corrections import Bias
 
-_RHAT_LIMIT = 1.05
-_TREND_SIGMA = 3.0
-_BIAS_LIMIT = 0.15
-_SLOPE_LIMIT = 0.05
-_KINETIC_LIMIT = 0.15
-_KINETIC_LIMIT_METRIC = 0.05  # where all directions are about as stiff as the stiffest
-_VIRIAL_LIMIT = 0.2
-_SLOPE_SIGMA = 2.5
+RHAT_LIMIT = 1.05
+TREND_SIGMA = 3.0
+BIAS_LIMIT = 0.15
+SLOPE_LIMIT = 0.05
+KINETIC_LIMIT = 0.15
+KINETIC_LIMIT_METRIC = 0.05  # where all directions are about as stiff as the stiffest
+VIRIAL_LIMIT = 0.2
+SLOPE_SIGMA = 2.5
 _SPIKE_LIMIT = 4.0
-_DEGREE_LIMIT = 6.25  # x^2 y^4 has 6
-_HELD_DEGREE_LIMIT = 4.0  # where the localization holds more directions than the loss
-_ERROR_LIMIT = 0.125
+DEGREE_LIMIT = 6.25  # x^2 y^4 has 6
+HELD_DEGREE_LIMIT = 4.0  # where the localization holds more directions than the loss
+ERROR_LIMIT = 0.125
 
 
 class Slope(NamedTuple):
@@ -248,7 +248,7 @@ def _no_minimum(draws, facts):
 
 def _moving(draws, facts):
     mean = draws.mean()
-    if abs(facts.trend_z) > _TREND_SIGMA and abs(facts.trend) > 0.02 * abs(mean):
+    if abs(facts.trend_z) > TREND_SIGMA and abs(facts.trend) > 0.02 * abs(mean):
         end = extrapolate(draws)
         where = f"it would end near {end:.4g} (extrapolated)" if math.isfinite(end) else "where it ends cannot be said"
         text = (
@@ -269,13 +269,13 @@ def _apart(draws, facts):
                 f"chains started at w* read {cold:.4g} and those started hot {hot:.4g}: the answer lies between, if "
                 "the hot ones did not leave the neighbourhood. Raise the budget or num_warmup, or raise localization."
             )
-    if facts.rhat > _RHAT_LIMIT:
-        return "chains disagree", f"R-hat {facts.rhat:.3f} is above {_RHAT_LIMIT}; draw more, or raise num_warmup."
+    if facts.rhat > RHAT_LIMIT:
+        return "chains disagree", f"R-hat {facts.rhat:.3f} is above {RHAT_LIMIT}; draw more, or raise num_warmup."
 
 
 def _unexplored(draws, facts):
     """Flat directions relax long after the LLC has settled; but not where hardly any direction has moved."""
-    if facts.virial < _VIRIAL_LIMIT:
+    if facts.virial < VIRIAL_LIMIT:
         return "still rising", (
             f"the chains have come to rest in about {max(0.0, facts.virial):.0%} of the directions (virial ratio), and "
             "what the others would add is not known. Raise the budget, num_warmup or localization."
@@ -284,7 +284,7 @@ def _unexplored(draws, facts):
 
 def _unsure(draws, facts):
     error = standard_error(draws, facts.ess)
-    if error > _ERROR_LIMIT * abs(draws.mean()) or (facts.ess < 30 and error > 0.02 * abs(draws.mean())):
+    if error > ERROR_LIMIT * abs(draws.mean()) or (facts.ess < 30 and error > 0.02 * abs(draws.mean())):
         return "too few draws", f"{facts.ess:.0f} effective draws leave an error of {error:.2g}; draw more."
 
 
@@ -293,17 +293,17 @@ def _biased(draws, facts):
     if bias is None:
         return None
     explained = 2 * bias.noise / facts.evidence.num_free if math.isfinite(bias.noise) else 0.0
-    if abs(kinetic - 1 - explained) > (_KINETIC_LIMIT_METRIC if facts.evidence.metric else _KINETIC_LIMIT):
+    if abs(kinetic - 1 - explained) > (KINETIC_LIMIT_METRIC if facts.evidence.metric else KINETIC_LIMIT):
         return "biased by the step size", (
             f"the kinetic temperature is {kinetic:.3g}, not 1: the chains do not follow this step. Halve step_size, or "
             "leave it out."
         )
-    if abs(bias.step_size) > _BIAS_LIMIT * mean:
+    if abs(bias.step_size) > BIAS_LIMIT * mean:
         return "biased by the step size", (
             f"the step size adds about {bias.step_size:.3g} of {mean:.4g}, too much for a first-order correction; "
             "halve step_size, or leave it out."
         )
-    if abs(bias.noise) > _BIAS_LIMIT * mean:
+    if abs(bias.noise) > BIAS_LIMIT * mean:
         return "heated by minibatch noise", (
             f"noise of the minibatch gradient adds about {bias.noise:.3g} of {mean:.4g}; take a shorter step_size, "
             "more friction, a larger batch_size, or control_variate=True."
@@ -318,7 +318,7 @@ def _spiking(draws, facts):
     wander over slopes, as they do around weights that are no minimum.
     """
     mean, rise = draws.mean(), facts.evidence.nbeta_slope.value
-    if not (facts.rhat <= _RHAT_LIMIT and mean > 0 and mean - rise > _SPIKE_LIMIT * mean):
+    if not (facts.rhat <= RHAT_LIMIT and mean > 0 and mean - rise > _SPIKE_LIMIT * mean):
         return None
     times = f"the variance of nbeta L is {(mean - rise) / mean:.2g} times its mean, where a posterior has about 1: "
     low, high = np.quantile(draws, [0.25, 0.75])
@@ -342,8 +342,8 @@ def _dependent(draws, facts):
     how far out it lets them go.
     """
     degree = facts.evidence.degree
-    limit = _HELD_DEGREE_LIMIT if facts.evidence.held > 0.5 else _DEGREE_LIMIT
-    if degree.value - limit > _SLOPE_SIGMA * degree.stderr:
+    limit = HELD_DEGREE_LIMIT if facts.evidence.held > 0.5 else DEGREE_LIMIT
+    if degree.value - limit > SLOPE_SIGMA * degree.stderr:
         return "depends on nbeta or localization", (
             f"where the chains are, the loss grows like the power {degree.value:.2g} of the distance to w*: they are "
             "held far from where w* decides its shape. Raise nbeta or localization until the estimate stands."
@@ -352,7 +352,7 @@ def _dependent(draws, facts):
     if not (up.stderr > 0 and down.stderr > 0):
         return None
     z = (up.value / up.stderr - down.value / down.stderr) / math.sqrt(2)
-    if z > _SLOPE_SIGMA and up.value > _SLOPE_LIMIT * abs(draws.mean()):
+    if z > SLOPE_SIGMA and up.value > SLOPE_LIMIT * abs(draws.mean()):
         return "depends on nbeta or localization", (
             f"a factor e in nbeta moves the estimate by {up.value:+.3g}, in localization by {down.value:+.3g}: it is "
             "right for this posterior, and not yet the learning coefficient. Raise nbeta, or lower localization, until "

@@ -1,6 +1,5 @@
 """The only loop: a host loop over compiled chunks of steps (``slt_jax.chunk``), with all chains on the device."""
 
-import dataclasses
 import functools
 import time
 from dataclasses import dataclass, field
@@ -158,7 +157,7 @@ class Engine:
 
     def localize(self, localization: float) -> None:
         """Give a posterior without a localization this one."""
-        self.posterior = dataclasses.replace(self.posterior, localization=localization)
+        self.posterior = self.posterior.with_numbers(nbeta=self.posterior.nbeta, localization=localization)
         self.rows = self.rows._replace(localization=self._each(localization))
 
     def measure_in(self, metric: Metric) -> None:

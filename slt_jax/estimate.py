@@ -1,6 +1,5 @@
 """The front door: losses of local chains into a learning coefficient with an error bar."""
 
-import dataclasses
 import functools
 import os
 import sys
@@ -8,23 +7,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import jax
-import numpy as np
 from jax.sharding import Mesh
 
-from slt_jax.batches import ArrayData, as_source, check_batch_size, check_key, named_data
+from slt_jax.batches import as_source, check_key, named_data
 from slt_jax.calibrate import Choice, calibrate, default_budget, probe_of
-from slt_jax.checkpoint import RunStore, first_difference, versions
+from slt_jax.checkpoint import RunStore
 from slt_jax.engine import Engine, Schedule
 from slt_jax.memory import Need, layouts, need_of, weighs
-from slt_jax.mesh import addressable, automatic, check_mesh, gathered, leads, spans_processes
-from slt_jax.outcome import last_probe, looks_at_end, result_of
+from slt_jax.mesh import automatic, check_mesh, gathered, leads, spans_processes
+from slt_jax.outcome import look_bytes, result_of
 from slt_jax.posterior import LocalPosterior, check_count, check_positive
 from slt_jax.results import LLCResult
 from slt_jax.running import abandon, check_also, check_at_center, full_loss_at_center, run_to_end
 from slt_jax.samplers.base import Sampler
-from slt_jax.samplers.exact import from_blackjax
-from slt_jax.samplers.underdamped import underdamped
+from slt_jax.setting import as_sampler, check_posterior, check_same_call, checked_batch, identity_of
 
 WARMUP_SHARE = 0.4  # of the steps, where the budget sets the lengths
 
@@ -115,31 +111,13 @@ def estimate_llc(
 
     Source: Lau et al., arXiv:2308.12108, equation 14.
     """
-    if not isinstance(posterior, LocalPosterior):
-        raise TypeError(
-            f"posterior must be a LocalPosterior, got a {type(posterior).__name__}. "
-            "Pass slt_jax.LocalPosterior(loss_fn, center, num_data) first, then the data."
-        )
+    check_posterior(posterior)
     source = as_source(data)
     sampler = as_sampler(sampler)
     request = _Request(num_chains, num_draws, num_warmup, thinning, budget, control_variate, hot)
     _check_request(request)
-    for name, value in {"chunk_size": chunk_size, "micro_batches": micro_batches}.items():
-        check_count(name, value, 1)
     check_positive("checkpoint_seconds", checkpoint_seconds, "0 saves after every chunk.", zero=True)
-    whole = sampler.family == "exact"
-    if batch_size is None:
-        batch_size = source.num_data if whole else min(256, source.num_data)
-    check_batch_size(batch_size, source.num_data)
-    if whole and (source.on_host or batch_size != source.num_data):
-        raise ValueError(
-            f"{sampler.name} takes every gradient over the whole data set: give the data as arrays in memory, and "
-            "leave batch_size out."
-        )
-    if batch_size % micro_batches:
-        raise ValueError(f"micro_batches = {micro_batches} does not divide batch_size = {batch_size}. Take a divisor.")
-    if not isinstance(baseline, str) or baseline not in ("paired", "full"):
-        raise ValueError(f"baseline must be 'paired' or 'full', got {baseline!r}. 'paired' has less variance.")
+    batch_size = checked_batch(source, sampler, batch_size, micro_batches, baseline, chunk_size)
     key = check_key(key)
     others = named_data(also)
     is_open = sampler.step_size is None or sampler.friction is None or posterior.localization is None
@@ -191,17 +169,6 @@ def estimate_llc(
         engine, run, engine.posterior, used.step_size, used.friction, full_loss=full, choice=choice, need=need,
         names=tuple(others),
     )  # fmt: skip
-
-
-def as_sampler(sampler: Any) -> Sampler:
-    """A Sampler: as given, the default, or one around a ``blackjax.SamplingAlgorithm``. Raises TypeError."""
-    if sampler is None:
-        return underdamped()
-    if isinstance(sampler, Sampler):
-        return sampler
-    if callable(getattr(sampler, "init", None)) and callable(getattr(sampler, "step", None)):
-        return from_blackjax(sampler)
-    raise TypeError(f"sampler must be a Sampler, got {sampler!r}. Call its constructor: slt_jax.sgld(step_size).")
 
 
 def _check_request(request: _Request) -> None:
@@ -282,45 +249,7 @@ def _choice_of(found: dict[str, Any]) -> Choice:
 
 
 def _need(engine: Engine, is_open: bool, request: _Request, saves: bool) -> Need:
-    looks, plan = [], engine.plan
+    looks = look_bytes(engine, engine.plan.num_chains)
     if is_open:
         looks += probe_of(engine, _total(engine, request)).temporaries(calibrates=True)
-    if looks_at_end(engine.sampler.family, plan):
-        looks += last_probe(engine, plan.num_chains, engine.key).temporaries(calibrates=False)
     return need_of(engine, looks, saves=saves, control=bool(request.control_variate))
-
-
-def check_same_call(mine: dict[str, Any], mesh: Mesh) -> None:
-    """Raise ValueError, on all processes, when one of them asks for something else than process 0."""
-    first, *others = gathered(mine, mesh)
-    for number, other in enumerate(others, start=1):
-        if (differs := first_difference(other, first)) is not None:
-            name, there, here = differs
-            raise ValueError(
-                f"process {number} samples with another {name} than process 0: {there!r} there, {here!r} here. Let "
-                "every process make the same call on the same data, or give each a mesh of jax.local_devices()."
-            )
-
-
-def identity_of(
-    engine: Engine, key: jax.Array, request: dict[str, Any], others: dict[str, ArrayData]
-) -> dict[str, Any]:
-    """Everything that a run's numbers depend on, for its directory."""
-    plan, mesh = engine.plan, engine.mesh
-    posterior = engine.posterior
-    if spans_processes(mesh):
-        posterior = dataclasses.replace(posterior, center=addressable(posterior.center))
-    batch = engine.source.fetch(np.zeros(plan.batch_size, np.int64))
-    # In this order a refusal names what was changed: the traced loss_fn, last, changes with most of the others.
-    return {
-        "versions": versions(),
-        "sampler": {name: getattr(engine.sampler, name) for name in ("name", "step_size", "friction")},
-        "schedule": {k: v for k, v in vars(plan).items() if k != "chunk_size"},
-        "request": {k: None if v is None else np.asarray(v, float).tolist() for k, v in request.items()},
-        "key": jax.random.key_data(key).tolist(),
-        "mesh": {name: int(size) for name, size in mesh.shape.items()},
-        "device": mesh.devices.flat[0].device_kind,
-        "data": {"examples": engine.source.num_data, "fingerprint": engine.source.fingerprint()},
-        "also": {name: one.fingerprint() for name, one in others.items()},
-        "posterior": posterior.fingerprint(batch),
-    }

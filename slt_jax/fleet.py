@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slt_jax.checkpoint import first_difference
-from slt_jax.fleet_jobs import Desk, Failure, line, read, the_submitit, write
+from slt_jax.fleet_jobs import Desk, Failure, line, read, the_submitit
 from slt_jax.posterior import check_count
 from slt_jax.results import LLCResult
+from slt_jax.storage import write_file
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -156,7 +157,7 @@ def _open(root: Path, executor: Any, function: Callable, cases: Mapping[str, Any
                 "Give an empty or new folder."
             )
     (root / "jobs").mkdir(parents=True, exist_ok=True)
-    write(manifest, json.dumps({**wanted, "cases": {**known, **wanted["cases"]}}, indent=1).encode())
+    write_file(manifest, json.dumps({**wanted, "cases": {**known, **wanted["cases"]}}, indent=1))
 
 
 def _plain(case: Any) -> Any:

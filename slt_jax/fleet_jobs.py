@@ -3,7 +3,6 @@
 import contextlib
 import faulthandler
 import json
-import os
 import pickle
 import shutil
 import sys
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 from slt_jax.checkpoint import PATIENCE
 from slt_jax.results import LLCResult, load_result
+from slt_jax.storage import write_file
 
 _GRACE = 10  # seconds for a cancelled job to go
 _WORDS = 300  # letters of a reason
@@ -71,7 +71,7 @@ def work(pickled: bytes, root: Path, name: str, attempt: int) -> None:
             raise
         finally:
             told["seconds"] = time.monotonic() - began
-            write(root / "jobs" / f"{name}.json", json.dumps(told).encode())
+            write_file(root / "jobs" / f"{name}.json", json.dumps(told))
 
 
 @contextlib.contextmanager
@@ -128,7 +128,7 @@ class Desk:
             self.running[name] = (attempt, job)
             del self.queue[name]
             if not isinstance(job, self._local):
-                write(self._file(name, "job"), pickle.dumps((attempt, job)))
+                write_file(self._file(name, "job"), pickle.dumps((attempt, job)))
 
     def look(self, retries: int) -> None:
         """Take what has ended: a result, or a failure to be tried again or kept."""
@@ -232,10 +232,3 @@ def read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def write(path: Path, value: bytes) -> None:
-    """All of it, or nothing."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(value)
-    partial.replace(path)

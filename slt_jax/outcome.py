@@ -17,9 +17,9 @@ from slt_jax.results import LLCResult
 _PROBE_SHARE = 0.02  # of the steps' gradients, for looks at the chains' ends
 
 
-def looks_at_end(sampler_family: str, plan: Schedule) -> bool:
-    """Whether a run is long enough to pay for looks at its chains' ends, and they say something."""
-    return sampler_family != "exact" and _for_looks(plan.num_chains, plan) >= 8
+def _looks_at_end(engine: Engine, num_chains: int) -> bool:
+    """Whether an estimate is long enough to pay for looks at its chains' ends, and they say something."""
+    return engine.sampler.family != "exact" and _for_looks(num_chains, engine.plan) >= 8
 
 
 def _for_looks(num_chains: int, plan: Schedule) -> float:
@@ -27,21 +27,29 @@ def _for_looks(num_chains: int, plan: Schedule) -> float:
     return _PROBE_SHARE * num_chains * plan.total_steps
 
 
-def last_probe(engine: Engine, num_chains: int, key: jax.Array) -> Probe:
-    """What the looks are taken with. ``key``: that of the estimate."""
+def last_probe(engine: Engine, num_chains: int, key: jax.Array, posterior: LocalPosterior | None = None) -> Probe:
+    """What the looks are taken with. ``key``: that of the estimate; ``posterior``: its own, default the engine's."""
     blocks = 1 if _for_looks(num_chains, engine.plan) < 80 else 4
-    return Probe(engine, blocks, jax.random.fold_in(key, 2**31 - 9))
+    return Probe(engine, blocks, jax.random.fold_in(key, 2**31 - 9), posterior)
 
 
-def _looks(engine: Engine, run: Run, chains: range, step_size: float, key: jax.Array) -> dict[str, float]:
+def look_bytes(engine: Engine, num_chains: int) -> list[int]:
+    """Temporary bytes of the looks at the ends of an estimate of this many chains."""
+    if not _looks_at_end(engine, num_chains):
+        return []
+    return last_probe(engine, num_chains, engine.key).temporaries(calibrates=False)
+
+
+def _looks(
+    engine: Engine, run: Run, posterior: LocalPosterior, chains: range, step_size: float, key: jax.Array
+) -> dict[str, float]:
     """Gradient noise and acceptance where the chains ended; nothing when the run is too short to pay for it."""
     alive = to_host(run.alive)
     kept = [c for c in chains if alive[c]][:4]
-    allowed = _for_looks(len(chains), engine.plan)
-    if allowed < 8 or not kept or engine.sampler.family == "exact":
+    if not kept or not _looks_at_end(engine, len(chains)):
         return {}
-    probe = last_probe(engine, len(chains), key)
-    repeats = int(np.clip(allowed / (4 * len(kept)), 1, 8))
+    probe = last_probe(engine, len(chains), key, posterior)
+    repeats = int(np.clip(_for_looks(len(chains), engine.plan) / (4 * len(kept)), 1, 8))
     found = [probe.noise(engine.position(run, c), repeats)[0] for c in kept]
     values = np.array([n.controlled if engine.plan.control_variate else n.plain for n in found])
     error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else values.mean()
@@ -69,8 +77,7 @@ def result_of(
     plan = engine.plan
     chains = range(plan.num_chains) if chains is None else chains
     mine = slice(chains.start, chains.stop)
-    engine.posterior = posterior
-    seen = _looks(engine, run, chains, step_size, engine.key if key is None else key)
+    seen = _looks(engine, run, posterior, chains, step_size, engine.key if key is None else key)
     probe = gathered(seen, engine.mesh)[0]
     steps = len(chains) * plan.total_steps * (2 if plan.control_variate else 1)
     passes = -(-engine.source.num_data // plan.batch_size) if plan.control_variate else 0

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,9 +12,6 @@ from matplotlib.patches import Patch
 
 from slt_jax.drawing import COLORS, MARKERS, figure_of, legend_below
 from slt_jax.plateau import SETTLED
-
-if TYPE_CHECKING:
-    pass
 
 _POINTS = 200  # of a line; twice as many and more are averaged in blocks
 

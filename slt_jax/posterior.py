@@ -1,5 +1,6 @@
 """What is sampled: a trained point, the loss around it, and the weights that may move."""
 
+import copy
 import hashlib
 import math
 import numbers
@@ -178,6 +179,18 @@ class LocalPosterior:
         check_count("num_data", self.num_data, 2, "It is the size of the data set, not of the batch.")
         if self.nbeta is None:
             object.__setattr__(self, "nbeta", self.num_data / math.log(self.num_data))
+        self._check_numbers()
+        self.program  # noqa: B018  (checks the center and the mask now, not at the first step)
+
+    def with_numbers(self, *, nbeta: float, localization: float | None) -> "LocalPosterior":
+        """The same with other numbers. Weights and mask are not looked at again. Raises TypeError, ValueError."""
+        found = copy.copy(self)
+        object.__setattr__(found, "nbeta", nbeta)
+        object.__setattr__(found, "localization", localization)
+        found._check_numbers()
+        return found
+
+    def _check_numbers(self) -> None:
         check_positive(
             "nbeta", self.nbeta, "The usual choice is num_data / log(num_data), with num_data the size of the data set."
         )
@@ -188,7 +201,6 @@ class LocalPosterior:
         for name, kind in {"num_data": int, "nbeta": float, "localization": float}.items():
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, kind(getattr(self, name)))
-        self.program  # noqa: B018  (checks the center and the mask now, not at the first step)
 
     @cached_property
     def program(self) -> LossProgram:

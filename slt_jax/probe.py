@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slt_jax.posterior import LossProgram
+from slt_jax.posterior import LocalPosterior, LossProgram
 from slt_jax.samplers.base import Position, displacement, gaussian, inner, root
 
 
@@ -154,11 +154,11 @@ class Probe:
     Args:
         engine: whose posterior, data and batch size are meant.
         blocks: minibatches in the fixed set of examples that curvature and acceptance are taken over.
-        key: draws the examples.
+        key: draws the examples. posterior: looked at in place of the engine's: the same with other numbers.
     """
 
-    def __init__(self, engine: Any, blocks: int, key: jax.Array):
-        self._engine, self._key = engine, engine.alone(key)
+    def __init__(self, engine: Any, blocks: int, key: jax.Array, posterior: LocalPosterior | None = None):
+        self._engine, self._own, self._key = engine, posterior, engine.alone(key)
         self._batch = engine.plan.batch_size
         self._random = np.random.default_rng(np.asarray(jax.random.key_data(key)))
         num = engine.source.num_data
@@ -168,6 +168,10 @@ class Probe:
         self._blocks = jax.tree.map(lambda x: x.reshape(self.num_blocks, self._batch, *x.shape[1:]), fetched)
         self.center, self._frozen = engine.alone(engine.center), engine.alone(engine.frozen)
         self.gradients = 0.0
+
+    @property
+    def _posterior(self) -> LocalPosterior:
+        return self._engine.posterior if self._own is None else self._own
 
     def _next_key(self) -> jax.Array:
         self._key, out = jax.random.split(self._key)
@@ -195,14 +199,14 @@ class Probe:
         return float(found)
 
     def _for_sharpness(self, position: Position, iterations: int) -> tuple:
-        posterior = self._engine.posterior
+        posterior = self._posterior
         size = float(jnp.sqrt(_square(position)))
         numbers = (jnp.float32(x) for x in (posterior.nbeta, 1e-12, 1e-3 * (1 + size)))
         return posterior.program, position, self._frozen, self._blocks, *numbers, self._next_key(), iterations
 
     def curvature(self, position: Position, direction: Position, reach: float) -> Position:
         """(nbeta Hessian + localization) times ``direction``, by a secant ``reach`` times as long; two gradients."""
-        posterior = self._engine.posterior
+        posterior = self._posterior
         self.gradients += 2 * self.num_blocks
         numbers = (jnp.float32(x) for x in (posterior.nbeta, posterior.localization, reach))
         return _curvature(posterior.program, position, direction, self._frozen, self._blocks, *numbers)
@@ -214,15 +218,15 @@ class Probe:
         return float(loss), float(jnp.sqrt(_square(grad)))
 
     def _for_gradient(self, position: Position) -> tuple:
-        return self._engine.posterior.program, position, self._frozen, self._blocks
+        return self._posterior.program, position, self._frozen, self._blocks
 
     def noise(self, position: Position, repeats: int) -> tuple[Noise, Noise]:
         """Mean and standard error over ``repeats`` fresh batches, by the difference of a batch's two halves."""
-        engine, half, found = self._engine, max(1, self._batch // 2), []
+        half, found = max(1, self._batch // 2), []
         for _ in range(repeats):
             found.append(_noise(*self._for_noise(position)))
             self.gradients += 4 * half / self._batch
-        scale = engine.posterior.nbeta**2 * half / (2 * self._batch)
+        scale = float(self._posterior.nbeta or 0) ** 2 * half / (2 * self._batch)
         values = scale * np.array([[float(x) for x in pair] for pair in found])
         error = values.std(0, ddof=1) / math.sqrt(repeats) if repeats > 1 else np.full(2, np.nan)
         return Noise(*values.mean(0).tolist()), Noise(*error.tolist())
@@ -231,7 +235,7 @@ class Probe:
         engine, half = self._engine, max(1, self._batch // 2)
         drawn = self._random.integers(0, engine.source.num_data, 2 * half)
         halves = jax.tree.map(lambda x: x.reshape(2, half, *x.shape[1:]), engine.fetch(drawn))
-        around = (engine.posterior.program, position, self.center, self._frozen)
+        around = (self._posterior.program, position, self.center, self._frozen)
         return *around, halves, engine.alone(engine.metric)
 
     def acceptance(self, position: Position, step_size: float) -> float:
@@ -240,7 +244,7 @@ class Probe:
         return float(_acceptance(*self._for_acceptance(position, step_size)))
 
     def _for_acceptance(self, position: Position, step_size: float) -> tuple:
-        engine, posterior = self._engine, self._engine.posterior
+        engine, posterior = self._engine, self._posterior
         gamma = 1.0 if posterior.localization is None else posterior.localization
         numbers = (jnp.float32(x) for x in (posterior.nbeta, gamma, step_size))
         around = (posterior.program, position, self.center, self._frozen, self._blocks)

@@ -15,12 +15,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from slt_jax import diagnostics
-from slt_jax.corrections import _LARGEST
+from slt_jax.corrections import LARGEST
 from slt_jax.grid import Sweep, load_sweep
 from slt_jax.plots import plot_result
 from slt_jax.reading import estimate_text
 from slt_jax.results import LLCResult, load_result
-from slt_jax.storage import SWEEP, TRAJECTORY, kind_of
+from slt_jax.storage import SWEEP, TRAJECTORY, kind_of, write_file
 from slt_jax.training import Trajectory, load_trajectory
 
 GOOD, CAUTION, BAD, UNMEASURED = "good", "caution", "bad", "none"
@@ -99,9 +99,7 @@ def report(source: Any, out: str | os.PathLike, *, overwrite: bool = False) -> P
         raise FileNotFoundError(f"there is no folder {target.parent} to write {target.name} to. Make it first.")
     path = str(source) if isinstance(source, (str, os.PathLike)) else None
     text = render(page_of(source if path is None else _opened(path), path))
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-    partial.write_text(text, encoding="utf-8")
-    return partial.replace(target)
+    return write_file(target, text)
 
 
 def _opened(path: str) -> Any:
@@ -208,35 +206,35 @@ def _health_section(result: LLCResult) -> Section:
     d, h, e, raw = diagnostics, result.health, result.health.evidence, abs(result.llc_raw)
     error = d.standard_error(result.llc_draws, h.ess) / raw if raw and result.llc_draws.size else math.nan
     enough = GOOD if h.ess >= 30 or error <= 0.02 else UNMEASURED if math.isnan(h.ess) else BAD
-    still = abs(h.trend_z) <= d._TREND_SIGMA or abs(h.trend) <= 0.02 * raw
+    still = abs(h.trend_z) <= d.TREND_SIGMA or abs(h.trend) <= 0.02 * raw
     gap = abs(h.bracket[1] - h.bracket[0]) / raw if raw else math.nan
     met = UNMEASURED if math.isnan(gap) else BAD if gap > 0.05 and "chains disagree" in h.flags else GOOD
     hot = 1 + (2 * result.bias.noise / e.num_free if math.isfinite(result.bias.noise) else 0.0)
-    room = d._KINETIC_LIMIT_METRIC if e.metric else d._KINETIC_LIMIT
-    most = d._HELD_DEGREE_LIMIT if e.held > 0.5 else d._DEGREE_LIMIT
+    room = d.KINETIC_LIMIT_METRIC if e.metric else d.KINETIC_LIMIT
+    most = d.HELD_DEGREE_LIMIT if e.held > 0.5 else d.DEGREE_LIMIT
     up, down = e.nbeta_slope, e.localization_slope
     z = (up.value / up.stderr - down.value / down.stderr) / math.sqrt(2) if up.stderr > 0 < down.stderr else math.nan
-    stands = _within(z, -math.inf, d._SLOPE_SIGMA if up.value > d._SLOPE_LIMIT * raw else math.inf)
-    bias, both = d._BIAS_LIMIT, f"under {d._SLOPE_SIGMA:g} standard errors, or {d._SLOPE_LIMIT:.0%} of the LLC"
+    stands = _within(z, -math.inf, d.SLOPE_SIGMA if up.value > d.SLOPE_LIMIT * raw else math.inf)
+    bias, both = d.BIAS_LIMIT, f"under {d.SLOPE_SIGMA:g} standard errors, or {d.SLOPE_LIMIT:.0%} of the LLC"
     parts = [x / raw if raw else math.nan for x in (result.bias.step_size, result.bias.noise)]
     slope = lambda s: f"{_num(s.value, '+.3g')} ± {_num(s.stderr, '.2g')}" if s.stderr > 0 else _UNKNOWN  # noqa: E731
     trend = f"{_num(h.trend, '+.2g')} ({_num(h.trend_z, '+.1f')} standard errors)"
     pair = " and ".join(_num(x) for x in h.bracket)
     rows = (
-        ("R-hat", _num(h.rhat, ".3f"), f"at most {d._RHAT_LIMIT}", _within(h.rhat, 0, d._RHAT_LIMIT),
+        ("R-hat", _num(h.rhat, ".3f"), f"at most {d.RHAT_LIMIT}", _within(h.rhat, 0, d.RHAT_LIMIT),
          "Compares the chains, and the halves of each, with one another: 1 when they tell the same."),
         ("Effective draws (ESS)", _num(h.ess, ".0f"), "30 or more, unless the error is under 2 %", enough,
          f"How many independent draws the {result.llc_draws.size:,} correlated ones are worth."),
-        ("Error of the mean", _num(error, ".1%"), f"at most {d._ERROR_LIMIT:.1%}", _within(error, 0, d._ERROR_LIMIT),
+        ("Error of the mean", _num(error, ".1%"), f"at most {d.ERROR_LIMIT:.1%}", _within(error, 0, d.ERROR_LIMIT),
          "Standard error over the raw estimate."),
         ("Trend", _UNKNOWN if math.isnan(h.trend) else trend,
-         f"within {d._TREND_SIGMA:g} standard errors, or 2 % of the LLC",
+         f"within {d.TREND_SIGMA:g} standard errors, or 2 % of the LLC",
          UNMEASURED if math.isnan(h.trend) else GOOD if still else BAD,
          "Second half of the draws less the first: 0 once the chains have settled."),
         ("From w*, from hot starts", _UNKNOWN if math.isnan(gap) else pair, "within 5 %, or 4 standard errors", met,
          "Chains started cold and hot come to the answer from both sides, and should meet."),
-        ("Virial ratio", _num(h.virial, ".3f"), f"at least {d._VIRIAL_LIMIT}",
-         _within(h.virial, d._VIRIAL_LIMIT, math.inf),
+        ("Virial ratio", _num(h.virial, ".3f"), f"at least {d.VIRIAL_LIMIT}",
+         _within(h.virial, d.VIRIAL_LIMIT, math.inf),
          "Share of the directions that have come to rest: 1 when the chains have explored all they can."),
         ("Kinetic temperature", _num(e.kinetic, ".3f"), f"{hot - room:.2f} to {hot + room:.2f}",
          _within(e.kinetic, hot - room, hot + room), "1 when the sampler keeps the right temperature."),
@@ -245,12 +243,12 @@ def _health_section(result: LLCResult) -> Section:
         ("Bias of the step size", _num(parts[0], "+.1%"), f"within {bias:.0%} of the LLC",
          _within(abs(parts[0]), 0, bias), "What the step size adds. Halve step_size when it is too much."),
         ("Bias of minibatch noise", _num(parts[1], "+.1%"), f"within {bias:.0%} of the LLC",
-         _within(abs(parts[1]), 0, bias), f"What noisy gradients add. Up to {_LARGEST:.0%} in all is taken off."),
+         _within(abs(parts[1]), 0, bias), f"What noisy gradients add. Up to {LARGEST:.0%} in all is taken off."),
         ("Slope in log nbeta", slope(up), both, stands, "How far the estimate rises when nbeta grows by a factor e."),
         ("Slope in log localization", slope(down), "weighed with the one above", stands,
          "The same for the localization, which pulls the estimate down where it holds flat directions."),
         ("Degree of the loss", slope(e.degree).lstrip("+"), f"at most {most:g}",
-         _within(e.degree.value - d._SLOPE_SIGMA * e.degree.stderr, -math.inf, most),
+         _within(e.degree.value - d.SLOPE_SIGMA * e.degree.stderr, -math.inf, most),
          "Power with which the loss grows with the distance from w*: 2 at a regular minimum."),
     )  # fmt: skip
     table = tuple(Row((name, value, accepted, why), tone) for name, value, accepted, tone, why in rows)

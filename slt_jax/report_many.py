@@ -18,7 +18,7 @@ from slt_jax.report import (
     picture,
     settings_sections,
     tone_of,
-)  # fmt: skip
+)
 from slt_jax.training import WHOLE, Trajectory
 
 

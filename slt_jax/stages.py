@@ -124,7 +124,6 @@ def find_stages(
 
     Raises:
         ValueError: shapes that differ, steps not increasing, errors that are not positive, fewer than 4 checkpoints.
-        ImportError: without ruptures.
 
     Error: an interval's coverage is near ``level`` for boundaries that most resamples find (``support``), and below it
     for those that few find, which are seen only where the noise helps. Takes a second for 20 checkpoints and minutes
@@ -233,11 +232,8 @@ def _cut(cost: np.ndarray, most: int) -> tuple[int, ...]:
 @functools.cache
 def _search() -> tuple[Any, Any]:
     """(ruptures' dynamic programming, a cost for it that is read off a table)."""
-    try:
-        from ruptures import Dynp
-        from ruptures.base import BaseCost
-    except ImportError as error:
-        raise ImportError("stages are found with ruptures: pip install ruptures.") from error
+    from ruptures import Dynp
+    from ruptures.base import BaseCost
 
     class Table(BaseCost):
         min_size = _MIN_SIZE

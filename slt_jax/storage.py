@@ -16,6 +16,13 @@ RESULT, SWEEP, TRAJECTORY = "slt_jax_result", "slt_jax_sweep", "slt_jax_trajecto
 _NAMES = {RESULT: "result", SWEEP: "sweep", TRAJECTORY: "trajectory"}
 
 
+def write_file(path: Path, value: str | bytes) -> Path:
+    """All of it, or nothing."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(value.encode() if isinstance(value, str) else value)
+    return partial.replace(path)
+
+
 def kind_of(path: Path) -> str | None:
     """``RESULT`` or ``SWEEP``; None for anything else."""
     record = path / "zarr.json"

@@ -1,7 +1,6 @@
 """A grid of inverse temperatures, localizations and step sizes: all cells in one compiled program."""
 
 import dataclasses
-import functools
 import math
 import os
 import sys
@@ -15,21 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from slt_jax.batches import Source, as_source, check_key
-from slt_jax.calibrate import calibrate
-from slt_jax.checkpoint import RunStore, digest_of
+from slt_jax.batches import check_key
+from slt_jax.checkpoint import RunStore
 from slt_jax.control import control_of
-from slt_jax.engine import Engine, Schedule
-from slt_jax.estimate import as_sampler, check_same_call, identity_of
+from slt_jax.engine import Engine
 from slt_jax.grid import AXES, Sweep
 from slt_jax.memory import Need, layouts, need_of, state_bytes, weighs
-from slt_jax.mesh import automatic, check_mesh, gathered, leads, spans_processes
-from slt_jax.outcome import last_probe, looks_at_end, result_of
+from slt_jax.mesh import automatic, check_mesh, gathered, leads
+from slt_jax.outcome import look_bytes, result_of
 from slt_jax.posterior import LocalPosterior, check_positive
 from slt_jax.results import LLCResult
-from slt_jax.running import abandon, check_at_center, full_loss_at_center, run_to_end
-from slt_jax.samplers.base import Sampler
-from slt_jax.setting import Notes, Subject, alone_layout, schedule_of
+from slt_jax.running import abandon, full_loss_at_center, run_to_end
+from slt_jax.setting import Notes, Subject, calibrated, opened, subject_of
 
 _CONTROL, _CALIBRATION = 2**31 - 21, 2**31 - 22  # folded into the key
 
@@ -83,32 +79,22 @@ def sweep(
         TypeError, ValueError: an argument that cannot be used. FloatingPointError: the loss is not finite at w*.
         MemoryError: not even one cell fits.
     """
-    if not isinstance(posterior, LocalPosterior):
-        raise TypeError(f"posterior must be a LocalPosterior, got a {type(posterior).__name__}. Make one first.")
-    source, sampler, key = as_source(data), as_sampler(sampler), check_key(key)
-    if sampler.metric:
-        raise ValueError("a metric belongs to one setting, and a sweep has many. Take underdamped() without a metric.")
+    lengths = (num_chains, num_draws, num_warmup, thinning, batch_size, micro_batches, baseline, chunk_size)
+    subject, key = subject_of(posterior, data, sampler, mesh, *lengths), check_key(key)
     given = {name: _axis(name, values) for name, values in zip(AXES, (nbeta, localization, step_size), strict=True)}
     if all(values is None for values in given.values()):
         raise ValueError("a sweep needs values for nbeta, localization or step_size: step_size=[1e-5, 3e-5, 1e-4].")
-    num_warmup = num_draws * thinning if num_warmup is None else num_warmup
-    counts = (num_chains, num_draws, num_warmup, thinning, batch_size, micro_batches, baseline, chunk_size)
-    plan = schedule_of(source, sampler, *counts)
     if memory_gib is not None:
         check_positive("memory_gib", memory_gib, "It is the memory of the process or of a device, in GiB.")
     check_positive("checkpoint_seconds", checkpoint_seconds, "0 saves after every chunk.", zero=True)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-    layout = alone_layout(num_chains, mesh)
-    subject = Subject(posterior, source, sampler, plan, layout)
     grid = {name: None if values is None else values.tolist() for name, values in given.items()}
-    identity = {"grid": grid, **identity_of(subject, key, {}, {})}
-    if spans_processes(layout):
-        check_same_call({**identity, "checkpoint_dir is given": folder is not None}, layout)
-    notes = Notes(None if folder is None else RunStore(folder, identity, layout))
+    notes = opened(subject, key, {"grid": grid}, {}, folder)
     try:
         axes, friction = _filled(given, subject, key, notes)
-        posterior = dataclasses.replace(posterior, nbeta=max(axes["nbeta"]), localization=max(axes["localization"]))
-        work = _Work(posterior, source, sampler, plan, key, mesh, chain_batch, memory_gib, axes, friction)
+        most = {name: max(axes[name]) for name in ("nbeta", "localization")}
+        subject = subject._replace(posterior=posterior.with_numbers(**most))
+        work = _Work(subject, key, mesh, chain_batch, memory_gib, axes, friction)
         engine, at_once, need = _fitted(work, notes)
     finally:
         abandon(notes.store)
@@ -120,7 +106,7 @@ def sweep(
     for first in range(0, work.num_cells, at_once):
         cells = range(first, first + at_once)
         part = "" if at_once == work.num_cells else f"cells {first} to {cells[-1]}: "
-        mine = {"sweep": digest_of(identity), "mesh": dict(engine.mesh.shape), "at once": engine.plan.chain_batch}
+        mine = {"sweep": notes.identity, "mesh": dict(engine.mesh.shape), "at once": engine.plan.chain_batch}
         store = None if folder is None else RunStore(folder / f"cells-{first}-{cells[-1]}", mine, engine.mesh)
         results += _run_cells(work, engine, cells, store, (progress, checkpoint_seconds, part), full, need)
     return Sweep(axes, tuple(results), control)
@@ -128,10 +114,7 @@ def sweep(
 
 @dataclass(frozen=True)
 class _Work:
-    posterior: LocalPosterior
-    source: Source
-    sampler: Sampler
-    plan: Schedule  # of one cell
+    subject: Subject  # of one cell, at the largest nbeta and localization
     key: jax.Array
     mesh: Mesh | None
     chain_batch: int | None
@@ -180,13 +163,11 @@ def _filled(
         return axes, sampler.friction
     gamma = None if "localization" in missing else float(max(axes["localization"]))
     known = None if "step_size" in missing else float(max(axes["step_size"]))
-    one = dataclasses.replace(posterior, nbeta=float(max(axes["nbeta"])), localization=gamma)
-    engine = Engine(one, source, sampler, plan, jax.random.fold_in(key, _CALIBRATION), layout)
+    one = posterior.with_numbers(nbeta=max(axes["nbeta"]), localization=gamma)
 
     def decide() -> dict[str, Any]:
-        check, total = functools.partial(check_at_center, engine), plan.num_chains * plan.total_steps
-        choice = calibrate(engine, sampler._replace(step_size=known), gamma, False, total, check)
-        return gathered(choice.to_dict(), layout)[0]
+        engine = Engine(one, source, sampler, plan, jax.random.fold_in(key, _CALIBRATION), layout)
+        return calibrated(engine, sampler._replace(step_size=known), gamma)
 
     note = notes.kept("calibration", decide)
     for name in missing:
@@ -209,23 +190,21 @@ def _fitted(work: _Work, notes: Notes) -> tuple[Engine, int, Need | None]:
 
 def _fitting(work: _Work, counts: Iterable[int], saves: bool) -> tuple[Engine, int, Need | None]:
     """(engine, cells at once, its need) for the first of ``counts`` that divides the cells and fits."""
-    chains, need = work.plan.num_chains, None
+    posterior, source, sampler, plan, _ = work.subject
+    sampler = sampler._replace(step_size=float(work.axes["step_size"][0]), friction=work.friction)
+    limit, need = math.inf if work.memory_gib is None else work.memory_gib * 2**30, None
     for cells in (k for k in counts if work.num_cells % k == 0):
-        rows = cells * chains
+        rows = cells * plan.num_chains
         mesh = None if work.mesh is None else check_mesh(automatic(work.mesh), rows)
-        for layout, group in layouts(rows, mesh, work.chain_batch, work.posterior.num_free):
-            plan = dataclasses.replace(work.plan, num_chains=rows, chain_batch=group)
-            sampler = work.sampler._replace(step_size=float(work.axes["step_size"][0]), friction=work.friction)
-            engine = Engine(work.posterior, work.source, sampler, plan, work.key, layout)
-            if work.memory_gib is None and not weighs(work.posterior, rows):
+        for layout, group in layouts(rows, mesh, work.chain_batch, posterior.num_free):
+            laid = dataclasses.replace(plan, num_chains=rows, chain_batch=group)
+            engine = Engine(posterior, source, sampler, laid, work.key, layout)
+            if work.memory_gib is None and not weighs(posterior, rows):
                 return engine, cells, None
-            if state_bytes(engine) > (math.inf if work.memory_gib is None else work.memory_gib * 2**30):
+            if state_bytes(engine) > limit:
                 continue
-            looked = looks_at_end(sampler.family, work.plan)
-            looks = last_probe(engine, chains, work.key).temporaries(calibrates=False) if looked else []
-            need = need_of(engine, looks, saves=saves)
-            if work.memory_gib is not None:
-                need = dataclasses.replace(need, free=min(need.free, work.memory_gib * 2**30 - need.now))
+            need = need_of(engine, look_bytes(engine, plan.num_chains), saves=saves)
+            need = dataclasses.replace(need, free=min(need.free, limit - need.now))
             if all(gathered(need.fits, layout)):
                 return engine, cells, need
     told = f"memory_gib = {work.memory_gib} is less than the chains of one cell hold. Give more."
@@ -236,7 +215,7 @@ def _run_cells(
     work: _Work, engine: Engine, cells: range, store: RunStore | None, show: tuple, full: float | None,
     need: Need | None,
 ) -> list[LLCResult]:  # fmt: skip
-    numbers, chains = work.numbers(cells), work.plan.num_chains
+    numbers, chains = work.numbers(cells), work.subject.plan.num_chains
     keys = jnp.stack([jax.random.fold_in(work.key, i) for i in cells])
     engine.share_out(keys, chains, **numbers)
     progress, seconds, part = show
@@ -244,7 +223,7 @@ def _run_cells(
     found = []
     for i in range(len(cells)):
         one = {name: float(values[i]) for name, values in numbers.items()}
-        posterior = dataclasses.replace(work.posterior, nbeta=one["nbeta"], localization=one["localization"])
+        posterior = work.subject.posterior.with_numbers(nbeta=one["nbeta"], localization=one["localization"])
         mine = range(i * chains, (i + 1) * chains)
         given = (engine, run, posterior, one["step_size"], work.friction)
         found.append(result_of(*given, chains=mine, key=keys[i], full_loss=full, need=need))

@@ -14,22 +14,19 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from slt_jax.batches import Source, as_source, check_key
-from slt_jax.calibrate import calibrate
-from slt_jax.checkpoint import RunStore, digest_of
-from slt_jax.engine import Engine, Run, Schedule
-from slt_jax.estimate import as_sampler, check_same_call, identity_of
+from slt_jax.batches import check_key
+from slt_jax.checkpoint import RunStore
+from slt_jax.engine import Engine, Run
 from slt_jax.memory import layouts, need_of, weighs
-from slt_jax.mesh import automatic, check_mesh, gathered, leads, spans_processes
-from slt_jax.outcome import last_probe, looks_at_end, result_of
+from slt_jax.mesh import automatic, check_mesh, gathered, leads
+from slt_jax.outcome import look_bytes, result_of
 from slt_jax.plateau import SETTLED
 from slt_jax.posterior import LocalPosterior, check_positive, path_of
 from slt_jax.probe import Probe
 from slt_jax.reading import estimate_text
 from slt_jax.results import LLCResult, load_result
-from slt_jax.running import abandon, check_at_center, check_first_loss, full_loss_at_center, restored, run_to_end
-from slt_jax.samplers.base import Sampler
-from slt_jax.setting import Notes, Subject, alone_layout, schedule_of
+from slt_jax.running import abandon, check_first_loss, full_loss_at_center, restored, run_to_end
+from slt_jax.setting import Notes, Subject, calibrated, opened, subject_of
 from slt_jax.training import WHOLE, Trajectory
 
 _CALIBRATION, _SHARPNESS = 2**31 - 22, 2**31 - 23  # folded into the key
@@ -87,38 +84,30 @@ def trajectory(
         TypeError, ValueError: an argument that cannot be used. FloatingPointError: the loss is not finite at some w*.
         MemoryError: the chains do not fit.
     """
-    if not isinstance(posterior, LocalPosterior):
-        raise TypeError(f"posterior must be a LocalPosterior, got a {type(posterior).__name__}. Make one first.")
-    source, sampler, key = as_source(data), as_sampler(sampler), check_key(key)
-    if sampler.metric:
-        raise ValueError("a metric belongs to one checkpoint. Take underdamped() without a metric.")
+    lengths = (num_chains, num_draws, num_warmup, thinning, batch_size, micro_batches, baseline, chunk_size)
+    subject, key = subject_of(posterior, data, sampler, mesh, *lengths), check_key(key)
     steps, chosen = _steps(centers), _parts(parts)
     check_positive("checkpoint_seconds", checkpoint_seconds, "0 saves after every chunk.", zero=True)
-    num_warmup = num_draws * thinning if num_warmup is None else num_warmup
-    counts = (num_chains, num_draws, num_warmup, thinning, batch_size, micro_batches, baseline, chunk_size)
-    plan = schedule_of(source, sampler, *counts)
-    layout = alone_layout(num_chains, mesh)
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-    identity = identity_of(Subject(posterior, source, sampler, plan, layout), key, {"warm_start": warm_start}, {})
-    identity = {"steps": steps, "parts": list(chosen), **identity}
-    if spans_processes(layout):
-        check_same_call({**identity, "checkpoint_dir is given": folder is not None}, layout)
-    notes = Notes(None if folder is None else RunStore(folder, identity, layout))
+    more = {"steps": steps, "parts": list(chosen)}
+    notes = opened(subject, key, more, {"warm_start": warm_start}, folder)
     given = None if mesh is None else check_mesh(automatic(mesh), num_chains)
-    work = _Work(posterior, centers, source, sampler, plan, key, layout, folder, digest_of(identity))
+    work = _Work(subject, centers, key, folder, notes.identity)
     try:
-        work = _fitted(_settled(work, steps, notes), steps[0], given, chain_batch)
+        work = _fitted(_filled(work, steps, notes), steps[0], given, chain_batch)
     finally:
         abandon(notes.store)
     found: dict[str, list[LLCResult]] = {name: [] for name in chosen}
-    for number, (name, part) in enumerate(chosen.items()):
-        before: _End | None = None
-        for step in steps:
-            result, end = _one(work, name, part, number, step, before, (progress, checkpoint_seconds))
+    ends: dict[str, _End] = {}
+    for step in steps:
+        whole = work.at(step)
+        for number, (name, part) in enumerate(chosen.items()):
+            last = ends.get(name) if warm_start else None
+            result, end = _one(work, name, part(whole), number, step, last, (progress, checkpoint_seconds))
             found[name].append(result)
-            _tidy(work, name, step, before)
-            before = end if warm_start and result.verdict in SETTLED else None  # a chain that got lost stays lost
-            if progress and leads(layout):
+            _tidy(work, name, ends.get(name))
+            ends[name] = end
+            if progress and leads(work.subject.mesh):
                 value = estimate_text(result.llc, result.llc_stderr, "±")
                 print(f"  step {step}, {name}: LLC {value}, {result.verdict}", file=sys.stderr)
     return Trajectory(tuple(steps), {name: tuple(results) for name, results in found.items()})
@@ -130,18 +119,15 @@ class _End:
 
     step: int
     center: tuple
+    settled: bool
     run: Run | None  # None when it has to be read from its directory
 
 
 @dataclass(frozen=True)
 class _Work:
-    posterior: LocalPosterior
+    subject: Subject
     centers: Mapping[int, Any]
-    source: Source
-    sampler: Sampler
-    plan: Schedule
     key: jax.Array
-    layout: Mesh
     folder: Path | None
     identity: str
 
@@ -150,10 +136,10 @@ class _Work:
         center = self.centers[step]
         center = center() if callable(center) else center
         try:
-            posterior = dataclasses.replace(self.posterior, center=center)
+            posterior = dataclasses.replace(self.subject.posterior, center=center)
         except (TypeError, ValueError) as error:
             raise type(error)(f"the checkpoint of step {step}: {error}") from error
-        mine, wanted = _shapes(center), _shapes(self.posterior.center)
+        mine, wanted = _shapes(center), _shapes(self.subject.posterior.center)
         for name in [*wanted, *mine]:
             if mine.get(name) != wanted.get(name):
                 raise ValueError(
@@ -163,10 +149,11 @@ class _Work:
         return posterior
 
     def engine(self, posterior: LocalPosterior, key: jax.Array) -> Engine:
-        return Engine(posterior, self.source, self.sampler, self.plan, key, self.layout)
+        _, source, sampler, plan, mesh = self.subject
+        return Engine(posterior, source, sampler, plan, key, mesh)
 
     def identity_at(self, name: str, step: int) -> dict[str, Any]:
-        return {"trajectory": self.identity, "part": name, "step": step, "mesh": dict(self.layout.shape)}
+        return {"trajectory": self.identity, "part": name, "step": step, "mesh": dict(self.subject.mesh.shape)}
 
     def place_of(self, name: str, step: int) -> Path:
         return (self.folder or Path()) / name.replace(" ", "-") / f"step-{step}"
@@ -204,85 +191,83 @@ def _parts(parts: Any) -> dict[str, Part]:
     return {WHOLE: lambda posterior: posterior, **named}
 
 
-def _settled(work: _Work, steps: list[int], notes: Notes) -> _Work:
+def _filled(work: _Work, steps: list[int], notes: Notes) -> _Work:
     """With every number of the setting given or chosen."""
-    posterior, sampler = work.posterior, work.sampler
+    posterior, sampler = work.subject.posterior, work.subject.sampler
     if None in (sampler.step_size, sampler.friction, posterior.localization):
-        found = notes.kept("calibration", lambda: _calibrated(work, steps))
+        found = notes.kept("calibration", lambda: _at_the_sharpest(work, steps))
         sampler = sampler._replace(step_size=found["step_size"], friction=found["friction"])
-        posterior = dataclasses.replace(posterior, localization=found["localization"])
-    return dataclasses.replace(work, posterior=posterior, sampler=sampler)
+        posterior = posterior.with_numbers(nbeta=posterior.nbeta, localization=found["localization"])
+    return dataclasses.replace(work, subject=work.subject._replace(posterior=posterior, sampler=sampler))
 
 
 def _fitted(work: _Work, step: int, mesh: Mesh | None, chain_batch: int | None) -> _Work:
     """With a layout that fits into memory, by the checkpoint of this step."""
-    first, need = work.at(step), None
-    for layout, group in layouts(work.plan.num_chains, mesh, chain_batch, first.num_free):
-        plan = dataclasses.replace(work.plan, chain_batch=group)
-        fitted = dataclasses.replace(work, layout=layout, plan=plan)
-        if not weighs(first, plan.num_chains):
+    first, num_chains, need = work.at(step), work.subject.plan.num_chains, None
+    for layout, group in layouts(num_chains, mesh, chain_batch, first.num_free):
+        plan = dataclasses.replace(work.subject.plan, chain_batch=group)
+        fitted = dataclasses.replace(work, subject=work.subject._replace(plan=plan, mesh=layout))
+        if not weighs(first, num_chains):
             return fitted
         engine = fitted.engine(first, work.key)
-        looked = looks_at_end(work.sampler.family, plan)
-        looks = last_probe(engine, plan.num_chains, work.key).temporaries(calibrates=False) if looked else []
-        need = need_of(engine, looks, saves=work.folder is not None)
+        need = need_of(engine, look_bytes(engine, num_chains), saves=work.folder is not None)
         if all(gathered(need.fits, layout)):
             return fitted
     raise MemoryError(need.refusal() if need else "")
 
 
-def _calibrated(work: _Work, steps: list[int]) -> dict[str, Any]:
+def _at_the_sharpest(work: _Work, steps: list[int]) -> dict[str, Any]:
     """The calibration's choice at the checkpoint whose loss is most sharply curved."""
     sharp = {}
     for step in steps:
         engine = work.engine(work.at(step), jax.random.fold_in(work.key, _SHARPNESS))
         probe = Probe(engine, 2, jax.random.fold_in(engine.key, step))
-        sharp[step] = gathered(probe.sharpness(probe.center, _ROUNDS), work.layout)[0]
+        sharp[step] = gathered(probe.sharpness(probe.center, _ROUNDS), engine.mesh)[0]
     at = max(sharp, key=lambda step: sharp[step])
     engine = work.engine(work.at(at), jax.random.fold_in(work.key, _CALIBRATION))
-    total = work.plan.num_chains * work.plan.total_steps
-    check = functools.partial(check_at_center, engine)
-    choice = calibrate(engine, work.sampler, work.posterior.localization, False, total, check)
-    return {**gathered(choice.to_dict(), work.layout)[0], "at": at}
+    return {**calibrated(engine, work.subject.sampler, work.subject.posterior.localization), "at": at}
 
 
 def _one(
-    work: _Work, name: str, part: Part, number: int, step: int, before: _End | None, show: tuple
-) -> tuple[LLCResult, _End | None]:
+    work: _Work, name: str, posterior: LocalPosterior, number: int, step: int, last: _End | None, show: tuple
+) -> tuple[LLCResult, _End]:
     """The result at one checkpoint, and where its chains ended."""
-    posterior = part(work.at(step))
     key = jax.random.fold_in(work.key, step)
     engine = work.engine(posterior, jax.random.fold_in(key, number) if number else key)
     place = work.place_of(name, step)
-    done = place.with_suffix(".zarr")
+    done, run, store = place.with_suffix(".zarr"), None, None
     if work.folder is not None and done.exists():
-        return load_result(done), _End(step, engine.center, None)
-    store = None
-    if work.folder is not None:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        store = RunStore(place, work.identity_at(name, step), engine.mesh)
-    progress, seconds = show
-    full = gathered(full_loss_at_center(engine), engine.mesh)[0] if work.plan.baseline == "full" else None
-    start = None if before is None else _carried(work, name, engine, before)
-    run = run_to_end(engine, store, progress, seconds, f"step {step}, {name}: ", start)
-    sampler = work.sampler
-    result = result_of(engine, run, posterior, sampler.step_size, sampler.friction, full_loss=full)  # pyright: ignore
-    if store is not None and leads(engine.mesh):
-        result.save(done)
-    return result, _End(step, engine.center, run)
+        result = load_result(done)
+    else:
+        if work.folder is not None:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            store = RunStore(place, work.identity_at(name, step), engine.mesh)
+        progress, seconds = show
+        full = gathered(full_loss_at_center(engine), engine.mesh)[0] if engine.plan.baseline == "full" else None
+        start = _carried(work, name, engine, last) if last is not None and last.settled else None
+        run = run_to_end(engine, store, progress, seconds, f"step {step}, {name}: ", start)
+        step_size, friction = engine.sampler.step_size, engine.sampler.friction
+        assert step_size is not None
+        result = result_of(engine, run, posterior, step_size, friction, full_loss=full)
+        if store is not None and leads(engine.mesh):
+            result.save(done)
+    return result, _End(step, engine.center, result.verdict in SETTLED, run)
 
 
-def _carried(work: _Work, name: str, engine: Engine, before: _End) -> Run | None:
-    """A start as far from w* as the chains of the checkpoint before ended; None where one of them was lost."""
-    run = before.run
+def _carried(work: _Work, name: str, engine: Engine, last: _End) -> Run | None:
+    """A start as far from w* as the chains of the checkpoint before ended.
+
+    None where one of them was lost, or would begin at a loss that is not finite.
+    """
+    run = last.run
     if run is None:
-        store = RunStore(work.place_of(name, before.step), work.identity_at(name, before.step), engine.mesh)
+        store = RunStore(work.place_of(name, last.step), work.identity_at(name, last.step), engine.mesh)
         run = restored(engine, store)
         abandon(store)
     if run is None or not engine.all_alive(run):
         return None
     begun = engine.start()
-    begun.state = run.state._replace(position=_shifted(run.state.position, engine.center, before.center))
+    begun.state = run.state._replace(position=_shifted(run.state.position, engine.center, last.center))
     check_first_loss(engine)
     losses = (engine.first_loss(position=engine.position(begun, c)) for c in range(engine.plan.num_chains))
     return begun if all(map(math.isfinite, losses)) else None
@@ -293,7 +278,7 @@ def _shifted(positions: tuple, center: tuple, old: tuple) -> tuple:
     return tuple(w + (new - was) for w, new, was in zip(positions, center, old, strict=True))
 
 
-def _tidy(work: _Work, name: str, step: int, before: _End | None) -> None:
+def _tidy(work: _Work, name: str, last: _End | None) -> None:
     """The state of a checkpoint is needed until the next one is done."""
-    if work.folder is not None and before is not None and leads(work.layout):
-        shutil.rmtree(work.place_of(name, before.step), ignore_errors=True)
+    if work.folder is not None and last is not None and leads(work.subject.mesh):
+        shutil.rmtree(work.place_of(name, last.step), ignore_errors=True)

@@ -93,12 +93,12 @@ def cluster(tmp_path, monkeypatch):
     monkeypatch.setattr(fleet, "_POLL", 0.001)
     monkeypatch.setattr(fleet_jobs, "PATIENCE", 0.05)
     monkeypatch.setattr(fleet_jobs.faulthandler, "enable", lambda: None)  # pytest has it
-    monkeypatch.setattr(fleet_jobs, "write", kept_if_alive)
+    monkeypatch.setattr(fleet_jobs, "write_file", kept_if_alive)
     monkeypatch.setattr(Cluster, "state", {})
     return Cluster(tmp_path / "fleet" / "logs")
 
 
-WRITE = fleet_jobs.write
+WRITE = fleet_jobs.write_file
 
 
 def kept_if_alive(path, value):

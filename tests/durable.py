@@ -3,6 +3,9 @@
 import contextlib
 import gc
 import shutil
+import signal
+import subprocess
+import sys
 import time
 
 import jax.numpy as jnp
@@ -39,13 +42,52 @@ def assert_equal(result, expected):
         np.testing.assert_array_equal(getattr(result, name), getattr(expected, name), err_msg=name)
 
 
+SLOWLY = """
+import sys, time
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+from slt_jax.engine import Engine
+
+advance = Engine.advance
+def slowly(self, run, *rest):
+    print(run.step, flush=True)
+    advance(self, run, *rest)
+    time.sleep(0.03)
+Engine.advance = slowly
+"""
+
+
+class Child:
+    """A script that begins with ``SLOWLY``, in a process of its own: the steps it told, first to last, how it ended."""
+
+    def __init__(self, script, *arguments, kill_after=None):
+        command = [sys.executable, str(script), *map(str, arguments)]
+        self.errors = script.with_name(f"{script.stem}-{time.monotonic_ns()}.log")
+        with open(self.errors, "w") as errors:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+        assert process.stdout is not None
+        steps = [process.stdout.readline(), process.stdout.readline()]  # after the restore; after compiling
+        if kill_after is not None:
+            time.sleep(kill_after)
+            process.send_signal(signal.SIGKILL)
+        steps += process.stdout.readlines()
+        process.stdout.close()
+        self.returncode = process.wait()
+        self.steps = [int(s) for s in steps if s.strip()]
+
+
 @contextlib.contextmanager
-def watched(stop_at=None):
-    """The steps at which chunks begin; from ``stop_at`` on, a chunk raises KeyboardInterrupt instead."""
-    begun, advance = [], Engine.advance
+def watched(stop_at=None, part=0):
+    """The steps at which chunks begin; from ``stop_at`` on, a chunk raises KeyboardInterrupt instead.
+
+    ``part``: in that run of several, one after another, or a later one.
+    """
+    begun, runs, advance = [], [], Engine.advance
 
     def watching(self, run, *rest, **more):
-        if stop_at is not None and run.step >= stop_at:
+        if not runs or runs[-1] is not run:
+            runs.append(run)
+        if stop_at is not None and len(runs) > part and run.step >= stop_at:
             raise KeyboardInterrupt
         begun.append(run.step)
         return advance(self, run, *rest, **more)

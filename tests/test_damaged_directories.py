@@ -91,7 +91,7 @@ def test_a_full_disk_at_the_manifest_is_refused(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(type(tmp_path), "write_text", full)
+    monkeypatch.setattr(type(tmp_path), "write_bytes", full)
     with pytest.raises(OSError, match=r"No space left on device.*leave checkpoint_dir out") as error:
         estimate(tmp_path / "run")
     assert error.value.errno == errno.ENOSPC

@@ -5,9 +5,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -19,27 +16,16 @@ import slt_jax as slt
 from slt_jax.batches import HostData
 from slt_jax.checkpoint import MANIFEST
 from tests import durable
-from tests.durable import DATA, TOTAL, TRACES, assert_equal, contents, estimate, loss_fn, posterior, watched
+from tests.durable import DATA, TOTAL, TRACES, Child, assert_equal, contents, estimate, loss_fn, posterior, watched
 
 unbroken, interrupted, half, collected = durable.unbroken, durable.interrupted, durable.half, durable.collected
 
 
 # Interrupted and resumed
 
-CHILD = """
-import sys, time
-import jax
-jax.config.update("jax_num_cpu_devices", 2)
+CHILD = durable.SLOWLY + """
 import jax.numpy as jnp, numpy as np
 import slt_jax as slt
-from slt_jax.engine import Engine
-
-advance = Engine.advance
-def slowly(self, run, *rest):
-    print(run.step, flush=True)
-    advance(self, run, *rest)
-    time.sleep(0.03)
-Engine.advance = slowly
 
 def loss_fn(params, x):
     return 0.5 * jnp.sum(jnp.tanh(x @ params["a"]) @ params["b"], axis=-1) ** 2
@@ -55,25 +41,6 @@ result = slt.estimate_llc(
 assert not result.notes and not result.stopped
 np.savez(sys.argv[1], **{name: getattr(result, name) for name in %r})
 """
-
-
-class Child:
-    """The script above in a process of its own: the step it began at, the last one seen, how it ended."""
-
-    def __init__(self, script, *arguments, kill_after=None):
-        command = [sys.executable, str(script), *map(str, arguments)]
-        self.errors = script.with_name(f"{script.stem}-{time.monotonic_ns()}.log")
-        with open(self.errors, "w") as errors:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-        assert process.stdout is not None
-        steps = [process.stdout.readline(), process.stdout.readline()]  # after the restore; after compiling
-        if kill_after is not None:
-            time.sleep(kill_after)
-            process.send_signal(signal.SIGKILL)
-        steps += process.stdout.readlines()
-        process.stdout.close()
-        self.returncode = process.wait()
-        self.steps = [int(s) for s in steps if s.strip()]
 
 
 def test_killed_at_random_moments_and_resumed_is_bit_for_bit_the_unbroken_run(tmp_path):
@@ -180,14 +147,14 @@ def test_saves_of_a_killed_writer_are_ignored(half, unbroken):
     for step in [*range(TOTAL + 1), 99]:
         partial = shutil.copytree(newest, half / "steps" / f"{step}.orbax-checkpoint-tmp")
         shutil.rmtree(partial / "state")
-    (half / f"{MANIFEST}.12345").write_text('{"form')
+    (half / f".{MANIFEST}.12345.partial").write_text('{"form')
     with watched() as begun:
         assert_equal(estimate(half), unbroken)
     assert begun[0] == int(newest.name)
 
 
 def test_killed_before_the_first_save_starts_anew(tmp_path, unbroken):
-    tmp_path.joinpath(f"{MANIFEST}.12345").write_text('{"form')
+    tmp_path.joinpath(f".{MANIFEST}.12345.partial").write_text('{"form')
     with watched(stop_at=0), pytest.raises(KeyboardInterrupt):
         estimate(tmp_path)
     assert_equal(estimate(tmp_path), unbroken)

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from scaling.throughput import compare, memory
+from scaling.throughput import compare, memory, sweep
 from slt_jax.kernels import timing
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 TABLES = {
     "README.md": (compare.table, "scaling/throughput/results/cpu.json"),
+    "docs/sweeps.md": (sweep.table, "scaling/throughput/results/sweep.json"),
     "docs/transformers.md": (memory.table, "scaling/throughput/results/memory.json"),
     "kernels/langevin/README.md": (timing.table, "kernels/langevin/results/cpu.json"),
     "kernels/cross_entropy/README.md": (timing.table, "kernels/cross_entropy/results/cpu.json"),

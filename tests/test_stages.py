@@ -272,11 +272,3 @@ def test_what_is_no_curve_is_refused(change, text):
     given = {"steps": [1, 2, 3, 4, 5, 6], "llc": [1.0] * 6, "llc_stderr": [0.1] * 6}
     with pytest.raises(ValueError, match=text):
         find_stages(**{**given, **change})
-
-
-def test_a_missing_library_is_named(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "ruptures", None)
-    module._search.cache_clear()
-    with pytest.raises(ImportError, match="pip install ruptures"):
-        find_stages(*RISING)
-    module._search.cache_clear()

@@ -1,6 +1,5 @@
 """A sweep: its cells are single estimates, compiled once; lost cells marked, memory kept to, resumed."""
 
-import contextlib
 import json
 import random
 import re
@@ -14,10 +13,9 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-from slt_jax.engine import Engine
 from slt_jax.grid import AXES, table_of
 from slt_jax.results import TRACES
-from tests.test_durability import Child
+from tests.durable import SLOWLY, Child, watched
 
 GRID = {"nbeta": [10.0, 30.0], "localization": [1.0, 3.0], "step_size": [1e-3, 3e-3, 1e-2]}
 PLAN = {"num_chains": 2, "num_draws": 100, "num_warmup": 20, "thinning": 2, "batch_size": 50}
@@ -41,23 +39,6 @@ def found(data):
 
 def loss_fn(p, x):
     return 0.5 * (x @ p["w"]) ** 2
-
-
-@contextlib.contextmanager
-def watched_part(part, step):
-    """Raises KeyboardInterrupt in the given part of a sweep (counted from 0), from this step on."""
-    starts, advance = [], Engine.advance
-
-    def watching(self, run, *rest, **more):
-        if not starts or starts[-1] is not run:
-            starts.append(run)
-        if len(starts) > part and run.step >= step:
-            raise KeyboardInterrupt
-        return advance(self, run, *rest, **more)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "advance", watching)
-        yield
 
 
 def posterior(loss=loss_fn, **numbers):
@@ -198,7 +179,7 @@ def test_interrupted_and_resumed(data, whole, in_parts, tmp_path, stop_at):
     """Stopped in its first, second or last part, in its middle or at its beginning."""
     options = {**in_parts, **OFTEN}
     part, step = stop_at
-    with watched_part(part, step), pytest.raises(KeyboardInterrupt):
+    with watched(step, part), pytest.raises(KeyboardInterrupt):
         sweep((posterior(), data), **options, checkpoint_dir=tmp_path / "run")
     again = sweep((posterior(), data), **options, checkpoint_dir=tmp_path / "run")
     parts = sorted(p.name for p in (tmp_path / "run").iterdir())
@@ -211,21 +192,11 @@ def test_interrupted_and_resumed(data, whole, in_parts, tmp_path, stop_at):
         sweep((posterior(), data), **options, step_size=[1e-3, 2e-3, 1e-2], checkpoint_dir=tmp_path / "run")
 
 
-KILLED = """
-import sys, time
-import jax
-jax.config.update("jax_num_cpu_devices", 8)
+KILLED = SLOWLY + """
 import numpy as np
 import slt_jax as slt
-from slt_jax.engine import Engine
-from tests.test_sweep import GRID, PLAN, posterior, CURVED
+from tests.test_sweep import CURVED, GRID, PLAN, posterior
 
-advance = Engine.advance
-def slowly(self, run, *rest):
-    print(run.step, flush=True)
-    advance(self, run, *rest)
-    time.sleep(0.03)
-Engine.advance = slowly
 sys.modules["slt_jax.sweep"].state_bytes = lambda engine: engine.plan.num_chains * 2**30
 data = jax.random.normal(jax.random.key(1), (400, 10)) * CURVED
 found = slt.sweep(

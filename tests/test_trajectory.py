@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-from slt_jax.engine import Engine
+from slt_jax.plateau import SETTLED
 from slt_jax.results import TRACES
+from tests.durable import watched
 
 DATA = jax.random.normal(jax.random.key(1), (200, 6))
 PLAN = {"num_chains": 4, "num_draws": 600, "num_warmup": 20, "batch_size": 40, "key": 5}
@@ -87,6 +88,16 @@ def test_chains_start_where_those_before_ended(warm, cold):
         assert (first > 1e-6).all()
         assert first.mean() < 10 * later.mean()
     assert warm.results["all"][3].warmup_loss[:, 0].max() < 50  # at the old place about 3 / 2 x 20^2
+
+
+def test_chains_that_have_not_settled_are_not_carried(tmp_path):
+    """Kills: a chain that got lost and is taken along; states of done checkpoints that stay on disk."""
+    short = run(num_draws=8, num_warmup=0, checkpoint_dir=tmp_path / "run")
+    assert {r.verdict for r in short.results["all"]}.isdisjoint(SETTLED)
+    for result in short.results["all"]:
+        assert (result.loss_trace[:, 0] < 1e-9).all()
+    kept = sorted(p.name for p in (tmp_path / "run" / "all").iterdir() if p.suffix != ".zarr")
+    assert kept == ["step-30000"]
 
 
 @pytest.mark.quick
@@ -167,24 +178,13 @@ def test_saved_and_read_again(warm, tmp_path):
         slt.load_sweep(tmp_path / "t.zarr")
 
 
-@pytest.mark.parametrize("stop_at", [(0, 40), (1, 0), (7, 40)])
-def test_interrupted_and_resumed(warm, tmp_path, monkeypatch, stop_at):
+@pytest.mark.parametrize("stop_at", [(0, 200), (1, 0), (7, 200)])
+def test_interrupted_and_resumed(warm, tmp_path, stop_at):
     """In the first checkpoint, at the beginning of the second, in the middle of the eighth; loaded by functions."""
     checkpoint, step = stop_at
-    runs, advance = [], Engine.advance
-
-    def watching(self, run, *rest, **more):
-        if not runs or runs[-1] is not run:
-            runs.append(run)
-        if len(runs) > checkpoint and run.step >= step:
-            raise KeyboardInterrupt
-        return advance(self, run, *rest, **more)
-
-    options = {"checkpoint_dir": tmp_path / "run", "chunk_size": 20, "checkpoint_seconds": 0}
-    monkeypatch.setattr(Engine, "advance", watching)
-    with pytest.raises(KeyboardInterrupt):
+    options = {"checkpoint_dir": tmp_path / "run", "chunk_size": 200, "checkpoint_seconds": 0}
+    with watched(step, checkpoint), pytest.raises(KeyboardInterrupt):
         run(**options)
-    monkeypatch.setattr(Engine, "advance", advance)
     again = run({step: lambda c=c: c for step, c in CENTERS.items()}, **options)
     for one, other in zip(again.results["all"], warm.results["all"], strict=True):
         for name in (*TRACES, "warmup_loss"):
