@@ -232,3 +232,17 @@ def test_the_fingerprint_is_the_same_in_every_process(monkeypatch):
         found.add(subprocess.run([sys.executable, "-c", STABLE], capture_output=True, text=True, check=True).stdout)
     assert len(found) == 1
     assert "loss_fn" in found.pop()
+
+
+@pytest.mark.quick
+def test_other_numbers_around_the_same_weights():
+    """Kills: numbers that are not checked; weights that are looked at again; a program of its own."""
+    first = slt.LocalPosterior(lambda w, x: x @ w, jnp.ones(3), 40, 10.0, 1.0, mask=np.array([True, False, True]))
+    other = first.with_numbers(nbeta=20, localization=None)
+    assert (first.nbeta, first.localization) == (10.0, 1.0)
+    assert (other.nbeta, other.localization, other.num_free) == (20.0, None, 2)
+    assert isinstance(other.nbeta, float)
+    assert other.program is first.program
+    for wrong in ({"nbeta": -1.0, "localization": 1.0}, {"nbeta": 1.0, "localization": 0.0}):
+        with pytest.raises(ValueError, match="must be a finite number > 0"):
+            first.with_numbers(**wrong)
