@@ -2,7 +2,20 @@
 
 Every term is half a sum over directions of curvature times excess variance, so it is in units of the LLC. Derived for
 quadratics, where the laws of the discretized chains are known exactly (the samplers' docstrings give them), and good
-beyond as long as the term is small beside the estimate.
+beyond as long as the term is small beside the estimate; that of Euler-Maruyama's step is derived for any loss:
+
+Steps of size eps along -(eps/2) G, G = grad U, with noise of variance eps sample, to first order,
+
+    exp(-U + (eps/2) (|G|^2 / 4 - lap U / 2))
+
+(backward error analysis). The mean of V = nbeta L moves by eps/2 times V's covariance with the bracket. Integrating by
+parts, Cov(V, lap U) = Cov(V, |G|^2) - E<G, grad V>, so that of everything the draws know every part:
+
+    bias = (eps/8) (2 E<grad V, G> - Cov(V, |G|^2)).
+
+On a quadratic the covariance is E<grad V, G>, and once that is left. On a homogeneous loss of degree k it is 2 / k of
+that, exactly and at any step, since E<w - w*, G> = d + (eps/4) E|G|^2 holds for the chain itself. A long step inflates
+the covariance by rare draws far out, so the share is kept between the two.
 """
 
 import math
@@ -11,6 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 LARGEST = 0.25  # of the raw estimate, that may be taken off
+NOISE_SHARE = 0.1  # of the variance of the loss, that minibatches may make
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,24 @@ def thermometer(kinetic: np.ndarray, num_free: int, ess: float) -> tuple[float, 
     return float(num_free / 2 * (kinetic.mean(dtype=np.float64) - 1)), float(num_free / 2 * error)
 
 
+def covariance_with_loss(draws: np.ndarray, gap_var: np.ndarray, drift_sq: np.ndarray, nbeta: float):
+    """(Cov(nbeta L, |G|^2) over all draws, its standard error); NaN where minibatches make it up.
+
+    A minibatch of large examples has a large loss and a large gradient both: where its part of the loss's variance is
+    above a tenth, the covariance is of no use. Standard error from the spread over quarters of the chains.
+
+    Args:
+        draws: nbeta (L_m(w) - L_m(w*)), (chain, draw). gap_var: per draw, of L_m(w) - L_m(w*). drift_sq: G'PG.
+    """
+    count = draws.shape[1] // 4
+    if count < 8 or not nbeta**2 * gap_var.mean(dtype=np.float64) <= NOISE_SHARE * draws.var():
+        return math.nan, math.nan
+    parts = (x[:, : 4 * count].reshape(-1, count).astype(np.float64) for x in (draws, drift_sq))
+    loss, force = (x - x.mean() for x in parts)
+    means = (loss * force).mean(1)
+    return float(means.mean()), float(means.std(ddof=1) / math.sqrt(len(means)))
+
+
 def bias_of(
     family: str,
     raw: float,
@@ -67,6 +99,8 @@ def bias_of(
     heat: tuple[float, float],
     noise: tuple[float, float],
     settings: dict,
+    with_loss: tuple[float, float] = (math.nan, math.nan),
+    degree: float = math.nan,
 ) -> Bias:
     """The bias of an estimate.
 
@@ -78,6 +112,8 @@ def bias_of(
         heat: what ``thermometer`` found, NaN for a sampler without momentum.
         noise: trace of the covariance of nbeta grad L_m(w), and its standard error; NaN when not measured.
         settings: of the run: step_size, friction.
+        with_loss, degree: what ``covariance_with_loss`` and ``diagnostics.degree_of`` found; without them
+            Euler-Maruyama's bias is that on a quadratic.
     """
     size, friction = settings["step_size"], settings.get("friction", 0.1)
     if family == "exact":
@@ -87,9 +123,13 @@ def bias_of(
     added_error = heating(family, size, friction, noise[1])
     why = "two half batches"
     if family == "euler":
-        total = size / 8 * drift_sq
-        step = total - (added if math.isfinite(added) else 0.0)
-        why = "step_size / 8 of the mean <nbeta grad L, G>"
+        smooth = drift_sq - (noise[0] if math.isfinite(noise[0]) else 0.0)
+        step, why = size / 8 * smooth, "step_size / 8 of the mean <nbeta grad L, G>"
+        if math.isfinite(with_loss[0] + degree + added) and smooth > 0:
+            shares = 2 - (with_loss[0] + with_loss[1] * np.array([0.0, 1.0, -1.0])) / smooth
+            share, low, high = np.clip(shares, 2 / max(2.0, degree), 1.0).tolist()
+            step, error = share * step, (high - low) / 2 * step
+            why = f"{share:.2f} times {why}"
     elif family == "sghmc":
         step = size * (drift_sq - (noise[0] if math.isfinite(noise[0]) else 0.0)) / (8 - 4 * friction)
         error = added_error

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slt_jax.corrections import Bias, bias_of, thermometer
+from slt_jax.corrections import Bias, bias_of, covariance_with_loss, thermometer
 from slt_jax.diagnostics import Evidence, Health, assess, degree_of, ess_and_rhat, slopes, standard_error
 from slt_jax.reading import READINGS, Reading, estimate_text
 from slt_jax.storage import RESULT, digest, load, write
@@ -94,7 +94,9 @@ class LLCResult:
         pull = np.where(np.isnan(self.pull), self.virial, self.pull)
         drift_sq, pull = (float(x[kept].mean(dtype=np.float64)) for x in (self.drift_sq, pull))
         drift_sq -= s["localization"] * pull
-        return bias_of(s.get("family", ""), self.llc_raw, drift_sq, heat, noise, s)
+        of_loss = covariance_with_loss(self.llc_draws, self.gap_var[kept], self.drift_sq[kept], s["nbeta"])
+        degree = degree_of(self.llc_draws, self.virial[kept], self.distance_sq[kept], s["localization"]).value
+        return bias_of(s.get("family", ""), self.llc_raw, drift_sq, heat, noise, s, of_loss, degree)
 
     @functools.cached_property
     def health(self) -> Health:
