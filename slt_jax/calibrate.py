@@ -131,7 +131,7 @@ def calibrate(
         lines.append(f"localization {settle:.3g}: {why}")
     if step_size is None or friction is None or control is None:
         noise = _mean_noise([probe.noise(p, 2)[0] for p in positions])
-        scale = max(llc, 1e-3)
+        scale = llc if llc > 0 else math.inf  # around a saddle there is no estimate to keep from heat
         if step_size is None:
             step_size = step_scale(sampler, rich) / (curvature + (0.0 if sampler.metric else settle))
             lines.append(f"step_size {step_size:.3g}: {step_scale(sampler, rich):.2g} / curvature")
@@ -179,6 +179,8 @@ def _damp(family: str, step_size: float, noise: float, llc: float, limit: float,
     friction = min(MOST_FRICTION, max(least, 2 * math.atanh(1 / room) if room > 1 else MOST_FRICTION))
     heat = heating(family, step_size, friction, noise) / llc
     text = f"friction {friction:.2g}: minibatch noise adds about {heat:.1%} to the estimate"
+    if math.isinf(llc):
+        return friction, step_size, f"friction {friction:.2g}: the pilot run has no positive estimate to keep from heat"
     if heat > 1.01 * limit and may_shorten:
         step_size *= limit / heat
         text += f", so step_size is shortened to {step_size:.3g}"

@@ -48,6 +48,19 @@ def test_the_step_follows_the_scale_of_the_loss(scale):
     assert chosen["step_size"] * (exact + chosen["localization"]) == pytest.approx(0.25, rel=0.5)
 
 
+def test_around_a_saddle_the_step_is_that_of_the_curvature():
+    """There is no positive estimate there that minibatch noise could spoil. Kills: a step cut to nearly nothing."""
+    saddle = slt.LocalPosterior(
+        lambda p, xy: 0.5 * (xy[0] @ (p["a"] * p["b"] - 1) - xy[1]) ** 2,
+        {"a": jnp.full(8, 0.01), "b": jnp.full(8, 0.01)}, 4000, localization=3000.0,
+    )  # fmt: skip
+    result = estimate(saddle)
+    chosen = result.settings["calibration"]
+    assert result.verdict == "not a minimum"
+    assert chosen["step_size"] * (chosen["curvature"] + 3000) == pytest.approx(0.25, rel=0.3)
+    assert "no positive estimate" in " ".join(chosen["lines"])
+
+
 def test_a_flat_direction_moves_a_weight_by_two_and_a_half_typical_ones():
     """All weights are 1: the localization is 2.5^-2, unless the curvature asks for more than a millionth of it."""
     assert estimate().settings["localization"] == pytest.approx(0.16, rel=1e-6)

@@ -77,7 +77,7 @@ def test_euler_bias_of_a_sum():
 
 
 def test_a_long_step_on_a_quartic_is_corrected():
-    """|w|^4 in the plane, LLC 1/2: a step that adds a quarter, which the formula for a quadratic would take off twice."""
+    """|w|^4 in the plane, LLC 1/2: the step adds a quarter, which the formula for a quadratic would take off twice."""
     posterior = slt.LocalPosterior(
         lambda w, x: jnp.sum(w**2) ** 2 * x[:, 0], jnp.zeros(2), 100, nbeta=1e4, localization=1e-3
     )
