@@ -4,9 +4,9 @@ The gradient of a weight matrix is a sum over examples of outer products, so tha
 Kronecker product A (x) B of a matrix for each side (exactly, for one layer of a deep linear network). In the eigenbases
 U of A and V of B it is close to diagonal, and with t_ij the curvature of nbeta L + (localization / 2)|w - w*|^2 there,
 
-    P^(1/2) X = U ((U' X V) / sqrt(t)) V'
+    R X = U (X / sqrt(t)) V',      P = R R'
 
-makes P^(1/2) H P^(1/2) close to the identity within each layer. What is left comes from the layers' couplings, a factor
+makes R' H R close to the identity within each layer. What is left comes from the layers' couplings, a factor
 of the order of the depth, whatever the condition number was.
 
 Measured from Hessian-vector products alone, by secants of the gradient: no access to activations, any loss. With probes
@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slt_jax.samplers.base import Factor, Metric, Position, gaussian, inner, root
+from slt_jax.samplers.base import Factor, Metric, Position, gaussian, inner, pull_back, root
 
 LARGEST_SIDE = 2048  # a longer side keeps its own basis: eigenvectors cost its cube, and its square in memory
 _PRIOR = 2.0  # probes' worth of the product form, against the noise of few probes
@@ -96,7 +96,7 @@ def largest(curvature: Curvature, metric: Metric, position: Position, iterations
     for _ in range(iterations):
         size = jnp.sqrt(inner(vector, vector))
         unit = root(metric, tuple(x / size for x in vector))
-        vector = root(metric, curvature(position, unit, 1 / np.sqrt(max(found, 1.0))))
+        vector = pull_back(metric, curvature(position, unit, 1 / np.sqrt(max(found, 1.0))))
         found = float(jnp.sqrt(inner(vector, vector)))
         if not np.isfinite(found):
             return found

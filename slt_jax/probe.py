@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slt_jax.posterior import LocalPosterior, LossProgram
-from slt_jax.samplers.base import Position, displacement, gaussian, inner, root
+from slt_jax.samplers.base import Position, displacement, gaussian, inner, pull_back, root
 
 
 class Noise(NamedTuple):
@@ -114,7 +114,7 @@ def _noise(program: LossProgram, position, center, frozen, halves, metric):
         return (total, jnp.where(i == 1, square(total), plain)), None
 
     def square(tree):
-        turned = root(metric, tree)
+        turned = pull_back(metric, tree)
         return inner(turned, turned)
 
     zero = (jax.tree.map(jnp.zeros_like, position), jnp.float32(0))
@@ -131,7 +131,7 @@ def _acceptance(program: LossProgram, position, center, frozen, blocks, nbeta, l
         w, momentum, losses, distances, squares = carry
         loss, grad = _grad_over(program, frozen, blocks, w)
         away = displacement(w, center)
-        force = root(metric, tuple(nbeta * g + localization * x for g, x in zip(grad, away, strict=True)))
+        force = pull_back(metric, tuple(nbeta * g + localization * x for g, x in zip(grad, away, strict=True)))
         before = inner(momentum, momentum)
         momentum = tuple(p - 0.5 * time * f for p, f in zip(momentum, force, strict=True))
         losses, distances = losses.at[i].set(loss), distances.at[i].set(inner(away, away))

@@ -9,7 +9,7 @@ import slt_jax as slt
 from slt_jax.kernels.langevin import normal
 from slt_jax.metric import largest, matrix_shape, measure
 from slt_jax.progress import Progress
-from slt_jax.samplers.base import Factor, Hyper, root
+from slt_jax.samplers.base import Factor, Hyper, pull_back, root
 
 ROWS, COLUMNS, PULL = 12, 7, 1.0
 
@@ -44,19 +44,24 @@ def metric():
 
 
 @pytest.mark.quick
-def test_the_root_is_symmetric_and_leaves_alone_what_has_no_metric(metric):
-    matrix = dense_root(metric[0])
-    np.testing.assert_allclose(matrix, matrix.T, atol=1e-6 * np.abs(matrix).max())
-    assert np.linalg.eigvalsh(matrix).min() > 0
+def test_a_force_is_turned_by_the_adjoint_and_nothing_by_no_metric(metric):
+    """<R u, g> = <u, R' g>; R has orthogonal columns as long as its scales."""
+    rng = np.random.default_rng(1)
+    u, g = (jnp.asarray(rng.normal(size=(ROWS, COLUMNS)), jnp.float32) for _ in range(2))
+    found = float(jnp.sum(root(metric, (u,))[0] * g))
+    assert found == pytest.approx(float(jnp.sum(u * pull_back(metric, (g,))[0])), rel=1e-4)
+    matrix, scale = dense_root(metric[0]), np.asarray(metric[0].scale, np.float64).reshape(-1)
+    np.testing.assert_allclose(matrix.T @ matrix, np.diag(scale**2), atol=1e-5 * scale.max() ** 2)
     tree = (jnp.ones(3),)
     assert root((), tree) is tree
+    assert pull_back((), tree) is tree
 
 
 def test_a_kronecker_hessian_becomes_round(metric):
     """Six decades become little more than one. Kills: a scale that is the curvature, or the fourth root of it."""
     assert np.linalg.cond(DENSE) > 3e5
     matrix = dense_root(metric[0])
-    values = np.linalg.eigvalsh(matrix @ DENSE @ matrix)
+    values = np.linalg.eigvalsh(matrix.T @ DENSE @ matrix)
     assert values.max() / values.min() < 20
     assert 0.3 < np.median(values) < 3
     found = largest(curvature, metric, (jnp.zeros((ROWS, COLUMNS)),), 30, jax.random.key(1))
@@ -70,8 +75,8 @@ def test_scales_come_from_other_probes_than_bases():
     first, second = (np.stack([1e4 * rng.normal(size=(ROWS, COLUMNS)) @ one for _ in range(4)]) for _ in range(2))
     hessian = 1e4 * np.kron(np.eye(ROWS), one)
     right, wrong = (dense_root(shown([*first, *other], (ROWS, COLUMNS))) for other in (second, first))
-    assert np.linalg.eigvalsh(right @ hessian @ right).max() < 10
-    assert np.linalg.eigvalsh(wrong @ hessian @ wrong).max() > 1000
+    assert np.linalg.eigvalsh(right.T @ hessian @ right).max() < 10
+    assert np.linalg.eigvalsh(wrong.T @ hessian @ wrong).max() > 1000
 
 
 def shown(products, shape):
@@ -95,7 +100,7 @@ def test_leaves_of_any_shape_are_matrices():
 
 
 def test_one_step_against_numpy():
-    """q = p - h R G, w' = w + (h / 2) R (q + p'), with R = P^(1/2). Kills: P, or nothing, in place of R."""
+    """q = p - h R' G, w' = w + (h / 2) R (q + p'). Kills: R for R', P, or nothing, in its place."""
     sampler = slt.underdamped(metric="kronecker")
     basis = np.linalg.qr(np.random.default_rng(2).normal(size=(2, 2)))[0].astype(np.float32)
     factor = Factor(jnp.asarray(basis), None, jnp.asarray([[0.5, 2.0, 1.0], [3.0, 0.1, 1.0]]))
@@ -104,14 +109,15 @@ def test_one_step_against_numpy():
     state = sampler.init(tuple(c + 0.3 for c in center))._replace(momentum=(0.1 * jnp.ones((2, 3)),))
     loss = lambda p: (jnp.sum(p[0] ** 3) / 3, (p[0] ** 2,))  # noqa: E731
     moved, info = sampler.step(key, state, loss, center, Hyper(nbeta, pull, eps, friction, False, (factor,)))
-    turn = lambda x: basis @ ((basis.T @ x) * np.asarray(factor.scale))  # noqa: E731
+    turn = lambda x: basis @ (x * np.asarray(factor.scale))  # noqa: E731
+    back = lambda x: (basis.T @ x) * np.asarray(factor.scale)  # noqa: E731
     w, p, x = (np.asarray(v, np.float64) for v in (state.position[0], state.momentum[0], noise_of(key)))
     force = nbeta * w**2 + pull * 0.3
-    q = p - np.sqrt(eps) * turn(force)
+    q = p - np.sqrt(eps) * back(force)
     after = np.exp(-friction) * q + np.sqrt(1 - np.exp(-2 * friction)) * x
     np.testing.assert_allclose(moved.position[0], w + np.sqrt(eps) / 2 * turn(q + after), rtol=2e-5)
     np.testing.assert_allclose(moved.momentum[0], after, rtol=2e-5)
-    assert float(info.drift_sq) == pytest.approx(np.sum(turn(force) ** 2), rel=1e-5)
+    assert float(info.drift_sq) == pytest.approx(np.sum(back(force) ** 2), rel=1e-5)
     assert float(info.virial) == pytest.approx(0.3 * force.sum(), rel=1e-5)
     assert float(info.kinetic) == pytest.approx((np.sum(p**2) + np.sum(q**2)) / 12, rel=1e-5)
 

@@ -19,7 +19,7 @@ LossAndGrad = Callable[[Position], tuple[jax.Array, Position]]
 
 
 class Factor(NamedTuple):
-    """P^(1/2) of one leaf: ``left`` U, ``right`` V (None for the identity) and ``scale`` 1 / sqrt(t), as a matrix."""
+    """R of one leaf, R R' = P: ``left`` U, ``right`` V (None for the identity), ``scale`` 1 / sqrt(t), as a matrix."""
 
     left: Any
     right: Any
@@ -35,7 +35,7 @@ class Hyper(NamedTuple):
     ``step_size``: eps, in squared units of weight. A kinetic sampler's time step is its square root, so that one
     undamped step from rest moves by the same -(eps/2) G as one of SGLD. ``friction``: the share of momentum lost in one
     step, dimensionless. ``adapt``: whether running statistics may still change (the first half of the warm-up).
-    ``metric``: P^(1/2) for samplers that take one; () for none.
+    ``metric``: R with R R' = P for samplers that take one; () for none.
     """
 
     nbeta: jax.Array | float
@@ -87,16 +87,26 @@ class Sampler(NamedTuple):
 
 
 def root(metric: Metric, tree: Position) -> Position:
-    """P^(1/2) applied leaf by leaf; the tree itself without a metric."""
-    return tuple(_apply(f, x) for f, x in zip(metric, tree, strict=True)) if metric else tree
+    """R u = U (u * scale) V', leaf by leaf: from the metric's coordinates to weights. R R' = P; 1 without a metric."""
+    return tuple(_out_of(f, x) for f, x in zip(metric, tree, strict=True)) if metric else tree
 
 
-def _apply(factor: Factor, leaf: jax.Array) -> jax.Array:
+def pull_back(metric: Metric, tree: Position) -> Position:
+    """R' g = (U' g V) * scale, leaf by leaf: the force in the metric's coordinates."""
+    return tuple(_into(f, x) for f, x in zip(metric, tree, strict=True)) if metric else tree
+
+
+def _out_of(factor: Factor, leaf: jax.Array) -> jax.Array:
+    x = leaf.reshape(factor.scale.shape) * factor.scale
+    x = x if factor.left is None else factor.left @ x
+    x = x if factor.right is None else x @ factor.right.T
+    return x.reshape(leaf.shape).astype(leaf.dtype)
+
+
+def _into(factor: Factor, leaf: jax.Array) -> jax.Array:
     x = leaf.reshape(factor.scale.shape)
     x = x if factor.left is None else factor.left.T @ x
     x = (x if factor.right is None else x @ factor.right) * factor.scale
-    x = x if factor.left is None else factor.left @ x
-    x = x if factor.right is None else x @ factor.right.T
     return x.reshape(leaf.shape).astype(leaf.dtype)
 
 

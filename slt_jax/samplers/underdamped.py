@@ -17,6 +17,7 @@ from slt_jax.samplers.base import (
     drift,
     gaussian,
     inner,
+    pull_back,
     root,
 )
 
@@ -35,10 +36,10 @@ def step(
 ) -> tuple[UnderdampedState, Info]:
     """One BAOAB step of underdamped Langevin dynamics; the two half kicks between drifts are one.
 
-    Update, with time step h = sqrt(step_size) and R = P^(1/2) the root of the metric, 1 without one::
+    Update, with time step h = sqrt(step_size) and R a root of the metric, R R' = P, 1 without one::
 
         G  = nbeta grad L_m(w) + localization (w - w*)
-        q  = p - h R G
+        q  = p - h R' G
         p' = e^-friction q + sqrt(1 - e^(-2 friction)) xi,      xi ~ N(0, 1)
         w' = w + (h / 2) R (q + p')
 
@@ -63,7 +64,7 @@ def step(
     """
     loss, grad = loss_and_grad(state.position)
     force = drift(grad, state.position, center, hyper)
-    turned = root(hyper.metric, force)
+    turned = pull_back(hyper.metric, force)
     time = jnp.sqrt(hyper.step_size)
     keep = jnp.exp(-hyper.friction)
     spread = jnp.sqrt(-jnp.expm1(-2 * hyper.friction))
