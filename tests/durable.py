@@ -2,11 +2,13 @@
 
 import contextlib
 import gc
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -63,8 +65,9 @@ class Child:
     def __init__(self, script, *arguments, kill_after=None):
         command = [sys.executable, str(script), *map(str, arguments)]
         self.errors = script.with_name(f"{script.stem}-{time.monotonic_ns()}.log")
+        places = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}  # a script may use the tests' own modules
         with open(self.errors, "w") as errors:
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=places)
         assert process.stdout is not None
         steps = [process.stdout.readline(), process.stdout.readline()]  # after the restore; after compiling
         if kill_after is not None:
