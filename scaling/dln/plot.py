@@ -41,9 +41,10 @@ def known(rows: Sequence[Row]) -> list[Row]:
 
 
 def by_method(groups: Sequence[Group]) -> dict[str, list[Group]]:
+    """Whatever else differs in their settings."""
     found: dict[str, list[Group]] = {}
     for group in groups:
-        found.setdefault(group.method, []).append(group)
+        found.setdefault(group.method.split(" (")[0], []).append(group)
     return found
 
 

@@ -48,9 +48,13 @@ def _names(rows: Sequence[Row]) -> dict[tuple[str, str], str]:
         same = [r["request"] for r in rows if (r["class"], r["method"]) == (row["class"], row["method"])]
         mine = row["request"]
         differ = [name for name in mine if any(other.get(name) != mine[name] for other in same)]
-        told = ", ".join(f"{name} {'chosen' if mine[name] is None else mine[name]}" for name in differ)
+        told = ", ".join(f"{name} {_setting(mine[name])}" for name in differ)
         found[row["class"], json.dumps(mine, sort_keys=True)] = row["method"] + (f" ({told})" if told else "")
     return found
+
+
+def _setting(value: Any) -> str:
+    return "chosen" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def against_theorem(rows: Iterable[Row]) -> list[Pair]:
