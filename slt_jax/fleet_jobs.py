@@ -5,7 +5,9 @@ import faulthandler
 import json
 import pickle
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -22,6 +24,22 @@ _CERTAIN = (
     ValueError, TypeError, LookupError, AttributeError, NameError, ImportError, AssertionError, ArithmeticError,
     NotImplementedError,
 )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _heard() -> Iterator[None]:
+    """A process started meanwhile can be interrupted, which is how it is cancelled.
+
+    A shell starts what it runs in the background with interrupts ignored, and processes inherit that.
+    """
+    deaf = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if deaf:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if deaf:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Failure(NamedTuple):
@@ -123,7 +141,8 @@ class Desk:
         attempts, pickled = [self.queue[name] for name in names], [self._pickled(name) for name in names]
         for name in names:
             self._clear(name)
-        jobs = self.executor.map_array(work, pickled, [self.root] * len(names), names, attempts)
+        with _heard():
+            jobs = self.executor.map_array(work, pickled, [self.root] * len(names), names, attempts)
         for name, attempt, job in zip(names, attempts, jobs, strict=True):
             self.running[name] = (attempt, job)
             del self.queue[name]

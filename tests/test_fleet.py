@@ -67,7 +67,12 @@ def test_processes_that_are_interrupted_die_raise_and_succeed(tmp_path, capfd):
         if pid.exists() and pid.read_text():
             raise KeyboardInterrupt
 
-    stopped(lambda: run_fleet(errand, sleeper, folder, progress=True), interrupt)
+    # as in the background of a shell, which has interrupts ignored
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        stopped(lambda: run_fleet(errand, sleeper, folder, progress=True), interrupt)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert gone(int(pid.read_text()))
     assert "jobs cancelled: 1, left to the cluster: 0" in capfd.readouterr().err
 
