@@ -8,6 +8,7 @@ import pytest
 import slt_jax as slt
 from slt_jax.kernels.langevin import normal
 from slt_jax.metric import largest, matrix_shape, measure
+from slt_jax.probe import _acceptance, _noise
 from slt_jax.progress import Progress
 from slt_jax.samplers.base import Factor, Hyper, pull_back, root
 
@@ -124,6 +125,31 @@ def test_one_step_against_numpy():
 
 def noise_of(key):
     return normal(jax.random.fold_in(key, 0), (2, 3))
+
+
+def test_looks_are_taken_in_the_metric_s_coordinates():
+    """Linear losses: noise is |R' (g_1 - g_2)|^2, a leapfrog step goes by R and R'. Kills: R for R'."""
+    basis = np.linalg.qr(np.random.default_rng(2).normal(size=(2, 2)))[0].astype(np.float32)
+    factor = Factor(jnp.asarray(basis), None, jnp.asarray([[0.5, 2.0, 1.0], [3.0, 0.1, 1.0]]))
+    x = np.random.default_rng(3).normal(size=(8, 2, 3)).astype(np.float32)
+    center = jnp.zeros((2, 3))
+    target = slt.LocalPosterior(lambda w, x: jnp.sum(w * x, (1, 2)), center, 8, nbeta=2.0, localization=1.0)
+    place, frozen = target.program.split(target.center)
+    plain, controlled = _noise(target.program, place, place, frozen, jnp.asarray(x.reshape(2, 4, 2, 3)), (factor,))
+    gap = (basis.T @ (x[:4].mean(0) - x[4:].mean(0))) * np.asarray(factor.scale)
+    assert float(plain) == pytest.approx(np.sum(gap**2), rel=1e-5)
+    assert float(controlled) == pytest.approx(0, abs=1e-9)
+    key, size = jax.random.key(3), 0.3
+    numbers = (jnp.float32(v) for v in (2.0, 1.0, size))
+    accepted = _acceptance(target.program, place, place, frozen, jnp.asarray(x[None]), *numbers, (factor,), key)
+    out, back = (lambda u: basis @ (u * factor.scale)), (lambda g: (basis.T @ g) * factor.scale)
+    slope, p = 2 * x.mean(0), np.asarray(noise_of(key))
+    half = p - np.sqrt(size) / 2 * back(slope)
+    w = np.sqrt(size) * out(half)
+    end = half - np.sqrt(size) / 2 * back(slope + w)
+    change = np.sum(slope * w) + 0.5 * np.sum(w**2) + 0.5 * (np.sum(end**2) - np.sum(p**2))
+    assert float(accepted) == pytest.approx(min(1.0, np.exp(-change)), rel=1e-4)
+    assert float(accepted) < 0.99
 
 
 def test_the_stationary_law_is_the_target_s(metric):

@@ -128,6 +128,12 @@ def test_the_control_is_the_gaussian_alone(found, data):
     np.testing.assert_allclose(found.dataset.held, 1 - gap / found.dataset.control)
 
 
+def test_the_control_is_above_the_loss_at_the_center(found, data):
+    """A loss that is 3 higher everywhere rises by as much. Kills: the mean loss in place of the rise."""
+    higher = sweep((posterior(lambda p, x: loss_fn(p, x) + 3), data), num_draws=10)
+    np.testing.assert_allclose(higher.control, found.control, rtol=1e-3)
+
+
 @pytest.mark.quick
 def test_saved_and_read_again(found, tmp_path):
     found.save(tmp_path / "s.zarr")
