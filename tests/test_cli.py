@@ -242,7 +242,6 @@ def test_an_interrupted_run_says_how_to_go_on(files, tmp_path):
     assert not out
 
 
-@pytest.mark.slow  # .ci/run makes the same demo
 def test_the_demo_small(tmp_path, capsys):
     folder = tmp_path / "run"
     assert main(["demo", "--smoke", "--quiet", "--out", str(folder)]) == 0
