@@ -175,12 +175,12 @@ def _mean_noise(found: list[Noise]) -> Noise:
 
 def _damp(family: str, step_size: float, noise: float, llc: float, limit: float, least: float, may_shorten: bool):
     """(friction, step_size, why): friction, and if need be a shorter step, so that noise adds at most ``limit``."""
+    if math.isinf(llc):
+        return least, step_size, f"friction {least:.2g}: the pilot run has no positive estimate to keep from heat"
     room = limit * llc * 8 / max(step_size * noise, 1e-30)  # the coth(friction / 2) that is allowed
     friction = min(MOST_FRICTION, max(least, 2 * math.atanh(1 / room) if room > 1 else MOST_FRICTION))
     heat = heating(family, step_size, friction, noise) / llc
     text = f"friction {friction:.2g}: minibatch noise adds about {heat:.1%} to the estimate"
-    if math.isinf(llc):
-        return friction, step_size, f"friction {friction:.2g}: the pilot run has no positive estimate to keep from heat"
     if heat > 1.01 * limit and may_shorten:
         step_size *= limit / heat
         text += f", so step_size is shortened to {step_size:.3g}"

@@ -24,7 +24,6 @@ from dataclasses import dataclass
 import numpy as np
 
 LARGEST = 0.25  # of the raw estimate, that may be taken off
-NOISE_SHARE = 0.1  # of the variance of the loss, that minibatches may make
 
 
 @dataclass(frozen=True)
@@ -74,24 +73,6 @@ def thermometer(kinetic: np.ndarray, num_free: int, ess: float) -> tuple[float, 
     return float(num_free / 2 * (kinetic.mean(dtype=np.float64) - 1)), float(num_free / 2 * error)
 
 
-def covariance_with_loss(draws: np.ndarray, gap_var: np.ndarray, drift_sq: np.ndarray, nbeta: float):
-    """(Cov(nbeta L, |G|^2) over all draws, its standard error); NaN where minibatches make it up.
-
-    A minibatch of large examples has a large loss and a large gradient both: where its part of the loss's variance is
-    above a tenth, the covariance is of no use. Standard error from the spread over quarters of the chains.
-
-    Args:
-        draws: nbeta (L_m(w) - L_m(w*)), (chain, draw). gap_var: per draw, of L_m(w) - L_m(w*). drift_sq: G'PG.
-    """
-    count = draws.shape[1] // 4
-    if count < 8 or not nbeta**2 * gap_var.mean(dtype=np.float64) <= NOISE_SHARE * draws.var():
-        return math.nan, math.nan
-    parts = (x[:, : 4 * count].reshape(-1, count).astype(np.float64) for x in (draws, drift_sq))
-    loss, force = (x - x.mean() for x in parts)
-    means = (loss * force).mean(1)
-    return float(means.mean()), float(means.std(ddof=1) / math.sqrt(len(means)))
-
-
 def bias_of(
     family: str,
     raw: float,
@@ -112,7 +93,7 @@ def bias_of(
         heat: what ``thermometer`` found, NaN for a sampler without momentum.
         noise: trace of the covariance of nbeta grad L_m(w), and its standard error; NaN when not measured.
         settings: of the run: step_size, friction.
-        with_loss, degree: what ``covariance_with_loss`` and ``diagnostics.degree_of`` found; without them
+        with_loss, degree: what ``covariance_with_loss`` and ``degree_of`` of ``diagnostics`` found; without them
             Euler-Maruyama's bias is that on a quadratic.
     """
     size, friction = settings["step_size"], settings.get("friction", 0.1)
@@ -122,8 +103,8 @@ def bias_of(
     added = heating(family, size, friction, noise[0])
     added_error = heating(family, size, friction, noise[1])
     why = "two half batches"
+    smooth = drift_sq - (noise[0] if math.isfinite(noise[0]) else 0.0)
     if family == "euler":
-        smooth = drift_sq - (noise[0] if math.isfinite(noise[0]) else 0.0)
         step, why = size / 8 * smooth, "step_size / 8 of the mean <nbeta grad L, G>"
         if math.isfinite(with_loss[0] + degree + added) and smooth > 0:
             shares = 2 - (with_loss[0] + with_loss[1] * np.array([0.0, 1.0, -1.0])) / smooth
@@ -131,7 +112,7 @@ def bias_of(
             step, error = share * step, (high - low) / 2 * step
             why = f"{share:.2f} times {why}"
     elif family == "sghmc":
-        step = size * (drift_sq - (noise[0] if math.isfinite(noise[0]) else 0.0)) / (8 - 4 * friction)
+        step = size * smooth / (8 - 4 * friction)
         error = added_error
     elif family in ("matthews", "baoab"):
         step, error = 0.0, added_error

@@ -19,6 +19,7 @@ KINETIC_LIMIT_METRIC = 0.05  # where all directions are about as stiff as the st
 VIRIAL_LIMIT = 0.2
 SLOPE_SIGMA = 2.5
 _SPIKE_LIMIT = 4.0
+_NOISE_SHARE = 0.1  # of the variance of the loss, that minibatches may make
 DEGREE_LIMIT = 6.25  # x^2 y^4 has 6
 HELD_DEGREE_LIMIT = 4.0  # where the localization holds more directions than the loss
 ERROR_LIMIT = 0.125
@@ -159,19 +160,43 @@ def slopes(draws: np.ndarray, gap_var: np.ndarray, distance_sq: np.ndarray, nbet
     Args:
         draws: nbeta (L_m(w) - L_m(w*)), (chain, draw). gap_var: per draw, of L_m(w) - L_m(w*). distance_sq: |w - w*|^2.
     """
-    count = draws.shape[1] // 4
-    if draws.shape[0] == 0 or count < 8:
+    if (parts := _quarters(draws, nbeta**2 * gap_var, localization / 2 * distance_sq)) is None:
         return _UNKNOWN, _UNKNOWN
-    parts = [x[:, : 4 * count].reshape(-1, count) for x in (draws, nbeta**2 * gap_var, localization / 2 * distance_sq)]
-    energy, noise, pull = (x.astype(np.float64) for x in parts)
-    # Around the grand mean: an eighth's own would hide what moves slowly.
-    by_nbeta = energy - ((energy - energy.mean()) ** 2 - noise)
-    by_pull = -(energy - energy.mean()) * (pull - pull.mean())
-    found = []
-    for values in (by_nbeta, by_pull):
-        means = values.mean(1)
-        found.append(Slope(float(means.mean()), float(means.std(ddof=1) / math.sqrt(len(means)))))
-    return found[0], found[1]
+    energy, noise, pull = parts
+    return _mean_of(energy - (_product(energy, energy) - noise)), _mean_of(-_product(energy, pull))
+
+
+def covariance_with_loss(draws: np.ndarray, gap_var: np.ndarray, drift_sq: np.ndarray, nbeta: float) -> Slope:
+    """Cov(nbeta L, |G|^2) over all draws; unknown where minibatches make it up.
+
+    A minibatch of large examples has a large loss and a large gradient both: where its part of the loss's variance is
+    above a tenth, the covariance is of no use. Standard error from the spread over quarters of the chains.
+
+    Args:
+        draws: nbeta (L_m(w) - L_m(w*)), (chain, draw). gap_var: per draw, of L_m(w) - L_m(w*). drift_sq: G'PG.
+    """
+    parts = _quarters(draws, drift_sq)
+    if parts is None or not nbeta**2 * gap_var.mean(dtype=np.float64) <= _NOISE_SHARE * draws.var():
+        return _UNKNOWN
+    return _mean_of(_product(*parts))
+
+
+def _quarters(*traces: np.ndarray) -> list[np.ndarray] | None:
+    """Each as rows of float64, a quarter of a chain each; None with fewer than 8 draws in one."""
+    count = traces[0].shape[1] // 4
+    if traces[0].shape[0] == 0 or count < 8:
+        return None
+    return [x[:, : 4 * count].reshape(-1, count).astype(np.float64) for x in traces]
+
+
+def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Around the grand means: a quarter's own would hide what moves slowly."""
+    return (a - a.mean()) * (b - b.mean())
+
+
+def _mean_of(rows: np.ndarray) -> Slope:
+    means = rows.mean(1)
+    return Slope(float(means.mean()), float(means.std(ddof=1) / math.sqrt(len(means))))
 
 
 def degree_of(draws: np.ndarray, virial: np.ndarray, distance_sq: np.ndarray, localization: float) -> Slope:
@@ -184,11 +209,9 @@ def degree_of(draws: np.ndarray, virial: np.ndarray, distance_sq: np.ndarray, lo
     Args:
         draws: nbeta (L_m(w) - L_m(w*)), (chain, draw). virial: <w - w*, G>. distance_sq: |w - w*|^2.
     """
-    count = draws.shape[1] // 4
-    if draws.shape[0] == 0 or count < 8 or not draws.mean() > 0:
+    if (parts := _quarters(draws, virial, distance_sq)) is None or not draws.mean() > 0:
         return _UNKNOWN
-    rows = (x[:, : 4 * count].reshape(-1, count).astype(np.float64) for x in (draws, virial, distance_sq))
-    energy, total, away = rows
+    energy, total, away = parts
     fall = (total - localization * away).mean(1)
     ratio = fall.mean() / energy.mean()
     # of the ratio of two means, to first order

@@ -10,8 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slt_jax.corrections import Bias, bias_of, covariance_with_loss, thermometer
-from slt_jax.diagnostics import Evidence, Health, assess, degree_of, ess_and_rhat, slopes, standard_error
+from slt_jax.corrections import Bias, bias_of, thermometer
+from slt_jax.diagnostics import (
+    Evidence,
+    Health,
+    Slope,
+    assess,
+    covariance_with_loss,
+    degree_of,
+    ess_and_rhat,
+    slopes,
+    standard_error,
+)
 from slt_jax.reading import READINGS, Reading, estimate_text
 from slt_jax.storage import RESULT, digest, load, write
 
@@ -95,8 +105,12 @@ class LLCResult:
         drift_sq, pull = (float(x[kept].mean(dtype=np.float64)) for x in (self.drift_sq, pull))
         drift_sq -= s["localization"] * pull
         of_loss = covariance_with_loss(self.llc_draws, self.gap_var[kept], self.drift_sq[kept], s["nbeta"])
-        degree = degree_of(self.llc_draws, self.virial[kept], self.distance_sq[kept], s["localization"]).value
-        return bias_of(s.get("family", ""), self.llc_raw, drift_sq, heat, noise, s, of_loss, degree)
+        return bias_of(s.get("family", ""), self.llc_raw, drift_sq, heat, noise, s, of_loss, self._degree.value)
+
+    @functools.cached_property
+    def _degree(self) -> Slope:
+        kept = self.kept_chains
+        return degree_of(self.llc_draws, self.virial[kept], self.distance_sq[kept], self.settings["localization"])
 
     @functools.cached_property
     def health(self) -> Health:
@@ -119,7 +133,7 @@ class LLCResult:
             self.bias,
             by_nbeta,
             by_pull,
-            degree_of(self.llc_draws, self.virial[kept], away, s["localization"]),
+            self._degree,
             float(1 - (virial - s["localization"] * away.mean(dtype=np.float64)) / s["num_free"]),
             hot,
             len(self.stopped),

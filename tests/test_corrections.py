@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-from slt_jax.corrections import bias_of, covariance_with_loss, heating, thermometer
-from slt_jax.diagnostics import Evidence, Slope, assess, degree_of, extrapolate, slopes
+from slt_jax.corrections import bias_of, heating, thermometer
+from slt_jax.diagnostics import Evidence, Slope, assess, covariance_with_loss, degree_of, extrapolate, slopes
 
 NAN2 = (math.nan, math.nan)
 SETTINGS = {"step_size": 0.01, "friction": 0.2}

@@ -129,13 +129,13 @@ def error_picture(groups: Sequence[Group]) -> Figure:
 def order_picture(groups: Sequence[Group]) -> Figure:
     """Share of the couples of teachers of a group that the estimates put in the right order."""
     figure, axes, place = _by_class(groups, "couples of teachers ranked right (%)")
-    shares = [100 * ranked_right(against_local(group.rows)) for group in groups]
-    lowest = min([50.0, *(x for x in shares if math.isfinite(x))])
+    shares = {(g.size, g.kind, g.method): 100 * ranked_right(against_local(g.rows)) for g in groups}
+    lowest = min([50.0, *(x for x in shares.values() if math.isfinite(x))])
     for axis, mine in zip(axes, by_method(groups).values(), strict=True):
         for group in mine:
             color, marker, _ = STYLE[group.kind]
             x = place[group.size] + _offset(group.kind)
-            axis.plot(x, 100 * ranked_right(against_local(group.rows)), color=color, marker=marker, ms=7, ls="")
+            axis.plot(x, shares[group[:3]], color=color, marker=marker, ms=7, ls="")
         axis.axhline(50, color="0.6", lw=1, ls=":")
         axis.set_ylim(lowest - 5, 102)
     axes[0].text(0.02, 51, "chance", transform=axes[0].get_yaxis_transform(), color="0.4", fontsize=8)
