@@ -59,7 +59,8 @@ class Whitening:
         """Give the engine the metric at these positions; the largest curvature left in its coordinates."""
         engine, probe = self.engine, self.probe
         key = jax.random.fold_in(jax.random.fold_in(engine.alone(engine.key), _PROBES), self.rounds)
-        metric = measure(probe.curvature, at, count, reach, localization, key)
+        begun = engine.alone(engine.metric) if self.rounds else ()
+        metric = measure(probe.curvature, at, count, reach, localization, key, begun)
         if metric is None:
             return math.nan
         engine.measure_in(metric)

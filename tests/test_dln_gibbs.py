@@ -6,7 +6,7 @@ import pytest
 
 import slt_jax as slt
 from scaling.dln import curve, rows, teachers, truth
-from scaling.dln.gibbs import draw_layer, gibbs, localization_of
+from scaling.dln.gibbs import draw_layer, factors, gibbs, localization_of
 from scaling.dln.methods import Method, exact_rows, filled
 
 
@@ -20,7 +20,9 @@ def test_a_layer_has_the_law_of_its_conditional(sides):
     a, h, g, b = sides
     before, center, after, target = normal(1, a, h), normal(2, h, g), normal(3, g, b), normal(4, a, b)
     stiffness, localization = 3.0, 0.7
-    draw = jax.jit(jax.vmap(lambda key: draw_layer(key, before, center, after, target, stiffness, localization)))
+    left, right = factors(before), factors(after)
+    seen = left.left.T @ target @ right.right.T
+    draw = jax.jit(jax.vmap(lambda key: draw_layer(key, left, center, right, seen, stiffness, localization)))
     found = np.asarray(draw(jax.random.split(jax.random.key(0), 20_000)), np.float64).reshape(20_000, -1)
     design = np.kron(np.asarray(before, np.float64), np.asarray(after, np.float64).T)  # of the row-major layer
     precision = stiffness * design.T @ design + localization * np.eye(h * g)

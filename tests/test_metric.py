@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
+import slt_jax.metric
 from slt_jax.kernels.langevin import normal
-from slt_jax.metric import largest, matrix_shape, measure
+from slt_jax.metric import PROBES, ROUNDS, largest, matrix_shape, measure
 from slt_jax.probe import _acceptance, _noise
 from slt_jax.progress import Progress
 from slt_jax.samplers.base import Factor, Hyper, pull_back, root
@@ -69,35 +70,102 @@ def test_a_kronecker_hessian_becomes_round(metric):
     assert found == pytest.approx(values.max(), rel=0.05)
 
 
-def test_scales_come_from_other_probes_than_bases():
+def measured(hessian, shape, count=8, seed=0, begun=()):
+    """The metric of one leaf under this Hessian of its flattened self."""
+
+    def product(position, direction, reach):
+        flat = np.asarray(direction[0], np.float64).reshape(-1)
+        return (jnp.asarray((hessian @ flat).reshape(shape), jnp.float32),)
+
+    return measure(product, [(jnp.zeros(shape),)], count, 1.0, 1.0, jax.random.key(seed), begun)
+
+
+def test_scales_come_from_other_probes_than_bases(monkeypatch):
     """With a right factor of rank 1, four probes see four of twelve left directions: the others are no less stiff."""
     one = np.outer(np.ones(COLUMNS), np.ones(COLUMNS)) / COLUMNS
-    rng = np.random.default_rng(0)
-    first, second = (np.stack([1e4 * rng.normal(size=(ROWS, COLUMNS)) @ one for _ in range(4)]) for _ in range(2))
     hessian = 1e4 * np.kron(np.eye(ROWS), one)
-    right, wrong = (dense_root(shown([*first, *other], (ROWS, COLUMNS))) for other in (second, first))
-    assert np.linalg.eigvalsh(right.T @ hessian @ right).max() < 10
-    assert np.linalg.eigvalsh(wrong.T @ hessian @ wrong).max() > 1000
+    largest_of = lambda found: np.linalg.eigvalsh((r := dense_root(found[0])).T @ hessian @ r).max()  # noqa: E731
+    monkeypatch.setattr(slt_jax.metric, "ROUNDS", 1)  # a second one sees the others too
+    assert largest_of(measured(hessian, (ROWS, COLUMNS))) < 10
+    monkeypatch.setattr(slt_jax.metric, "_scaled", lambda metric, *_: metric)
+    assert largest_of(measured(hessian, (ROWS, COLUMNS))) > 50
 
 
-def shown(products, shape):
-    """The factor of one leaf whose Hessian-vector products are these, one after another."""
-    one_by_one = iter(products)
-    half = len(products) // 2
-    found = measure(lambda *_: (next(one_by_one),), [(jnp.zeros(shape),)], half, 1.0, 1.0, jax.random.key(0))
-    return None if found is None else found[0]
+def deep_linear(widths, nbeta, seed=0):
+    """(Jacobian of the product of Gaussian layers times sqrt(nbeta), sizes of the layers), float64."""
+    rng = np.random.default_rng(seed)
+    layers = [rng.normal(size=pair) / np.sqrt(pair[0]) for pair in zip(widths, widths[1:], strict=False)]
+    before, after = [np.eye(widths[0])], [np.eye(widths[-1])]
+    for left, right in zip(layers, reversed(layers), strict=True):
+        before.append(before[-1] @ left)
+        after.insert(0, right @ after[0])
+    blocks = [np.kron(a, b.T) for a, b in zip(before, after[1:], strict=False)]
+    return np.sqrt(nbeta) * np.concatenate(blocks, axis=1), [w.shape for w in layers]
+
+
+def slow_share(rounds):
+    """Of the expected loss, the share in modes with a curvature below 0.1; and the largest curvature."""
+    jacobian, shapes = deep_linear((9, 8, 10, 7, 9, 6, 9, 8, 10), 1e12)
+    hessian = jacobian.T @ jacobian + 1e7 * np.eye(jacobian.shape[1])
+    ends = np.cumsum([a * b for a, b in shapes])[:-1]
+    leaves = lambda flat: tuple(  # noqa: E731
+        jnp.asarray(x.reshape(shape), jnp.float32) for x, shape in zip(np.split(flat, ends), shapes, strict=True)
+    )
+    flat = lambda tree: np.concatenate([np.asarray(x, np.float64).reshape(-1) for x in tree])  # noqa: E731
+    product = lambda at, direction, reach: leaves(hessian @ flat(direction))  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slt_jax.metric, "ROUNDS", rounds)
+        metric = measure(product, [leaves(np.zeros(len(hessian)))], 8, 1.0, 1e7, jax.random.key(0))
+    columns = jax.vmap(lambda u: root(metric, u))(jax.vmap(lambda u: leaves_of(u, ends, shapes))(jnp.eye(len(hessian))))
+    turn = np.concatenate([np.asarray(x, np.float64).reshape(len(hessian), -1) for x in columns], axis=1).T
+    values, modes = np.linalg.eigh(turn.T @ hessian @ turn)
+    loss = ((jacobian @ turn @ modes) ** 2).sum(0) / values
+    return loss[values < 0.1].sum() / loss.sum(), values.max()
+
+
+def leaves_of(flat, ends, shapes):
+    return tuple(x.reshape(shape) for x, shape in zip(jnp.split(flat, ends), shapes, strict=True))
+
+
+def test_layers_that_push_along_the_same_few_directions_do_not_hide_the_others():
+    """Eight layers, eight decades. One round, in the weights' own coordinates, leaves ten times as much crawling."""
+    share, most = slow_share(slt_jax.metric.ROUNDS)
+    assert share < 0.01
+    assert most < 10
+    assert slow_share(1)[0] > 5 * share
 
 
 def test_a_product_that_is_not_finite_gives_no_metric():
-    assert shown([np.ones((2, 3)), np.full((2, 3), np.nan)], (2, 3)) is None
+    def from_call(number):
+        calls = iter(range(1000))
+        bad = lambda at, u, reach: tuple(x * (np.nan if next(calls) >= number else 1.0) for x in u)  # noqa: E731
+        return measure(bad, [(jnp.zeros((2, 3)),)], 2, 1.0, 1.0, jax.random.key(0))
+
+    last = ROUNDS * PROBES + 2
+    assert from_call(0) is None
+    assert from_call(PROBES) is None
+    assert from_call(last - 1) is None
+    assert from_call(last) is not None
 
 
 def test_leaves_of_any_shape_are_matrices():
     assert [matrix_shape(s) for s in ((), (5,), (3, 4), (2, 3, 4))] == [(1, 1), (5, 1), (3, 4), (6, 4)]
-    vector = shown([*np.random.default_rng(0).normal(size=(4, 5))], (5,))
+    stiffness = np.array([2.0, 1e2, 1e4, 1e6, 1e8])
+    (vector,) = measured(np.diag(stiffness), (5,), count=30)
     assert vector.left is None
     assert vector.right is None
     assert vector.scale.shape == (5, 1)
+    np.testing.assert_allclose(np.asarray(vector.scale)[:, 0] ** -2, stiffness, rtol=0.6)
+
+
+def test_a_metric_is_taken_up_where_another_one_left_off():
+    """One round from there, with the curvature a hundred times higher meanwhile; and it is no longer that of before."""
+    begun = measured(DENSE, (ROWS, COLUMNS))
+    found = measured(100 * DENSE, (ROWS, COLUMNS), seed=1, begun=begun)
+    matrix = dense_root(found[0])
+    values = np.linalg.eigvalsh(matrix.T @ (100 * DENSE) @ matrix)
+    assert values.max() / values.min() < 20
+    assert 0.3 < np.median(values) < 3
 
 
 def test_one_step_against_numpy():

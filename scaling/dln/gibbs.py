@@ -28,33 +28,50 @@ class GibbsState(NamedTuple):
     position: tuple[jax.Array, ...]
 
 
+class Factors(NamedTuple):
+    """A matrix as left diag(values) right, with as many values as its shorter side has rows."""
+
+    left: jax.Array
+    values: jax.Array
+    right: jax.Array
+
+
+def factors(x: jax.Array) -> Factors:
+    return Factors(*jnp.linalg.svd(x, full_matrices=False))
+
+
 def draw_layer(
     key: jax.Array,
-    before: jax.Array,
+    before: Factors,
     center: jax.Array,
-    after: jax.Array,
+    after: Factors,
     target: jax.Array,
     stiffness: float,
     localization: float,
 ) -> jax.Array:
-    """One layer W from exp(-(stiffness / 2) |before W after - target|^2 - (localization / 2) |W - center|^2).
+    """One layer W from exp(-(stiffness / 2) |A W C - target|^2 - (localization / 2) |W - center|^2).
+
+    With A = U s V' and C = P t Q', the precision is stiffness (s_i t_j)^2 + localization in the coordinates V' W P, and
+    the localization alone outside of these: there a draw is noise, which is made everywhere and then corrected.
 
     Args:
-        before: ``(a, h)``. after: ``(h', b)``. target: ``(a, b)``. center: ``(h, h')``.
+        before: of A, ``(a, h)``. after: of C, ``(h', b)``. target: U' target Q, one entry for each s_i and t_j.
+        center: ``(h, h')``.
     """
-    u, s, vt = jnp.linalg.svd(before, full_matrices=before.shape[0] < before.shape[1])
-    p, t, qt = jnp.linalg.svd(after, full_matrices=after.shape[0] > after.shape[1])
-    missing = ((0, center.shape[0] - len(s)), (0, center.shape[1] - len(t)))
-    gain = jnp.pad(s[:, None] * t, missing)
-    image = jnp.pad(u.T @ target @ qt.T, missing)
+    vt, p = before.right, after.left
+    gain = before.values[:, None] * after.values
     precision = stiffness * gain**2 + localization
-    mean = (stiffness * gain * image + localization * (vt @ center @ p)) / precision
-    drawn = mean + jax.random.normal(key, mean.shape, mean.dtype) / jnp.sqrt(precision)
-    return vt.T @ drawn @ p.T
+    noise = jax.random.normal(key, center.shape, center.dtype) / jnp.sqrt(localization)
+    mean = stiffness * gain * (target - gain * (vt @ center @ p)) / precision
+    inner = (jnp.sqrt(localization / precision) - 1) * (vt @ noise @ p)
+    return center + noise + vt.T @ (mean + inner) @ p.T
 
 
 def gibbs(center: Sequence[jax.Array], root: jax.Array, nbeta: float, localization: float) -> Any:
     """A ``blackjax.SamplingAlgorithm`` for ``slt_jax.estimate_llc``, on the loss of ``teachers.loss_fn``.
+
+    What is outside the image of the layers before (or of those after, transposed) no later layer brings back, so that
+    the products are carried in their own singular coordinates: no longer than the narrowest width passed.
 
     Args:
         center: the teacher's layers. root: R with R'R = X'X / n, ``(H_0, H_0)``.
@@ -63,23 +80,29 @@ def gibbs(center: Sequence[jax.Array], root: jax.Array, nbeta: float, localizati
 
     layers = tuple(jnp.asarray(w) for w in center)
     root = jnp.asarray(root, layers[0].dtype)
-    target = root
+    whole = root
     for layer in layers:
-        target = target @ layer
+        whole = whole @ layer
     stiffness = 2 * nbeta / layers[-1].shape[1]
 
     def init(position, rng_key=None) -> GibbsState:
         return GibbsState(tuple(position))
 
     def step(key: jax.Array, state: GibbsState) -> tuple[GibbsState, None]:
-        after = [jnp.eye(layers[-1].shape[1], dtype=root.dtype)]
+        after = [factors(jnp.eye(layers[-1].shape[1], dtype=root.dtype))]
+        targets = [whole @ after[0].right.T]
         for layer in state.position[:0:-1]:
-            after.insert(0, layer @ after[0])
-        before, moved = root, []
+            after.append(factors(layer @ (after[-1].left * after[-1].values)))
+            targets.append(targets[-1] @ after[-1].right.T)
+        after, targets = after[::-1], targets[::-1]
+        before, moved = factors(root), []
+        seen = before.left.T
         for k, own in enumerate(layers):
             fresh = jax.random.fold_in(key, k)
-            moved.append(draw_layer(fresh, before, own, after[k], target, stiffness, localization))
-            before = before @ moved[-1]
+            moved.append(draw_layer(fresh, before, own, after[k], seen @ targets[k], stiffness, localization))
+            if k + 1 < len(layers):
+                before = factors((before.values[:, None] * before.right) @ moved[-1])
+                seen = before.left.T @ seen
         return GibbsState(tuple(moved)), None
 
     return SamplingAlgorithm(init, step)

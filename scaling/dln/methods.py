@@ -6,11 +6,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 import slt_jax as slt
-from scaling.dln import drawn
+from scaling.dln import drawn, population
 from scaling.dln.gibbs import gibbs, localization_of
 from scaling.dln.teachers import INPUT_VARIANCE, SIZES, Teacher, end_to_end, loss_fn, make_data, sufficient_data
 
 SAMPLERS = ("default", "kronecker", "sgld", "leimkuhler-matthews", "preconditioned", "sghmc", "sgnht", "hmc", "gibbs")
+DATA = ("stored", "drawn", "population")
 WHOLE = ("hmc", "gibbs")  # these take no minibatches
 WITHOUT_FRICTION = ("sgld", "leimkuhler-matthews", "preconditioned", *WHOLE)
 PUBLISHED_BATCH = 500
@@ -24,7 +25,8 @@ class Method:
     ``default`` is underdamped Langevin, ``kronecker`` the same in a measured metric. ``hmc`` draws from the same
     posterior exactly, over sufficient data; so does ``gibbs``, layer by layer and in float64, at any nbeta.
     ``budget``: minibatch gradients for calibration and all chains; or ``num_warmup`` and ``num_draws`` of a chain.
-    ``data``: ``stored`` is ``teachers.make_data``, ``drawn`` takes no memory (``drawn``).
+    ``data``: ``stored`` is ``teachers.make_data``, ``drawn`` takes no memory (``drawn``), ``population`` is the law of
+    the inputs itself, without minibatches (``population``): there a gradient is one of all that counts.
     """
 
     sampler: str = "default"
@@ -45,9 +47,14 @@ class Method:
     def __post_init__(self):
         if self.friction is not None and self.sampler in WITHOUT_FRICTION:
             raise ValueError(f"{self.sampler} has no friction, got --friction {self.friction}. Leave it out.")
-        if self.data == "drawn" and (self.label_noise > 0 or self.sampler == "hmc"):
-            what = "hmc" if self.sampler == "hmc" else f"label noise of {self.label_noise}"
-            raise ValueError(f"{what} needs all inputs at once, got --data drawn. Take --data stored.")
+        drawn_hmc = self.sampler == "hmc" and self.data == "drawn"
+        if drawn_hmc or (self.label_noise > 0 and self.data != "stored"):
+            what = "hmc" if drawn_hmc else f"label noise of {self.label_noise}"
+            raise ValueError(f"{what} needs all inputs at once, got --data {self.data}. Take --data stored.")
+        if self.data == "population" and self.batch_size != PUBLISHED_BATCH:
+            raise ValueError(f"--data population has no minibatches, got --batch-size {self.batch_size}. Leave it out.")
+        if self.data == "population" and self.protocol == "published":
+            raise ValueError("the published protocol takes minibatches, got --data population. Take --data drawn.")
         if self.sampler == "gibbs" and self.step_size is not None:
             raise ValueError(f"gibbs has no step size, got --step-size {self.step_size}. Leave it out.")
         if self.sampler in WHOLE and self.label_noise > 0:
@@ -120,8 +127,8 @@ def sampler_of(method: Method) -> slt.Sampler:
 
 
 def exact_rows(teacher: Teacher, num_data: int, data: str) -> tuple[np.ndarray, np.ndarray]:
-    """Sufficient data (inputs, outputs), float64: of the stored set, or of the law that drawn inputs have."""
-    if data == "drawn":
+    """Sufficient data (inputs, outputs), float64: of the stored set, or of the law of the inputs."""
+    if data != "stored":
         rows = np.eye(teacher.widths[0]) * np.sqrt(INPUT_VARIANCE * teacher.widths[0])
     else:
         rows = sufficient_data(make_data(teacher, num_data, seed=teacher.seed)[0], np.float64)
@@ -134,6 +141,8 @@ def posterior_and_data(teacher: Teacher, method: Method) -> tuple[slt.LocalPoste
     if method.data == "drawn" and method.sampler not in WHOLE:
         posterior = drawn.posterior(teacher, num_data, method.nbeta, method.localization)
         return posterior, np.arange(num_data, dtype=np.int32)
+    if method.data == "population" and method.sampler not in WHOLE:
+        return population.posterior_and_data(teacher, num_data, method.nbeta, method.localization)
     exact_double = method.sampler == "gibbs"
     dtype = np.float64 if exact_double else np.float32  # the first only where JAX was told to: jax_enable_x64
     unset = exact_double and method.localization is None
@@ -154,8 +163,10 @@ def estimate(teacher: Teacher, method: Method, mesh: Mesh) -> slt.LLCResult:
         sampler = gibbs(posterior.center, root, posterior.nbeta, posterior.localization)
     else:
         sampler = sampler_of(method)
+    whole = method.data == "population" and method.sampler not in WHOLE
+    batch_size = 1 if whole else None if method.sampler in WHOLE else method.batch_size
     return slt.estimate_llc(
         posterior, data, sampler=sampler, num_chains=method.num_chains, budget=method.budget,
-        num_warmup=method.num_warmup, num_draws=method.num_draws,
-        batch_size=None if method.sampler in WHOLE else method.batch_size, key=teacher.seed, mesh=mesh,
+        num_warmup=method.num_warmup, num_draws=method.num_draws, batch_size=batch_size,
+        baseline="full" if whole else "paired", key=teacher.seed, mesh=mesh,
     )  # fmt: skip

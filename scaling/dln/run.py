@@ -25,7 +25,7 @@ import jax
 
 from scaling.dln import devices
 from scaling.dln.memory import check
-from scaling.dln.methods import PUBLISHED_BATCH, SAMPLERS, Method, estimate, filled, published
+from scaling.dln.methods import DATA, PUBLISHED_BATCH, SAMPLERS, Method, estimate, filled, published
 from scaling.dln.records import Store
 from scaling.dln.rows import KEY, identity, row_of
 from scaling.dln.teachers import KINDS, SIZES, Teacher, make_teacher
@@ -54,7 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, default=PUBLISHED_BATCH)
     add("--label-noise", type=float, default=0.0, help="standard deviation; the teacher stays the minimum")
     add("--num-data", type=int, help="examples; default: the class's published number")
-    add("--data", choices=("stored", "drawn"), default="stored", help="drawn: inputs drawn in every step, no memory")
+    add("--data", choices=DATA, default="stored", help="drawn: in every step, no memory; population: no minibatches")
     add("--devices", type=int, help="devices of a process; on a CPU virtual ones, default one a core")
     add("--coordinator", help="HOST:PORT of the first of several processes")
     add("--num-processes", type=int)
