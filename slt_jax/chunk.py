@@ -132,8 +132,14 @@ def _losses_at(static: Static, position: PyTree, frozen: PyTree, batch: PyTree) 
     return jax.lax.map(lambda part: static.program.losses(position, frozen, part), split).reshape(-1)
 
 
-def _variance_of_mean(gap: jax.Array, size: int) -> jax.Array:
-    """Variance of the mean of ``size`` independent per-example values; NaN from a mean alone."""
+def _spread(static: Static, gap: jax.Array, num_data: int) -> jax.Array:
+    """Variance of the mean of a batch's per-example values; NaN where it cannot be told from them.
+
+    Over the whole data set the mean has no sampling noise, however much its examples differ.
+    """
+    size = static.batch_size
+    if static.whole or num_data == 1:
+        return jnp.float32(0)
     if gap.size != size or size == 1:
         return jnp.float32(jnp.nan)
     return jnp.var(gap, ddof=1) / size
@@ -148,7 +154,7 @@ def _read_also(static: Static, frozen: PyTree, also: tuple, key: jax.Array, posi
             drawn = draw_indices(jax.random.fold_in(key, _ALSO + k), size, static.batch_size)
             batch = gather(arrays, drawn)
         here, there = (_losses_at(static, at, frozen, batch) for at in (position, center))
-        spread = jnp.float32(0) if static.whole else _variance_of_mean(here - there, static.batch_size)
+        spread = _spread(static, here - there, size)
         rows.append(jnp.stack([jnp.mean(here), jnp.mean(there), spread]).astype(jnp.float32))
     return jnp.stack(rows)
 
@@ -205,8 +211,7 @@ def _one_chain(static: Static, shared: tuple, window: Window, state, key, row, a
                 else jax.lax.cond(kept, lambda: _losses_at(static, center, frozen, batch), lambda: unknown)
             )
             baseline, gap = jnp.where(kept, at_center, unknown), info.loss - at_center
-        # Over the whole data set the mean has no sampling noise, however much its examples differ.
-        spread = jnp.float32(0) if static.whole else _variance_of_mean(gap, static.batch_size)
+        spread = _spread(static, gap, static.num_data)
         others: Any = ()
         if also:
             others = jax.lax.cond(

@@ -16,6 +16,7 @@ BIAS_LIMIT = 0.15
 SLOPE_LIMIT = 0.05
 KINETIC_LIMIT = 0.15
 KINETIC_LIMIT_METRIC = 0.05  # where all directions are about as stiff as the stiffest
+HEAT_SIGMA = 4.0
 VIRIAL_LIMIT = 0.2
 SLOPE_SIGMA = 2.5
 _SPIKE_LIMIT = 4.0
@@ -44,7 +45,8 @@ class Evidence:
     ``bias``: of the raw estimate. ``nbeta_slope``, ``localization_slope``: d LLC / d log nbeta, d LLC / d log
     localization. ``degree``: see ``degree_of``. ``held``: 1 - mean <w - w*, nbeta grad L> / d, the share of the
     directions that the localization holds and not the loss. ``hot``: which of the chains started hot. ``num_free``: d.
-    ``metric``: whether the chains moved in a metric's coordinates.
+    ``metric``: whether the chains moved in a metric's coordinates. ``heat``: what ``thermometer`` found, in units of the
+    LLC.
     """
 
     virial: float = math.nan
@@ -59,6 +61,7 @@ class Evidence:
     num_stopped: int = 0
     num_free: int = 1
     metric: bool = False
+    heat: Slope = _UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -320,6 +323,13 @@ def _biased(draws, facts):
         return "biased by the step size", (
             f"the kinetic temperature is {kinetic:.3g}, not 1: the chains do not follow this step. Halve step_size, or "
             "leave it out."
+        )
+    heat = facts.evidence.heat
+    found = heat.value - (bias.noise if math.isfinite(bias.noise) else 0.0)
+    if facts.evidence.metric and found > max(BIAS_LIMIT * mean, HEAT_SIGMA * heat.stderr):
+        return "biased by the step size", (
+            f"the kinetic temperature is too high by {found:.3g} of {mean:.4g}, if the directions that count are the "
+            "hot ones, and minibatch noise does not explain it: the metric is of another place. Raise localization."
         )
     if abs(bias.step_size) > BIAS_LIMIT * mean:
         return "biased by the step size", (

@@ -97,15 +97,18 @@ class LLCResult:
         s, kept = self.settings, self.kept_chains
         if not kept.size:
             return Bias(math.nan, math.nan, math.nan, 0.0, "no chain stayed finite")
-        kinetic = self.kinetic[kept]
-        heat = thermometer(kinetic, s["num_free"], ess_and_rhat(kinetic)[0])
-        probe = s.get("probe", {})
+        heat, probe = self._heat, s.get("probe", {})
         noise = tuple(probe.get(name, math.nan) for name in ("noise", "noise_stderr"))
         pull = np.where(np.isnan(self.pull), self.virial, self.pull)
         drift_sq, pull = (float(x[kept].mean(dtype=np.float64)) for x in (self.drift_sq, pull))
         drift_sq -= s["localization"] * pull
         of_loss = covariance_with_loss(self.llc_draws, self.gap_var[kept], self.drift_sq[kept], s["nbeta"])
         return bias_of(s.get("family", ""), self.llc_raw, drift_sq, heat, noise, s, of_loss, self._degree.value)
+
+    @functools.cached_property
+    def _heat(self) -> Slope:
+        kinetic = self.kinetic[self.kept_chains]
+        return Slope(*thermometer(kinetic, self.settings["num_free"], ess_and_rhat(kinetic)[0]))
 
     @functools.cached_property
     def _degree(self) -> Slope:
@@ -139,6 +142,7 @@ class LLCResult:
             len(self.stopped),
             s["num_free"],
             s.get("metric", False),
+            self._heat,
         )
         return assess(self.llc_draws, evidence)
 

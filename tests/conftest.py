@@ -12,6 +12,9 @@ import pytest
 
 import slt_jax as slt
 
+# Compiling is most of the tests' time; `.ci/run` has the quick ones compiled as users have them.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+
 # What one test has compiled, no other compiles again, nor do its processes or the other workers: most of their time.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="slt-jax-programs-")

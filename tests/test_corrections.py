@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-from slt_jax.corrections import bias_of, heating, thermometer
+from slt_jax.corrections import Bias, bias_of, heating, thermometer
 from slt_jax.diagnostics import Evidence, Slope, assess, covariance_with_loss, degree_of, extrapolate, slopes
 
 NAN2 = (math.nan, math.nan)
@@ -307,6 +307,22 @@ def test_heat_is_judged_more_strictly_in_a_metric_s_coordinates():
     for metric, verdict in ((False, "converged"), (True, "biased by the step size")):
         evidence = Evidence(kinetic=1.09, bias=bias, num_free=900, metric=metric)
         assert assess(gamma_draws(30.0, 4, 1000), evidence).verdict == verdict
+
+
+def test_in_a_metric_heat_that_noise_does_not_explain_is_named():
+    """One percent of 900 directions, and a sixth of the estimate. Kills: a limit in shares of all directions alone."""
+    draws = gamma_draws(30.0, 4, 1000)
+
+    def verdict(heat, error, noise=0.0, metric=True):
+        bias = Bias(0.0, noise, 0.1, 0.0, "")
+        return assess(draws, Evidence(kinetic=1.01, bias=bias, num_free=900, metric=metric, heat=Slope(heat, error)))
+
+    found = verdict(6.0, 0.5)
+    assert found.verdict == "biased by the step size"
+    assert "too high by 6 of" in found.reason
+    assert "Raise localization" in found.reason
+    for other in (verdict(6.0, 2.0), verdict(4.0, 0.5), verdict(6.0, 0.5, noise=3.0), verdict(6.0, 0.5, metric=False)):
+        assert other.verdict == "converged"
 
 
 def test_chains_that_hardly_moved_in_most_directions_have_not_converged():

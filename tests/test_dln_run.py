@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from scaling.dln import devices, drawn, memory, records, rows, run, teachers
-from scaling.dln.methods import Method, estimate, filled, posterior_and_data
+from scaling.dln import devices, drawn, memory, population, records, rows, run, teachers
+from scaling.dln.methods import Method, estimate, exact_rows, filled, posterior_and_data
 
 ROOT = Path(__file__).parents[1]
 TINY = ("--num-data", "300", "--batch-size", "20", "--chains", "4")
@@ -121,6 +121,7 @@ def test_a_row_that_is_there_is_not_run_again(tmp_path, counted):
     [
         ("--step-size", "1e-6"), ("--sampler", "sgld"), ("--budget", "500"), ("--batch-size", "30"), ("--nbeta", "50"),
         ("--localization", "3"), ("--label-noise", "1"), ("--num-data", "400"), ("--chains", "2"), ("--data", "drawn"),
+        ("--data", "population", "--batch-size", "500"),
         ("--friction", "0.2"), ("--warmup", "3"), ("--draws", "7"), ("--seed-start", "5"), ("--class", "10K"),
         ("--type", "B", "published"),
     ],
@@ -182,6 +183,9 @@ def test_the_published_protocol_is_the_published_one(size, step_size, steps, num
         (("--protocol", "published", "--budget", "10"), "the published protocol sets budget itself"),
         (("--sampler", "sgld", "--friction", "0.1"), "sgld has no friction, got --friction 0.1"),
         (("--data", "drawn", "--label-noise", "1"), "label noise of 1.0 needs all inputs at once"),
+        (("--data", "population", "--label-noise", "1"), "got --data population. Take --data stored"),
+        (("--data", "population", "--batch-size", "9"), "population has no minibatches, got --batch-size 9"),
+        (("--data", "population", "--protocol", "published"), "the published protocol takes minibatches"),
         (("--sampler", "hmc", "--budget", "100"), "hmc uses no minibatches, got --budget 100"),
         (("--sampler", "hmc", "--label-noise", "1"), "only shifts; got --label-noise 1.0"),
         (("--budget", "100", "--draws", "5"), "--budget 100 and --draws 5 both set the length"),
@@ -238,6 +242,34 @@ def test_the_loss_on_drawn_inputs_is_that_on_stored_ones():
     np.testing.assert_allclose(losses, teachers.loss_fn(moved, (x, y)), rtol=1e-4)
 
 
+@pytest.mark.parametrize("widths", [(9, 5, 7, 3), (3, 7, 5, 9), (6, 8, 3, 7, 9), (4, 6)], ids=str)
+def test_the_loss_over_the_law_of_inputs_is_the_mean_of_the_others(widths):
+    """Wherever the narrowest width is; and close to w*, where float32 leaves nothing of a difference of products."""
+    rng = np.random.default_rng(0)
+    layers = tuple(rng.normal(size=pair).astype(np.float32) for pair in itertools.pairwise(widths))
+    teacher = teachers.make_teacher("B", "1K", 0)._replace(widths=widths, weights=layers)
+    inputs, outputs = exact_rows(teacher, 300, "population")
+    for distance in (0.3, 1e-6):
+        moved = [w + np.float32(distance) * rng.normal(size=w.shape).astype(np.float32) for w in layers]
+        exact = np.mean((np.linalg.multi_dot([inputs, *(w.astype(float) for w in moved)]) - outputs) ** 2)
+        found = population.loss_fn(moved, [w[None] for w in layers])
+        assert found.shape == (1,)
+        assert float(found[0]) == pytest.approx(exact, rel=2e-5)
+
+
+def test_over_the_law_of_inputs_a_row_has_no_minibatches():
+    method = dataclasses.replace(FIXED, data="population", batch_size=500, nbeta=1e4, num_warmup=20, num_draws=40)
+    teacher = teachers.make_teacher("B", "1K", 0)
+    result = estimate(teacher, method, devices.mesh_for(4))
+    assert result.settings["batch_size"] == 1
+    assert result.settings["baseline"] == "full"
+    assert result.init_loss == 0
+    assert not result.gap_var.any()
+    posterior, data = posterior_and_data(teacher, method)
+    assert posterior.num_data == 300
+    assert len(data[0]) == 1
+
+
 # --- memory
 
 
@@ -267,6 +299,9 @@ def test_the_memory_that_is_told_has_its_parts():
     assert one.weights - sgld.weights == (4 + 3) * 4 * 3_000_000  # a momentum for each chain, three for the moved one
     drawn_ = memory.need_of(shape, Method(num_data=10_000, data="drawn"), 4, 1)
     assert drawn_.data == 2.5 * 4 * 10_000
+    law = memory.need_of(shape, Method(num_data=10_000, data="population"), 4, 1)
+    assert law.data == 2.5 * 4 * 3_000_000
+    assert law.activations == 4 * 4 * 2 * 500 * 3500
     gpu = memory.need_of(shape, method, 4, 2, accelerated=True)
     assert gpu.accelerator > 0
     assert gpu.process < one.process
@@ -297,7 +332,7 @@ def started(out, *more):
     """The command line on a teacher, with the calibration, the sampler and the looks at the chains' ends."""
     command = [sys.executable, "-W", "error", "-m", "scaling.dln.run", "--class", "1K", "--type", "C", "--count", "1"]
     command += ["--out", str(out), *TINY, "--budget", "800", *more]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "XLA_FLAGS"))}
+    environment = {k: v for k, v in os.environ.items() if not (k.startswith("SLURM") or "device_count" in v)}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
