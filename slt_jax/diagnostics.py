@@ -45,8 +45,7 @@ class Evidence:
     ``bias``: of the raw estimate. ``nbeta_slope``, ``localization_slope``: d LLC / d log nbeta, d LLC / d log
     localization. ``degree``: see ``degree_of``. ``held``: 1 - mean <w - w*, nbeta grad L> / d, the share of the
     directions that the localization holds and not the loss. ``hot``: which of the chains started hot. ``num_free``: d.
-    ``metric``: whether the chains moved in a metric's coordinates. ``heat``: what ``thermometer`` found, in units of the
-    LLC.
+    ``metric``: whether the chains moved in a metric's coordinates. ``heat``: what ``thermometer`` found, as an LLC.
     """
 
     virial: float = math.nan

@@ -125,7 +125,9 @@ def _turn(old: _Sides, grams: list[np.ndarray], probes: int) -> _Sides:
     return _Sides(left, right, np.outer(a, b) / np.sqrt(max(mean, np.finfo(float).tiny)))
 
 
-def _side(basis: np.ndarray | None, values: np.ndarray, gram: np.ndarray, seen: int) -> tuple[np.ndarray | None, np.ndarray]:
+def _side(
+    basis: np.ndarray | None, values: np.ndarray, gram: np.ndarray, seen: int
+) -> tuple[np.ndarray | None, np.ndarray]:
     """(basis, values) of Q sqrt(v) sqrt(gram) sqrt(v) Q'. ``seen``: vectors of which ``gram`` is the mean square."""
     if gram.ndim == 1:
         return None, values * np.sqrt(gram)
@@ -156,8 +158,8 @@ def _rescaled(factor: Factor, square: np.ndarray, probes: int, least: float) -> 
 
 
 def _sides(factor: Factor) -> _Sides:
-    left, right, scale = (None if x is None else np.asarray(x, np.float64) for x in factor)
-    return _Sides(left, right, scale**-2)
+    left, right = (None if x is None else np.asarray(x, np.float64) for x in (factor.left, factor.right))
+    return _Sides(left, right, np.asarray(factor.scale, np.float64) ** -2)
 
 
 def _factor(sides: _Sides, least: float) -> Factor:

@@ -1,5 +1,7 @@
 """The Kronecker metric: its algebra, what it makes of a Kronecker Hessian, and the law of a sampler moving in it."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 import slt_jax as slt
 import slt_jax.metric
+import slt_jax.whitening
 from slt_jax.kernels.langevin import normal
 from slt_jax.metric import PROBES, ROUNDS, largest, matrix_shape, measure
 from slt_jax.probe import _acceptance, _noise
@@ -70,10 +73,12 @@ def test_a_kronecker_hessian_becomes_round(metric):
     assert found == pytest.approx(values.max(), rel=0.05)
 
 
-def measured(hessian, shape, count=8, seed=0, begun=()):
-    """The metric of one leaf under this Hessian of its flattened self."""
+def measured(hessian, shape, count=8, seed=0, begun=(), reaches=None):
+    """The metric of one leaf under this Hessian of its flattened self; the secants' lengths go to ``reaches``."""
 
     def product(position, direction, reach):
+        if reaches is not None:
+            reaches.append(reach)
         flat = np.asarray(direction[0], np.float64).reshape(-1)
         return (jnp.asarray((hessian @ flat).reshape(shape), jnp.float32),)
 
@@ -91,16 +96,16 @@ def test_scales_come_from_other_probes_than_bases(monkeypatch):
     assert largest_of(measured(hessian, (ROWS, COLUMNS))) > 50
 
 
-def deep_linear(widths, nbeta, seed=0):
-    """(Jacobian of the product of Gaussian layers times sqrt(nbeta), sizes of the layers), float64."""
-    rng = np.random.default_rng(seed)
-    layers = [rng.normal(size=pair) / np.sqrt(pair[0]) for pair in zip(widths, widths[1:], strict=False)]
+def deep_linear(widths, nbeta):
+    """The Jacobian of the product of Gaussian layers times sqrt(nbeta), float64, and the layers' shapes."""
+    rng, shapes = np.random.default_rng(0), list(itertools.pairwise(widths))
+    layers = [rng.normal(size=shape) / np.sqrt(shape[0]) for shape in shapes]
     before, after = [np.eye(widths[0])], [np.eye(widths[-1])]
     for left, right in zip(layers, reversed(layers), strict=True):
         before.append(before[-1] @ left)
         after.insert(0, right @ after[0])
-    blocks = [np.kron(a, b.T) for a, b in zip(before, after[1:], strict=False)]
-    return np.sqrt(nbeta) * np.concatenate(blocks, axis=1), [w.shape for w in layers]
+    blocks = [np.kron(a, b.T) for a, b in zip(before[:-1], after[1:], strict=True)]
+    return np.sqrt(nbeta) * np.concatenate(blocks, axis=1), shapes
 
 
 def slow_share(rounds):
@@ -108,23 +113,22 @@ def slow_share(rounds):
     jacobian, shapes = deep_linear((6, 7, 5, 6, 4, 6, 5, 7), 1e12)
     hessian = jacobian.T @ jacobian + 1e7 * np.eye(jacobian.shape[1])
     ends = np.cumsum([a * b for a, b in shapes])[:-1]
-    leaves = lambda flat: tuple(  # noqa: E731
-        jnp.asarray(x.reshape(shape), jnp.float32) for x, shape in zip(np.split(flat, ends), shapes, strict=True)
-    )
-    flat = lambda tree: np.concatenate([np.asarray(x, np.float64).reshape(-1) for x in tree])  # noqa: E731
-    product = lambda at, direction, reach: leaves(hessian @ flat(direction))  # noqa: E731
+
+    def leaves(flat):
+        return tuple(x.reshape(shape) for x, shape in zip(jnp.split(flat, ends), shapes, strict=True))
+
+    def product(position, direction, reach):
+        flat = np.concatenate([np.asarray(x, np.float64).reshape(-1) for x in direction])
+        return leaves(jnp.asarray(hessian @ flat, jnp.float32))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slt_jax.metric, "ROUNDS", rounds)
-        metric = measure(product, [leaves(np.zeros(len(hessian)))], 8, 1.0, 1e7, jax.random.key(0))
-    columns = jax.vmap(lambda u: root(metric, u))(jax.vmap(lambda u: leaves_of(u, ends, shapes))(jnp.eye(len(hessian))))
-    turn = np.concatenate([np.asarray(x, np.float64).reshape(len(hessian), -1) for x in columns], axis=1).T
+        metric = measure(product, [leaves(jnp.zeros(len(hessian)))], 8, 1.0, 1e7, jax.random.key(0))
+    columns = jax.vmap(lambda unit: jnp.concatenate([x.reshape(-1) for x in root(metric, leaves(unit))]))
+    turn = np.asarray(columns(jnp.eye(len(hessian))), np.float64).T
     values, modes = np.linalg.eigh(turn.T @ hessian @ turn)
     loss = ((jacobian @ turn @ modes) ** 2).sum(0) / values
     return loss[values < 0.1].sum() / loss.sum(), values.max()
-
-
-def leaves_of(flat, ends, shapes):
-    return tuple(x.reshape(shape) for x, shape in zip(jnp.split(flat, ends), shapes, strict=True))
 
 
 def test_layers_that_push_along_the_same_few_directions_do_not_hide_the_others():
@@ -160,8 +164,12 @@ def test_leaves_of_any_shape_are_matrices():
 
 def test_a_metric_is_taken_up_where_another_one_left_off():
     """One round from there, with the curvature a hundred times higher meanwhile; and it is no longer that of before."""
-    begun = measured(DENSE, (ROWS, COLUMNS))
-    found = measured(100 * DENSE, (ROWS, COLUMNS), seed=1, begun=begun)
+    reaches = []
+    begun = measured(DENSE, (ROWS, COLUMNS), reaches=reaches)
+    assert reaches == [1.0] * PROBES + [slt_jax.metric.WHITE_REACH] * ((ROUNDS - 1) * PROBES + 8)
+    reaches.clear()
+    found = measured(100 * DENSE, (ROWS, COLUMNS), seed=1, begun=begun, reaches=reaches)
+    assert reaches == [slt_jax.metric.WHITE_REACH] * (PROBES + 8)
     matrix = dense_root(found[0])
     values = np.linalg.eigvalsh(matrix.T @ (100 * DENSE) @ matrix)
     assert values.max() / values.min() < 20
@@ -261,8 +269,26 @@ def posterior(nbeta=1.0):
 
 
 @pytest.fixture(scope="module")
-def estimate():
-    return slt.estimate_llc(posterior(), DATA, sampler=slt.underdamped(metric="kronecker"), budget=6000)
+def begun():
+    """The metrics that each measurement of ``estimate`` set out from."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def estimate(begun):
+    def noted(*args):
+        begun.append(args[-1])
+        return measure(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slt_jax.whitening, "measure", noted)
+        return slt.estimate_llc(posterior(), DATA, sampler=slt.underdamped(metric="kronecker"), budget=6000)
+
+
+def test_a_pilot_s_metrics_set_out_from_one_another(estimate, begun):
+    assert len(begun) > 1
+    assert begun[0] == ()
+    assert all(len(metric) == 2 for metric in begun[1:])
 
 
 def test_six_decades_in_six_thousand_gradients(estimate):

@@ -81,10 +81,13 @@ def _against_resolved(axis: plt.Axes, rows: Sequence[Row]) -> None:
 def curve_picture(rows: Sequence[Row]) -> Figure:
     """Estimate over exact value along nbeta, a panel a class; and against the coefficient of the resolved rank."""
     sizes = list(dict.fromkeys(size for size, _ in levels(rows)))
-    figure, axes = plt.subplots(1, len(sizes) + 1, figsize=(1 + 3.4 * (len(sizes) + 1), 3.8), layout="constrained")
+    columns, lines = min(3, len(sizes) + 1), -(-(len(sizes) + 1) // 3)
+    figure = plt.figure(figsize=(1 + 3.4 * columns, 3.8 * lines), layout="constrained")
+    axes = [figure.add_subplot(lines, columns, i + 1) for i in range(len(sizes) + 1)]
     for axis, size in zip(axes, sizes, strict=False):
         _curves(axis, rows, size)
-    axes[0].set_ylabel("estimate / exact coefficient")
+    for axis in axes[::columns]:
+        axis.set_ylabel("estimate / exact coefficient")
     axes[0].plot([], [], color="#D55E00", lw=0.7, marker="o", ms=2.5, label="a teacher")
     axes[0].plot([], [], color="black", lw=2, label="median")
     axes[0].plot([], [], color="black", lw=2, ls=":", label="median of the resolved rank's coefficient")
