@@ -261,6 +261,7 @@ def test_over_the_law_of_inputs_a_row_has_no_minibatches():
     method = dataclasses.replace(FIXED, data="population", batch_size=500, nbeta=1e4, num_warmup=20, num_draws=40)
     teacher = teachers.make_teacher("B", "1K", 0)
     result = estimate(teacher, method, devices.mesh_for(4))
+    assert method.name == "sgld, population"
     assert result.settings["batch_size"] == 1
     assert result.settings["baseline"] == "full"
     assert result.init_loss == 0

@@ -74,7 +74,8 @@ class Method:
     def name(self) -> str:
         """What the tables call it."""
         base = "published" if self.protocol == "published" else self.sampler
-        return base + (f", label noise {self.label_noise:g}" if self.label_noise > 0 else "")
+        noiseless = ", population" if self.data == "population" and self.sampler not in WHOLE else ""
+        return base + noiseless + (f", label noise {self.label_noise:g}" if self.label_noise > 0 else "")
 
 
 def published(size: str, num_data: int | None = None, data: str = "stored", label_noise: float = 0.0) -> Method:
