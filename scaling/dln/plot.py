@@ -80,7 +80,7 @@ def truth_picture(groups: Sequence[Group]) -> Figure:
     return figure
 
 
-def _legend(axis: plt.Axes, groups: Sequence[Group], where: str = "best") -> None:
+def _legend(axis: plt.Axes, groups: Sequence[Group], where: str | tuple[float, float] = "best") -> None:
     for kind in dict.fromkeys(g.kind for g in groups):
         color, marker, text = STYLE[kind]
         axis.plot([], [], color=color, marker=marker, mfc="none", ls="", label=text)
@@ -122,7 +122,7 @@ def error_picture(groups: Sequence[Group]) -> Figure:
             axis.plot([x] * len(sizes), sizes, color=color, marker=marker, mfc="none", ms=3.5, ls="", alpha=0.7)
             axis.plot([x - 0.09, x + 0.09], [np.median(sizes)] * 2, color="black", lw=2)
         axis.set_yscale("log")
-    _legend(axes[0], groups, "lower right")
+    _legend(axes[0], groups, (0.3, 0.12))
     return figure
 
 
