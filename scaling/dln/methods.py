@@ -71,10 +71,15 @@ class Method:
             raise ValueError(f"--budget {self.budget} and --draws {self.num_draws} both set the length. Give one.")
 
     @property
+    def noiseless(self) -> bool:
+        """Whether a sampler that could take minibatches is given the loss over the law of the inputs."""
+        return self.data == "population" and self.sampler not in WHOLE
+
+    @property
     def name(self) -> str:
         """What the tables call it."""
         base = "published" if self.protocol == "published" else self.sampler
-        noiseless = ", population" if self.data == "population" and self.sampler not in WHOLE else ""
+        noiseless = ", population" if self.noiseless else ""
         return base + noiseless + (f", label noise {self.label_noise:g}" if self.label_noise > 0 else "")
 
 
@@ -142,7 +147,7 @@ def posterior_and_data(teacher: Teacher, method: Method) -> tuple[slt.LocalPoste
     if method.data == "drawn" and method.sampler not in WHOLE:
         posterior = drawn.posterior(teacher, num_data, method.nbeta, method.localization)
         return posterior, np.arange(num_data, dtype=np.int32)
-    if method.data == "population" and method.sampler not in WHOLE:
+    if method.noiseless:
         return population.posterior_and_data(teacher, num_data, method.nbeta, method.localization)
     exact_double = method.sampler == "gibbs"
     dtype = np.float64 if exact_double else np.float32  # the first only where JAX was told to: jax_enable_x64
@@ -164,10 +169,9 @@ def estimate(teacher: Teacher, method: Method, mesh: Mesh) -> slt.LLCResult:
         sampler = gibbs(posterior.center, root, posterior.nbeta, posterior.localization)
     else:
         sampler = sampler_of(method)
-    whole = method.data == "population" and method.sampler not in WHOLE
-    batch_size = 1 if whole else None if method.sampler in WHOLE else method.batch_size
+    batch_size = 1 if method.noiseless else None if method.sampler in WHOLE else method.batch_size
     return slt.estimate_llc(
         posterior, data, sampler=sampler, num_chains=method.num_chains, budget=method.budget,
         num_warmup=method.num_warmup, num_draws=method.num_draws, batch_size=batch_size,
-        baseline="full" if whole else "paired", key=teacher.seed, mesh=mesh,
+        baseline="full" if method.noiseless else "paired", key=teacher.seed, mesh=mesh,
     )  # fmt: skip
