@@ -56,6 +56,14 @@ def check_key(key: Any) -> jax.Array:
     return key
 
 
+def gather(arrays: PyTree, indices: jax.Array) -> PyTree:
+    """The rows ``indices`` of every leaf."""
+    return jax.tree.map(lambda a: a.at[indices].get(mode="promise_in_bounds"), arrays)
+
+
+_gathered = jax.jit(gather)
+
+
 class ArrayData:
     """A data set in memory: a pytree of arrays with equal leading dimension. Batches are gathered on the device."""
 
@@ -78,13 +86,9 @@ class ArrayData:
             raise ValueError("the data has no examples: its first dimension is 0. Pass at least one row.")
         self.arrays = jax.tree.map(jnp.asarray, data)
 
-    def gather(self, arrays: PyTree, indices: jax.Array) -> PyTree:
-        """The rows ``indices`` of every leaf; traced."""
-        return jax.tree.map(lambda a: a.at[indices].get(mode="promise_in_bounds"), arrays)
-
     def fetch(self, indices: np.ndarray) -> PyTree:
         """The rows ``indices`` of every leaf, on the device."""
-        return self.gather(self.arrays, jnp.asarray(indices))
+        return _gathered(self.arrays, jnp.asarray(indices))
 
     def fingerprint(self) -> str:
         """SHA-256 over structure, types, shapes and bytes."""

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from slt_jax.batches import draw_indices
+from slt_jax.batches import draw_indices, gather
 from slt_jax.posterior import LossProgram
 from slt_jax.samplers.base import Hyper, Metric
 
@@ -87,10 +87,6 @@ class Row(NamedTuple):
     localization: Any
     step_size: Any
     friction: Any
-
-
-def gather(arrays: PyTree, indices: jax.Array) -> PyTree:
-    return jax.tree.map(lambda a: a.at[indices].get(mode="promise_in_bounds"), arrays)
 
 
 def loss_and_grad_on(static: Static, frozen: PyTree, batch: PyTree) -> Callable:

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from slt_jax.batches import ArrayData, Prefetcher, Source, draw_indices
-from slt_jax.chunk import BATCH, Row, Static, Trace, Window, blank, gather, loss_and_grad_on, run_chunk
+from slt_jax.batches import ArrayData, Prefetcher, Source, draw_indices, gather
+from slt_jax.chunk import BATCH, Row, Static, Trace, Window, blank, loss_and_grad_on, run_chunk
 from slt_jax.mesh import chain_sharding, gathered, own_rows, place, place_rows, shared_sharding, to_host
+from slt_jax.metric import blank_factor
 from slt_jax.posterior import LocalPosterior, LossProgram
 from slt_jax.samplers.base import Hyper, Metric, Position, Sampler
 
@@ -99,6 +100,12 @@ def _batch_grad(program: LossProgram, position, frozen, batch):
     return jax.grad(program.mean_loss)(position, frozen, batch)
 
 
+@jax.jit
+def _row(stacked, row):
+    """One program for all leaves."""
+    return tuple(jax.lax.dynamic_index_in_dim(x, row, keepdims=False) for x in stacked)
+
+
 class Engine:
     """A posterior, a data source and a sampler, compiled for a mesh; ``advance`` moves a ``Run`` by some steps.
 
@@ -182,7 +189,7 @@ class Engine:
         if self.alone_is_one:
             device, row = divmod(chain, self.plan.num_chains // self.mesh.devices.size)
             here = self.mesh.devices.flat[0]
-            return tuple(jax.device_put(x.addressable_data(device)[row], here) for x in state)
+            return tuple(jax.device_put(x, here) for x in _row(tuple(x.addressable_data(device) for x in state), row))
         return jax.jit(
             lambda p: tuple(x[chain] for x in p), out_shardings=tuple(shared_sharding(self.mesh, x[0]) for x in state)
         )(state)
@@ -291,13 +298,18 @@ class Engine:
     def lower(self, run: Run | None = None):
         """The chunk program, lowered, for looking at its HLO and its memory: what ``advance`` will run.
 
-        Without a run, one is described: nothing is allocated. The compilation is kept for the run itself.
+        Without a run, one is described, and so is a metric that is still to be measured: nothing is allocated. The
+        compilation is kept for the run itself.
         """
+        shared = self._shared()
+        if self.sampler.metric and not self.metric:
+            shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shared_sharding(self.mesh, x))  # noqa: E731
+            shared = (*shared[:3], jax.tree.map(shape, tuple(map(blank_factor, self.center))), *shared[4:])
         state, alive, batches = self.described()
         if run is not None:
             state, alive = run.state, run.alive
         given = (state, alive, self.keys, self.rows, batches)
-        return run_chunk.lower(self.static, *given, self._shared(), self._window(0, 1))
+        return run_chunk.lower(self.static, *given, shared, self._window(0, 1))
 
     def described(self) -> tuple[PyTree, jax.ShapeDtypeStruct, PyTree]:
         """A run's state, its chains' marks of being alive, a chunk's batches from the host: shapes on the mesh."""

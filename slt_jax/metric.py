@@ -23,16 +23,18 @@ Sources: Martens and Grosse, arXiv:1503.05671 (Kronecker factors); George et al.
 eigenbasis).
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slt_jax.samplers.base import Factor, Metric, Position, gaussian, inner, pull_back, root
+from slt_jax.samplers.base import HIGHEST, Factor, Metric, Position, inner, noise_like, pull_back, root
 
-LARGEST_SIDE = 2048  # a longer side keeps its own basis: eigenvectors cost its cube, and its square in memory
+LARGEST_SIDE = 3072  # a longer side keeps its own basis: eigenvectors cost its cube, and its square in memory
 ROUNDS = 3  # from the weights' own coordinates
 PROBES = 4  # of a round, at each position
 WHITE_REACH = 0.3  # standard deviations: length of a secant in the metric's coordinates
@@ -56,6 +58,18 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     return int(np.prod(shape[:-1])), shape[-1]
 
 
+def blank_factor(leaf: Any) -> Factor:
+    """What the metric of a leaf will look like: shapes and types."""
+    shape = matrix_shape(leaf.shape)
+    sides = (jax.ShapeDtypeStruct((n, n), jnp.float32) if _turns(n, shape) else None for n in shape)
+    return Factor(*sides, jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+def _turns(side: int, shape: tuple[int, ...]) -> bool:
+    """Whether a side gets a basis: neither that of a vector nor a very long one."""
+    return min(shape) > 1 and side <= LARGEST_SIDE
+
+
 def measure(
     curvature: Curvature,
     positions: list[Position],
@@ -69,7 +83,7 @@ def measure(
 
     Bases in rounds of ``PROBES`` probes at each position, one from the metric ``begun``, ``ROUNDS`` without one; scales
     from ``count`` others. Their mean squares are drawn towards their own product form (row sums times column sums),
-    which is what few probes can tell. Holds one product at a time.
+    which is what few probes can tell. Holds one product and its squares at a time.
 
     Args:
         reach: length of the secant for a unit of the probe in the weights' own coordinates. least: no curvature is
@@ -77,44 +91,84 @@ def measure(
     """
     metric = begun
     for number in range(1 if begun else ROUNDS):
-        products = _products(curvature, metric, positions, PROBES, reach, jax.random.fold_in(key, number))
-        metric = _turned(metric, products, PROBES * len(positions), least)
+        look = _Look(curvature, metric, positions, reach, jax.random.fold_in(key, number))
+        metric = _beside(_turned(metric, look.mean(PROBES, _grams), PROBES * len(positions), least), positions)
         if metric is None:
             return None
-    products = _products(curvature, metric, positions, count, reach, jax.random.fold_in(key, ROUNDS))
-    return _scaled(metric, products, count * len(positions), least)
+    look = _Look(curvature, metric, positions, reach, jax.random.fold_in(key, ROUNDS))
+    return _scaled(metric, look.mean(count, _squares), count * len(positions), least)
 
 
-def _products(
-    curvature: Curvature, metric: Metric, positions: list[Position], count: int, reach: float, key: jax.Array
-) -> Iterator[list[np.ndarray]]:
-    """R' H R z for ``count`` probes z ~ N(0, 1) at each position: a float64 matrix for each leaf."""
-    for i, position in enumerate(positions):
-        for k in range(count):
-            probe = root(metric, gaussian(jax.random.fold_in(key, i * count + k), position))
-            found = pull_back(metric, curvature(position, probe, WHITE_REACH if metric else reach))
-            yield [np.asarray(x, np.float64).reshape(matrix_shape(x.shape)) for x in found]
+class _Look(NamedTuple):
+    """Products R' H R z at some positions."""
+
+    curvature: Curvature
+    metric: Metric
+    positions: list[Position]
+    reach: float
+    key: jax.Array
+
+    def mean(self, count: int, squares: Callable) -> list[list[np.ndarray]] | None:
+        """Means of ``squares`` over ``count`` probes z ~ N(0, 1) at each position; None when one is not finite."""
+        reach, unit = (WHITE_REACH, 1.0) if self.metric else (self.reach, self.reach**-2)  # unit: their squares' root
+        shapes = squares(None, self.metric, self.positions[0], unit)
+        total = _beside(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes), self.positions)
+        for i, position in enumerate(self.positions):
+            for k in range(count):
+                probe = _root(self.metric, noise_like(jax.random.fold_in(self.key, i * count + k), position))
+                total = squares(total, self.metric, self.curvature(position, probe, reach), unit)
+        scale = unit**2 / (count * len(self.positions))
+        found = [[np.asarray(x, np.float64) * scale for x in arrays] for arrays in total]
+        return found if all(np.isfinite(x).all() for arrays in found for x in arrays) else None
 
 
-def _turned(metric: Metric, products: Iterable[list[np.ndarray]], probes: int, least: float) -> Metric | None:
-    """The metric after one round; None when a product is not finite."""
-    grams: list[list] = []
-    for product in products:
-        if not all(np.isfinite(x).all() for x in product):
-            return None
-        grams = grams or [[0.0, 0.0] for _ in product]
-        for gram, x in zip(grams, product, strict=True):
-            for side, y in enumerate((x, x.T)):
-                whole = _turns(x.shape, side)
-                gram[side] = gram[side] + (y @ y.T if whole else (y * y).sum(1)) / (probes * y.shape[1])
-    shapes = [x.shape for x in product]
-    old = [_sides(f) for f in metric] if metric else [_Sides(None, None, np.ones(shape)) for shape in shapes]
-    return tuple(_factor(_turn(*pair, probes), least) for pair in zip(old, grams, strict=True))
+def _beside(tree: Any, positions: list[Position]) -> Any:
+    """On the device of the positions, if they are on one: where a program's arguments are decides what is compiled."""
+    devices = positions[0][0].devices()
+    return jax.device_put(tree, *devices) if len(devices) == 1 else tree
 
 
-def _turns(shape: tuple[int, int], side: int) -> bool:
-    """Whether this side of a matrix gets a basis: not that of a vector, nor a very long one."""
-    return min(shape) > 1 and shape[side] <= LARGEST_SIDE
+_root = jax.jit(root)
+
+
+def _matrices(metric: Metric, found: Position, unit: float) -> Position:
+    return tuple(x.reshape(matrix_shape(x.shape)) / unit for x in pull_back(metric, found))
+
+
+def _added(squares: Callable) -> Callable:
+    """``squares`` of R' times a product, in units, added to a sum; what the sum looks like where there is none yet."""
+    grown = jax.jit(lambda total, *given: jax.tree.map(jnp.add, total, squares(*given)), donate_argnums=0)
+    return lambda total, *given: jax.eval_shape(squares, *given) if total is None else grown(total, *given)
+
+
+@_added
+def _grams(metric: Metric, found: Position, unit: float) -> list[list[jax.Array]]:
+    """For each leaf Y: the means over columns of Y Y' and over rows of Y' Y; of a side without a basis the diagonal."""
+    return [[_gram(y), _gram(y.T)] for y in _matrices(metric, found, unit)]
+
+
+def _gram(y: jax.Array) -> jax.Array:
+    whole = _turns(len(y), y.shape)
+    return (jnp.matmul(y, y.T, precision=HIGHEST) if whole else (y * y).sum(1)) / y.shape[1]
+
+
+@_added
+def _squares(metric: Metric, found: Position, unit: float) -> list[list[jax.Array]]:
+    return [[y * y] for y in _matrices(metric, found, unit)]
+
+
+def _turned(metric: Metric, grams: list[list[np.ndarray]] | None, probes: int, least: float) -> Metric | None:
+    """The metric after one round; None without finite products."""
+    if grams is None:
+        return None
+    old = [_sides(f) for f in metric] if metric else [_Sides(None, None, np.ones([len(g) for g in p])) for p in grams]
+    with _pool() as pool:
+        return tuple(pool.map(lambda sides, pair: _factor(_turn(sides, pair, probes), least), old, grams))
+
+
+def _pool() -> ThreadPoolExecutor:
+    """For leaves side by side: LAPACK and large arrays let go of the interpreter."""
+    return ThreadPoolExecutor(min(16, os.cpu_count() or 1))
 
 
 def _turn(old: _Sides, grams: list[np.ndarray], probes: int) -> _Sides:
@@ -132,21 +186,30 @@ def _side(
     if gram.ndim == 1:
         return None, values * np.sqrt(gram)
     floor = _FLOOR * max(1.0, len(gram) / seen) * np.trace(gram) / len(gram)
-    squares, own = np.linalg.eigh(gram)
     half = (np.eye(len(gram)) if basis is None else basis) * np.sqrt(values)
-    grown = half @ ((own * np.sqrt(np.maximum(squares, 0) + floor)) @ own.T) @ half.T
-    values, vectors = np.linalg.eigh(grown)
-    return vectors, np.maximum(values, 0)
+    if jax.default_backend() != "gpu":
+        return _decomposed(half, gram, floor, np)
+    with jax.enable_x64(True):  # a GPU does it some ten times as fast as its host
+        vectors, values = _decomposed_there(half, gram, floor, jnp)
+        return np.asarray(vectors), np.asarray(values)
 
 
-def _scaled(metric: Metric, products: Iterable[list[np.ndarray]], probes: int, least: float) -> Metric | None:
-    """The metric with t_ij times the root mean square of its products; None when one is not finite."""
-    squares = [np.zeros(f.scale.shape) for f in metric]
-    for product in products:
-        squares = [square + x**2 for square, x in zip(squares, product, strict=True)]
-    if not all(np.isfinite(square).all() for square in squares):
+def _decomposed(half, gram, floor, xp):
+    squares, own = xp.linalg.eigh(gram)
+    grown = half @ ((own * xp.sqrt(xp.maximum(squares, 0) + floor)) @ own.T) @ half.T
+    values, vectors = xp.linalg.eigh(grown)
+    return vectors, xp.maximum(values, 0)
+
+
+_decomposed_there = jax.jit(_decomposed, static_argnums=3)
+
+
+def _scaled(metric: Metric, squares: list[list[np.ndarray]] | None, probes: int, least: float) -> Metric | None:
+    """The metric with t_ij times the root mean square of its products; None without finite ones."""
+    if squares is None:
         return None
-    return tuple(_rescaled(f, square / probes, probes, least) for f, square in zip(metric, squares, strict=True))
+    with _pool() as pool:
+        return tuple(pool.map(lambda factor, square: _rescaled(factor, *square, probes, least), metric, squares))
 
 
 def _rescaled(factor: Factor, square: np.ndarray, probes: int, least: float) -> Factor:
@@ -169,12 +232,22 @@ def _factor(sides: _Sides, least: float) -> Factor:
 
 def largest(curvature: Curvature, metric: Metric, position: Position, iterations: int, key: jax.Array) -> float:
     """The largest curvature in the metric's coordinates, by power iteration on secants one standard deviation long."""
-    vector, found = gaussian(key, position), 1.0
+    vector, found = noise_like(key, position), 1.0
     for _ in range(iterations):
-        size = jnp.sqrt(inner(vector, vector))
-        unit = root(metric, tuple(x / size for x in vector))
-        vector = pull_back(metric, curvature(position, unit, 1 / np.sqrt(max(found, 1.0))))
-        found = float(jnp.sqrt(inner(vector, vector)))
-        if not np.isfinite(found):
+        product = curvature(position, _unit(metric, vector), 1 / np.sqrt(max(found, 1.0)))
+        vector, size = _into_and_norm(metric, product)
+        if not np.isfinite(found := float(size)):
             return found
     return found
+
+
+@jax.jit
+def _unit(metric: Metric, vector: Position) -> Position:
+    size = jnp.sqrt(inner(vector, vector))
+    return root(metric, tuple(x / size for x in vector))
+
+
+@jax.jit
+def _into_and_norm(metric: Metric, product: Position) -> tuple[Position, jax.Array]:
+    vector = pull_back(metric, product)
+    return vector, jnp.sqrt(inner(vector, vector))

@@ -348,12 +348,17 @@ def _check_leaf(name: str, value: Any, mask: Any) -> _Leaf:
                 "Freeze it with a mask, or keep it out of center."
             )
         return leaf
-    bad = int(value.size - jnp.count_nonzero(jnp.isfinite(value)))
+    bad = int(_not_finite(value))
     if bad:
         raise ValueError(
             f"parameter '{name}' has {bad} entries of {value.size} that are NaN or infinite; center must be finite."
         )
     return leaf
+
+
+@jax.jit
+def _not_finite(value: jax.Array) -> jax.Array:
+    return value.size - jnp.count_nonzero(jnp.isfinite(value))
 
 
 def _entries(name: str, shape: tuple[int, ...], mask: Any) -> bytes | None:

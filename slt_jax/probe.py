@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slt_jax.posterior import LocalPosterior, LossProgram
-from slt_jax.samplers.base import Position, displacement, gaussian, inner, pull_back, root
+from slt_jax.samplers.base import Position, displacement, inner, noise_like, pull_back, root
 
 
 class Noise(NamedTuple):
@@ -64,7 +64,7 @@ def _grad_change(program: LossProgram, frozen: Any, blocks: Any, position: Posit
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _sharpness(program: LossProgram, position, frozen, blocks, nbeta, floor, reach, key, iterations):
+def _sharpness(program: LossProgram, position, frozen, blocks, nbeta, floor, reach, start, iterations):
     """Power iteration on secants of the gradient, as long as one standard deviation of the posterior they find.
 
     The product with the Hessian is (grad L(w + s v) - grad L(w - s v)) / (2 s): two gradients, no second derivative of
@@ -82,7 +82,6 @@ def _sharpness(program: LossProgram, position, frozen, blocks, nbeta, floor, rea
         s = jnp.where(good, jnp.sqrt(s / jnp.sqrt(found + floor)), s / 10)
         return product, s, jnp.where(good, found, 0.0)
 
-    start = gaussian(key, position)
     _, _, found = jax.lax.fori_loop(0, iterations, body, (start, reach, jnp.float32(0)))
     return found
 
@@ -123,8 +122,8 @@ def _noise(program: LossProgram, position, center, frozen, halves, metric):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _acceptance(program: LossProgram, position, center, frozen, blocks, nbeta, localization, step_size, metric, key):
-    """Metropolis acceptance of one Euler-Maruyama step, which is one leapfrog step from a fresh momentum."""
+def _acceptance(program: LossProgram, position, center, frozen, blocks, nbeta, localization, step_size, metric, fresh):
+    """Metropolis acceptance of one Euler-Maruyama step, which is one leapfrog step from the ``fresh`` momentum."""
     time = jnp.sqrt(step_size)
 
     def kick(i, carry):  # half a kick before the move, half a kick after it
@@ -139,7 +138,7 @@ def _acceptance(program: LossProgram, position, center, frozen, blocks, nbeta, l
         return _plus(w, root(metric, _scaled(time, momentum))), momentum, losses, distances, squares
 
     pair = jnp.zeros(2, jnp.float32)
-    start = (position, gaussian(key, position), pair, pair, pair)
+    start = (position, fresh, pair, pair, pair)
     *_, losses, distances, squares = jax.lax.fori_loop(0, 2, kick, start)
     change = nbeta * (losses[1] - losses[0]) + 0.5 * localization * (distances[1] - distances[0])
     change += 0.5 * (squares[1] - squares[0])
@@ -185,24 +184,25 @@ class Probe:
         """
         looks = [(_noise, self._for_noise(self.center))]
         if calibrates:
-            looks.append((_sharpness, self._for_sharpness(self.center, 1)))
+            looks.append((_sharpness, self._for_sharpness(self.center, 1, self.center)))
             looks.append((_grad_blocks, self._for_gradient(self.center)))
         else:
-            looks.append((_acceptance, self._for_acceptance(self.center, 1.0)))
+            looks.append((_acceptance, self._for_acceptance(self.center, 1.0, self.center)))
         analyses = [program.lower(*given).compile().memory_analysis() for program, given in looks]
         return [0 if a is None else a.temp_size_in_bytes + a.output_size_in_bytes for a in analyses]
 
     def sharpness(self, position: Position, iterations: int) -> float:
         """Largest curvature of nbeta L at ``position``, from below, by ``iterations`` rounds; 0 on flat ground."""
-        found = _sharpness(*self._for_sharpness(position, iterations))
+        start = noise_like(self._next_key(), position)
+        found = _sharpness(*self._for_sharpness(position, iterations, start))
         self.gradients += 2 * iterations * self.num_blocks
         return float(found)
 
-    def _for_sharpness(self, position: Position, iterations: int) -> tuple:
+    def _for_sharpness(self, position: Position, iterations: int, start: Position) -> tuple:
         posterior = self._posterior
         size = float(jnp.sqrt(_square(position)))
         numbers = (jnp.float32(x) for x in (posterior.nbeta, 1e-12, 1e-3 * (1 + size)))
-        return posterior.program, position, self._frozen, self._blocks, *numbers, self._next_key(), iterations
+        return posterior.program, position, self._frozen, self._blocks, *numbers, start, iterations
 
     def curvature(self, position: Position, direction: Position, reach: float) -> Position:
         """(nbeta Hessian + localization) times ``direction``, by a secant ``reach`` times as long; two gradients."""
@@ -241,11 +241,12 @@ class Probe:
     def acceptance(self, position: Position, step_size: float) -> float:
         """Metropolis acceptance of one Euler-Maruyama step of this size from ``position``, on the fixed examples."""
         self.gradients += 2 * self.num_blocks
-        return float(_acceptance(*self._for_acceptance(position, step_size)))
+        momentum = noise_like(self._next_key(), position)
+        return float(_acceptance(*self._for_acceptance(position, step_size, momentum)))
 
-    def _for_acceptance(self, position: Position, step_size: float) -> tuple:
+    def _for_acceptance(self, position: Position, step_size: float, momentum: Position) -> tuple:
         engine, posterior = self._engine, self._posterior
         gamma = 1.0 if posterior.localization is None else posterior.localization
         numbers = (jnp.float32(x) for x in (posterior.nbeta, gamma, step_size))
         around = (posterior.program, position, self.center, self._frozen, self._blocks)
-        return *around, *numbers, engine.alone(engine.metric), self._next_key()
+        return *around, *numbers, engine.alone(engine.metric), momentum

@@ -11,7 +11,7 @@ import slt_jax as slt
 import slt_jax.metric
 import slt_jax.whitening
 from slt_jax.kernels.langevin import normal
-from slt_jax.metric import PROBES, ROUNDS, largest, matrix_shape, measure
+from slt_jax.metric import PROBES, ROUNDS, _side, largest, matrix_shape, measure
 from slt_jax.probe import _acceptance, _noise
 from slt_jax.progress import Progress
 from slt_jax.samplers.base import Factor, Hyper, pull_back, root
@@ -217,7 +217,8 @@ def test_looks_are_taken_in_the_metric_s_coordinates():
     assert float(controlled) == pytest.approx(0, abs=1e-9)
     key, size = jax.random.key(3), 0.3
     numbers = (jnp.float32(v) for v in (2.0, 1.0, size))
-    accepted = _acceptance(target.program, place, place, frozen, jnp.asarray(x[None]), *numbers, (factor,), key)
+    moving = (*numbers, (factor,), (noise_of(key),))
+    accepted = _acceptance(target.program, place, place, frozen, jnp.asarray(x[None]), *moving)
     out, back = (lambda u: basis @ (u * factor.scale)), (lambda g: (basis.T @ g) * factor.scale)
     slope, p = 2 * x.mean(0), np.asarray(noise_of(key))
     half = p - np.sqrt(size) / 2 * back(slope)
@@ -335,3 +336,15 @@ def test_bad_arguments_are_refused():
         slt.underdamped(metric="diagonal")
     with pytest.raises(ValueError, match="Leave step_size out"):
         slt.underdamped(1e-4, metric="kronecker")
+
+
+def test_a_gpu_takes_apart_what_its_host_would(monkeypatch):
+    """Twelve decades, which float32 would lose. Kills: single precision on the device, values and vectors swapped."""
+    rng = np.random.default_rng(3)
+    basis, values = np.linalg.qr(rng.normal(size=(9, 9)))[0], np.logspace(0, -12, 9)
+    gram = spread(9, 1, 4)
+    vectors, found = _side(basis, values, gram, 1000)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    there, also = _side(basis, values, gram, 1000)
+    np.testing.assert_allclose(also, found, rtol=1e-3)
+    np.testing.assert_allclose(np.abs(np.sum(vectors * there, 0)), 1, atol=1e-3)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from slt_jax.kernels.langevin import normal
 
+HIGHEST = jax.lax.Precision.HIGHEST  # of a metric's products: in TF32 a flat direction would get the stiff ones' errors
 Position = tuple[jax.Array, ...]
 LossAndGrad = Callable[[Position], tuple[jax.Array, Position]]
 
@@ -98,15 +99,15 @@ def pull_back(metric: Metric, tree: Position) -> Position:
 
 def _out_of(factor: Factor, leaf: jax.Array) -> jax.Array:
     x = leaf.reshape(factor.scale.shape) * factor.scale
-    x = x if factor.left is None else factor.left @ x
-    x = x if factor.right is None else x @ factor.right.T
+    x = x if factor.left is None else jnp.matmul(factor.left, x, precision=HIGHEST)
+    x = x if factor.right is None else jnp.matmul(x, factor.right.T, precision=HIGHEST)
     return x.reshape(leaf.shape).astype(leaf.dtype)
 
 
 def _into(factor: Factor, leaf: jax.Array) -> jax.Array:
     x = leaf.reshape(factor.scale.shape)
-    x = x if factor.left is None else factor.left.T @ x
-    x = (x if factor.right is None else x @ factor.right) * factor.scale
+    x = x if factor.left is None else jnp.matmul(factor.left.T, x, precision=HIGHEST)
+    x = (x if factor.right is None else jnp.matmul(x, factor.right, precision=HIGHEST)) * factor.scale
     return x.reshape(leaf.shape).astype(leaf.dtype)
 
 
@@ -138,3 +139,8 @@ def leaf_keys(key: jax.Array, position: Position) -> list[jax.Array]:
 def gaussian(key: jax.Array, position: Position) -> Position:
     """Standard normal noise shaped like ``position``, independent over leaves."""
     return tuple(normal(k, w.shape, w.dtype) for w, k in zip(position, leaf_keys(key, position), strict=True))
+
+
+def noise_like(key: jax.Array, position: Position) -> Position:
+    """``gaussian`` by a program of its own, laid out as ``position`` is: it takes long to compile."""
+    return jax.jit(gaussian, out_shardings=tuple(w.sharding for w in position))(key, position)
