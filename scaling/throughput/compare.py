@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -42,7 +43,8 @@ def ours(*arguments: str) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Device, versions and commit."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     cpu = next((x.split(":")[1].strip() for x in _lines("/proc/cpuinfo") if x.startswith("model name")), "unknown")
     versions = {name: importlib.metadata.version(name) for name in ("slt-jax", "jax", "jaxlib", "flax", "numpy")}
     return {
