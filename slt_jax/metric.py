@@ -35,7 +35,7 @@ import numpy as np
 from slt_jax.samplers.base import HIGHEST, Factor, Metric, Position, inner, noise_like, pull_back, root
 
 LARGEST_SIDE = 3072  # a longer side keeps its own basis: eigenvectors cost its cube, and its square in memory
-ROUNDS = 3  # from the weights' own coordinates
+ROUNDS = 4  # from the weights' own coordinates
 PROBES = 4  # of a round, at each position
 WHITE_REACH = 0.3  # standard deviations: length of a secant in the metric's coordinates
 _PRIOR = 2.0  # probes' worth of the product form, against the noise of few probes

@@ -177,6 +177,30 @@ def test_the_published_protocol_is_the_published_one(size, step_size, steps, num
     assert found.name == "published"
 
 
+def asked(size, *more):
+    return run.method_of(run.parse(["--class", size, "--type", "B", "--out", "x", *more]), size)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(("size", "file"), [("100K", "100K-law"), ("1M", "1M")])
+def test_the_command_alone_gives_the_committed_rows_of_a_large_class(size, file):
+    """Nothing but class and type said. Kills: another nbeta, localization, friction or length."""
+    found, _ = records.read_rows(ROOT / f"scaling/dln/results/{file}.jsonl")
+    assert len(found) >= 6
+    assert all(row["request"] == dataclasses.asdict(asked(size)) for row in found)
+
+
+@pytest.mark.quick
+def test_what_is_asked_for_takes_the_place_of_the_usual():
+    """Kills: the large classes' setting in small ones or beside another sampler; a localization that nbeta leaves."""
+    assert asked("10K") == filled(Method(), "10K")
+    assert asked("1M", "--sampler", "default") == filled(Method(), "1M")
+    assert asked("1M", "--label-noise", "1") == filled(Method(label_noise=1.0), "1M")
+    other = asked("1M", "--nbeta", "1e10", "--budget", "900", "--chains", "4")
+    assert (other.nbeta, other.localization, other.num_chains, other.friction) == (1e10, 1e6, 4, 0.1)
+    assert (other.budget, other.num_warmup, other.num_draws) == (900, None, None)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -244,17 +268,21 @@ def test_the_loss_on_drawn_inputs_is_that_on_stored_ones():
 
 @pytest.mark.parametrize("widths", [(9, 5, 7, 3), (3, 7, 5, 9), (6, 8, 3, 7, 9), (4, 6)], ids=str)
 def test_the_loss_over_the_law_of_inputs_is_the_mean_of_the_others(widths):
-    """Wherever the narrowest width is; and close to w*, where float32 leaves nothing of a difference of products."""
+    """Wherever the narrowest width is; and close to w*, where float32 and float64 leave nothing of a difference."""
     rng = np.random.default_rng(0)
     layers = tuple(rng.normal(size=pair).astype(np.float32) for pair in itertools.pairwise(widths))
     teacher = teachers.make_teacher("B", "1K", 0)._replace(widths=widths, weights=layers)
     inputs, outputs = exact_rows(teacher, 300, "population")
-    for distance in (0.3, 1e-6):
-        moved = [w + np.float32(distance) * rng.normal(size=w.shape).astype(np.float32) for w in layers]
-        exact = np.mean((np.linalg.multi_dot([inputs, *(w.astype(float) for w in moved)]) - outputs) ** 2)
-        found = population.loss_fn(moved, [w[None] for w in layers])
+    for distance in (0.3, 1e-6, 1e-16):
+        moves = [np.float32(distance) * rng.normal(size=w.shape).astype(np.float32) for w in layers]
+        ends = [w.astype(float) + move for w, move in zip(layers, moves, strict=True)]
+        change = np.linalg.multi_dot([inputs, *ends]) - outputs
+        if distance < 1e-9:  # of which float64 knows the first order alone
+            sums = [[*layers[:k], move, *layers[k + 1 :]] for k, move in enumerate(moves)]
+            change = sum(np.linalg.multi_dot([inputs, *(x.astype(float) for x in mixed)]) for mixed in sums)
+        found = population.loss_fn(moves, [w[None] for w in layers])
         assert found.shape == (1,)
-        assert float(found[0]) == pytest.approx(exact, rel=2e-5)
+        assert float(found[0]) == pytest.approx(np.mean(change**2), rel=2e-5)
 
 
 def test_over_the_law_of_inputs_a_row_has_no_minibatches():
@@ -277,7 +305,8 @@ def test_over_the_law_of_inputs_a_row_has_no_minibatches():
 def test_a_teacher_that_does_not_fit_is_refused_before_anything_is_drawn(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "free_of_process", lambda: 6e9)
     monkeypatch.setattr(run, "make_teacher", lambda *_: pytest.fail("weights were drawn"))
-    args = run.parse(["--class", "100K", "--type", "B", "--out", str(tmp_path / "x"), "--devices", "1"])
+    asked_for = ["--class", "100K", "--type", "B", "--data", "stored", "--devices", "1"]
+    args = run.parse([*asked_for, "--out", str(tmp_path / "x")])
     told = (
         r"type B, class 100K, teacher \d+ \(widths [\d-]+\) needs about [\d.]+ GB of this process \(data set "
         r"[\d.]+ GB, weights .* and 6 GB are free. Enough would be --data drawn, or --num-data \d+."

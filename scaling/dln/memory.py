@@ -18,6 +18,8 @@ STATES = {
     "hmc": 3, "gibbs": 4,
 }  # fmt: skip
 PROGRAM = 750 * 2**20  # the interpreter, JAX, and what it compiles
+MEASURING = 14  # copies of the weights on an accelerator, for a metric's products, sums and rotations
+LIBRARIES = 3 * 2**27  # there, for what multiplies and decomposes matrices, and gaps between what is freed
 
 
 class Need(NamedTuple):
@@ -43,7 +45,8 @@ def need_of(shape: Shape, method: Method, chains: int, devices: int, accelerated
 
     s: copies in a sampler's state (1 for SGLD, 2 with a momentum); p = min(4, C) for the chains' ends that a
     calibration keeps, on every device; 2 + 3 s for the chain that is moved. On a CPU all of it is the process's. An
-    accelerator has its share of the terms with C and D, and moves its chains together when they are small.
+    accelerator has its share of the terms with C and D, and moves its chains together when they are small; a metric
+    takes 14 copies of the weights there, and 384 MiB.
 
     Args:
       method: with its ``num_data``.
@@ -65,7 +68,8 @@ def need_of(shape: Shape, method: Method, chains: int, devices: int, accelerated
         return Need((1.5 + devices) * data, 2 * (weights + target) + on_devices, devices * layers, PROGRAM)
     local = chains / devices
     together = local if weights * local <= 2**26 else 1
-    accelerator = data + kept + s * local * weights + together * (moved + layers)
+    measuring = MEASURING * weights + LIBRARIES if method.sampler == "kronecker" else 0.0
+    accelerator = data + kept + s * local * weights + together * (moved + layers) + measuring
     return Need(1.5 * data, 2 * (weights + target), 0, PROGRAM, accelerator)
 
 

@@ -1,6 +1,8 @@
 """How a teacher is sampled: the published protocol, or any sampler with what is not given chosen by the calibration."""
 
+import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -16,6 +18,14 @@ WHOLE = ("hmc", "gibbs")  # these take no minibatches
 WITHOUT_FRICTION = ("sgld", "leimkuhler-matthews", "preconditioned", *WHOLE)
 PUBLISHED_BATCH = 500
 LEAPFROGS = 64  # of one HMC move
+SMALL = ("1K", "10K")
+# Of the other classes, where nothing is said of sampler and data. Without label noise nbeta is free, and without the
+# noise of minibatches a low friction heats nothing.
+LARGE = {
+    "sampler": "kronecker", "data": "population", "nbeta": 1e20, "friction": 0.05, "num_chains": 2, "num_warmup": 200,
+    "num_draws": 100,
+}  # fmt: skip
+FLAT = 0.01  # nbeta / localization^2 there: what flat directions may lose of their flatness
 
 
 @dataclass(frozen=True)
@@ -81,6 +91,18 @@ class Method:
         base = "published" if self.protocol == "published" else self.sampler
         noiseless = ", population" if self.noiseless else ""
         return base + noiseless + (f", label noise {self.label_noise:g}" if self.label_noise > 0 else "")
+
+
+def ours(size: str, given: dict[str, Any]) -> Method:
+    """What is ``given`` of a Method, and for the rest what the calibration chooses; of a large class, where neither
+    sampler nor data are given, ``LARGE``. Raises ValueError for what does not go together.
+    """
+    if size in SMALL or given.keys() & {"sampler", "data", "label_noise"}:
+        return filled(Method(**given), size)
+    chosen = {**LARGE, **given}
+    if "budget" in given:
+        chosen = {name: chosen[name] for name in chosen if name in given or name not in ("num_warmup", "num_draws")}
+    return filled(Method(**{"localization": math.sqrt(chosen["nbeta"] / FLAT), **chosen}), size)
 
 
 def published(size: str, num_data: int | None = None, data: str = "stored", label_noise: float = 0.0) -> Method:

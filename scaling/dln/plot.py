@@ -177,9 +177,11 @@ def main() -> None:
     args = parser.parse_args()
     rows = [row for file in args.files for row in read_rows(file)[0]]
     curve = curve_rows(rows)
-    groups = grouped(row for row in rows if row["request"]["sampler"] != "gibbs")
-    if groups:
-        print(table(groups))
+    exact = [row for row in rows if row["request"]["sampler"] == "gibbs"]
+    groups = grouped(row for row in rows if row not in exact)
+    tabled = grouped(row for row in rows if row not in curve)
+    if tabled:
+        print(table(tabled))
     if curve:
         print(f"\n{curve_table(curve)}")
     if args.out is None:

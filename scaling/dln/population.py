@@ -7,9 +7,12 @@ Inputs are uniform on [-10, 10] and independent, so that the mean loss is, exact
 What is left of the difficulty is the posterior's: depth, curvatures that span decades, degeneracy. What is missing is
 the noise of minibatches, which ``--data stored`` and ``--data drawn`` have.
 
-The difference of the two products is never formed by subtracting them, which in float32 leaves nothing of it at a large
-nbeta. It is carried along, A B - A* B* = A (B - B*) + (A - A*) B*, from the layers' own differences, which are exact.
-And it is carried from the narrowest width m outwards: m / H_0 of the cost of H_0 inputs.
+What is sampled are the displacements V_k = W_k - W_k* themselves, whose posterior is that of the weights: float32 holds
+them to seven digits however small they are, where w* + V would round away all that is below 1e-7 of w*. And the
+difference of the two products is never formed by subtracting them. It is carried along,
+(A* + U)(B* + V) - A* B* = (A* + U) V + U B*, from the narrowest width m outwards: m / H_0 of the cost of H_0 inputs.
+So nbeta has no limit but that of the exponents, and a deep network needs a large one: where layers are nearly singular,
+a direction counts only if nbeta times its curvature is well above the localization.
 """
 
 from collections.abc import Sequence
@@ -30,9 +33,9 @@ def _joined(left: Pair, right: Pair) -> Pair:
     return p @ q, (p + dp) @ dq + dp @ q
 
 
-def difference(weights: Sequence[jax.Array], layers: Sequence[jax.Array]) -> jax.Array:
+def difference(displacements: Sequence[jax.Array], layers: Sequence[jax.Array]) -> jax.Array:
     """W_1 ... W_L - W*_1 ... W*_L, ``(H_0, H_L)``, to the relative precision of the type."""
-    pairs = [(star, w - star) for w, star in zip(weights, layers, strict=True)]
+    pairs = list(zip(layers, displacements, strict=True))
     widths = [layers[0].shape[0], *(w.shape[1] for w in layers)]
     narrowest = int(np.argmin(widths))
     before, after = pairs[:narrowest], pairs[narrowest:]
@@ -53,11 +56,11 @@ def difference(weights: Sequence[jax.Array], layers: Sequence[jax.Array]) -> jax
     return (p + dp) @ dq + dp @ q
 
 
-def loss_fn(weights: Sequence[jax.Array], teachers: Sequence[jax.Array]) -> jax.Array:
-    """L(w), ``(m,)``, for each of m teachers: L arrays ``(m, H_{k-1}, H_k)``."""
+def loss_fn(displacements: Sequence[jax.Array], teachers: Sequence[jax.Array]) -> jax.Array:
+    """L(w* + v), ``(m,)``, for each of m teachers w*: L arrays ``(m, H_{k-1}, H_k)``."""
 
     def one(layers: Sequence[jax.Array]) -> jax.Array:
-        return INPUT_VARIANCE / layers[-1].shape[1] * jnp.sum(difference(weights, layers) ** 2)
+        return INPUT_VARIANCE / layers[-1].shape[1] * jnp.sum(difference(displacements, layers) ** 2)
 
     return jax.vmap(one)(teachers)
 
@@ -65,9 +68,10 @@ def loss_fn(weights: Sequence[jax.Array], teachers: Sequence[jax.Array]) -> jax.
 def posterior_and_data(
     teacher: Teacher, num_data: int, nbeta: float | None, localization: float | None
 ) -> tuple[slt.LocalPosterior, list[np.ndarray]]:
-    """The local posterior at the teacher, and a data set of one example, of which the loss is all of L.
+    """The local posterior of displacements from the teacher; a data set of one example, of which the loss is all of L.
 
     ``num_data`` sets nbeta where that is not given, and nothing else.
     """
-    posterior = slt.LocalPosterior(loss_fn, list(teacher.weights), num_data, nbeta=nbeta, localization=localization)
+    center = [np.zeros_like(w) for w in teacher.weights]
+    posterior = slt.LocalPosterior(loss_fn, center, num_data, nbeta=nbeta, localization=localization)
     return posterior, [w[None] for w in teacher.weights]

@@ -73,7 +73,7 @@ def the_sweep(args: argparse.Namespace) -> dict[str, Any]:
     str(found)
     traces, cost = len(posterior.loss_fn.traces), found.results[0].settings["cost"]
     return {
-        "seconds": seconds, "traces": traces, "peak_mib": peak_memory()[0], "steps_per_s": cost["steps_per_s"],
+        "seconds": seconds, "traces": traces, "peak_mib": peak_memory()[0], "steps": cost,
         "devices": found.results[0].settings["devices"], "llc": found.dataset.llc.values.tolist(),
     }  # fmt: skip
 
@@ -162,6 +162,10 @@ def table(record: dict[str, Any]) -> Iterator[str]:
         yield f"| {told} | {whole:.0f} | {whole / sweep['wall']:.2f}x |"
 
 
+def keep(record: dict[str, Any], out: Path) -> None:
+    out.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
@@ -187,15 +191,17 @@ def main() -> None:
         if args.folder is None:  # not here: this process takes no accelerator, of which the others need the memory
             args.folder = Path(scratch)
             args.folder = Path(in_a_process("train", args)["folder"])
-        sweep, calls = in_a_process("sweep", args), in_a_process("calls", args)
+        record: dict[str, Any] = {"machine": machine(), "grid": GRID, "plan": plan_of(args)}
+        record["budget_gib"] = args.memory_gib
+        for child in ("sweep", "calls"):
+            record[child] = in_a_process(child, args)
+            keep(record, args.out)
         alone = [in_a_process("process", args, number) for number in spread(args.processes)]
-    processes = {"cells": spread(args.processes), "walls": [found["wall"] for found in alone]}
-    numbers, llc = calls["cells"] + processes["cells"], calls["llc"] + [found["llc"] for found in alone]
-    record = {
-        "machine": machine(), "grid": GRID, "plan": plan_of(args), "budget_gib": args.memory_gib, "sweep": sweep,
-        "calls": calls, "processes": processes, "difference": difference(sweep["llc"], numbers, llc),
-    }  # fmt: skip
-    args.out.write_text(json.dumps(record, indent=1))
+    sweep, calls, cells_alone = record["sweep"], record["calls"], spread(args.processes)
+    record["processes"] = {"cells": cells_alone, "walls": [found["wall"] for found in alone]}
+    numbers, llc = calls["cells"] + cells_alone, calls["llc"] + [found["llc"] for found in alone]
+    record["difference"] = difference(sweep["llc"], numbers, llc)
+    keep(record, args.out)
     print(*table(record), sep="\n")
     if record["difference"] > ALIKE["cpu" in sweep["devices"]]:
         sys.exit(f"a cell of the sweep differs from a call of its own by {record['difference']:.2g} of it")

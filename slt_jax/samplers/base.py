@@ -6,6 +6,7 @@ bound when the sampler is built; what changes only numbers travels in ``hyper`` 
 once.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -143,4 +144,9 @@ def gaussian(key: jax.Array, position: Position) -> Position:
 
 def noise_like(key: jax.Array, position: Position) -> Position:
     """``gaussian`` by a program of its own, laid out as ``position`` is: it takes long to compile."""
-    return jax.jit(gaussian, out_shardings=tuple(w.sharding for w in position))(key, position)
+    return _laid_out(tuple(w.sharding for w in position))(key, position)
+
+
+@functools.lru_cache
+def _laid_out(shardings: tuple) -> Callable:
+    return jax.jit(gaussian, out_shardings=shardings)

@@ -14,13 +14,13 @@ import submitit
 
 import slt_jax as slt
 from scaling.dln import devices
-from scaling.dln.methods import Method, estimate, filled
+from scaling.dln.methods import estimate, ours
 from scaling.dln.teachers import KINDS, SIZES, make_teacher
 from slt_jax.fleet import run_fleet
 
 
 def run_one(case: dict[str, Any]) -> slt.LLCResult:
-    method = filled(Method(), case["size"])
+    method = ours(case["size"], {})
     return estimate(make_teacher(**case), method, devices.mesh_for(method.num_chains, None))
 
 
