@@ -162,7 +162,7 @@ def slopes(draws: np.ndarray, gap_var: np.ndarray, distance_sq: np.ndarray, nbet
     Args:
         draws: nbeta (L_m(w) - L_m(w*)), (chain, draw). gap_var: per draw, of L_m(w) - L_m(w*). distance_sq: |w - w*|^2.
     """
-    if (parts := _quarters(draws, nbeta * (nbeta * gap_var), localization / 2 * distance_sq)) is None:
+    if (parts := _quarters(draws, nbeta * (nbeta * np.float64(gap_var)), localization / 2 * distance_sq)) is None:
         return _UNKNOWN, _UNKNOWN
     energy, noise, pull = parts
     return _mean_of(energy - (_product(energy, energy) - noise)), _mean_of(-_product(energy, pull))

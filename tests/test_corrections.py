@@ -161,6 +161,17 @@ def test_slopes_of_a_hidden_direction():
     assert up.stderr < 0.1 * exact
 
 
+def test_slopes_at_any_nbeta_are_those_in_its_units():
+    """Kills: nbeta squared before it meets float32, of which it is out of range above 2e19."""
+    rng, nbeta = np.random.default_rng(2), 1e22
+    draws = 1e4 * rng.normal(size=(64, 40)) ** 2
+    noise = 1e8 * rng.normal(size=draws.shape) ** 2
+    distance = rng.normal(size=draws.shape) ** 2
+    usual = slopes(draws, noise, distance, 1.0, 1.0)
+    found = slopes(draws, (noise / nbeta**2).astype(np.float32), distance, nbeta, 1.0)
+    np.testing.assert_allclose(found, usual, rtol=1e-3)
+
+
 def test_slopes_vanish_at_the_asymptotic_temperature():
     draws = gamma_draws(3.5)
     up, down = slopes(draws, np.zeros_like(draws), np.random.default_rng(1).normal(size=draws.shape) ** 2, 1.0, 1.0)
