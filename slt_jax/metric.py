@@ -141,10 +141,12 @@ def _added(squares: Callable) -> Callable:
     return lambda total, *given: jax.eval_shape(squares, *given) if total is None else grown(total, *given)
 
 
-@_added
-def _grams(metric: Metric, found: Position, unit: float) -> list[list[jax.Array]]:
+def _look_grams(metric: Metric, found: Position, unit: float) -> list[list[jax.Array]]:
     """For each leaf Y: the means over columns of Y Y' and over rows of Y' Y; of a side without a basis the diagonal."""
     return [[_gram(y), _gram(y.T)] for y in _matrices(metric, found, unit)]
+
+
+_grams = _added(_look_grams)
 
 
 def _gram(y: jax.Array) -> jax.Array:

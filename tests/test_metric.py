@@ -10,9 +10,12 @@ import pytest
 import slt_jax as slt
 import slt_jax.metric
 import slt_jax.whitening
+from slt_jax.batches import as_source
+from slt_jax.engine import Engine, Schedule
 from slt_jax.kernels.langevin import normal
+from slt_jax.mesh import chain_mesh
 from slt_jax.metric import PROBES, ROUNDS, _side, largest, matrix_shape, measure
-from slt_jax.probe import _acceptance, _noise
+from slt_jax.probe import Probe, _acceptance, _noise
 from slt_jax.progress import Progress
 from slt_jax.samplers.base import Factor, Hyper, pull_back, root
 
@@ -348,3 +351,39 @@ def test_a_gpu_takes_apart_what_its_host_would(monkeypatch):
     there, also = _side(basis, values, gram, 1000)
     np.testing.assert_allclose(also, found, rtol=1e-3)
     np.testing.assert_allclose(np.abs(np.sum(vectors * there, 0)), 1, atol=1e-3)
+
+
+def products_of(closed):
+    """The precision of every product of matrices in a program, and in those that it calls."""
+    for eqn in closed.jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            yield eqn.params["precision"]
+        for inner in eqn.params.values():
+            if hasattr(inner, "jaxpr"):
+                yield from products_of(inner)
+
+
+@pytest.mark.quick
+def test_a_metric_multiplies_in_full_precision(metric):
+    """Accelerators take TF32 unless told otherwise, and a flat direction would get the stiff ones' errors."""
+    tree, full = (jnp.ones((ROWS, COLUMNS)),), jax.lax.Precision.HIGHEST
+    looked = lambda m, t: slt_jax.metric._look_grams(m, t, 1.0)  # noqa: E731
+    for program, count in ((root, 2), (pull_back, 2), (looked, 4)):
+        found = list(products_of(jax.make_jaxpr(program)(metric, tree)))
+        assert len(found) == count
+        assert all(one in (full, (full, full)) for one in found)
+
+
+def test_what_takes_long_to_compile_is_compiled_once(estimate):
+    """A metric's root without a metric and with one; the chunk as it is planned, before there is one."""
+    slt_jax.metric._root.clear_cache()
+    target, plan = posterior(), Schedule(2, 20, 20, 1, 50, 1, "paired", 1, 20)
+    sampler = slt.underdamped(metric="kronecker")
+    engine = Engine(target, as_source(DATA), sampler, plan, jax.random.key(0), chain_mesh(2, jax.devices()[:1]))
+    planned = engine.lower().as_text()
+    engine.localize(PULL)
+    probe = Probe(engine, 2, jax.random.key(1))
+    slt_jax.whitening.Whitening(engine, probe, 1e4).explore(1e6, PULL)
+    assert engine.metric
+    assert engine.lower().as_text() == planned
+    assert slt_jax.metric._root._cache_size() == 2
