@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from scaling.samplers.gradients import first_to_stay, running_means
-from scaling.throughput import compare, work
+from scaling.throughput import compare, sweep, work
 from slt_jax.models import Decoder, DecoderConfig
 
 
@@ -91,3 +91,19 @@ def test_running_means_are_of_the_last_share():
     np.testing.assert_allclose(running_means(draws, 0.5), [1.0, 2.0, 4.0, 5.0])
     np.testing.assert_allclose(running_means(draws, 1.0), [1.0, 1.5, 3.0, 3.25])
     np.testing.assert_allclose(running_means(draws, 0.1), draws)
+
+
+def test_a_cell_is_held_against_its_own_call():
+    """Kills: a NaN on one side alone passing; no difference where both are NaN or 0."""
+    nan = float("nan")
+    assert sweep.difference([1.0, 2.0, nan, 0.0], [0, 1, 2, 3], [1.0, 2.0, nan, 0.0]) == 0
+    assert sweep.difference([1.0, 2.0], [1], [2.2]) == pytest.approx(0.2 / 2.2)
+    assert sweep.difference([1.0, nan], [0, 1], [1.0, 2.0]) == np.inf
+    assert sweep.difference([[1.0], [nan]], [1], [nan]) == 0
+
+
+def test_calls_that_were_not_run_take_the_mean_of_those_that_compiled_nothing():
+    each = [9.0, 1.0, 2.0]
+    assert sweep.estimated({"wall": 15.0, "each": each}) == pytest.approx(15 + 105 * 1.5)
+    assert sweep.estimated({"wall": 120.0, "each": [1.0] * 108}) == 120
+    assert sweep.spread(3) == [0, 53, 107]
