@@ -170,15 +170,15 @@ def test_a_row_tells_all():
 def test_the_published_protocol_is_the_published_one(size, step_size, steps, num_data):
     """The table of Lau et al., once more by hand."""
     args = run.parse(["--class", size, "--type", "published", "--out", "x", "--protocol", "published"])
-    found = run.method_of(args, size)
+    found = run.method_of(args, size, "published")
     assert (found.sampler, found.step_size, found.localization, found.num_chains) == ("sgld", step_size, 1.0, 1)
     assert (found.num_warmup, found.num_draws, found.budget) == (0.9 * steps, 0.1 * steps, None)
     assert (found.batch_size, found.num_data, found.nbeta) == (500, num_data, None)
     assert found.name == "published"
 
 
-def asked(size, *more):
-    return run.method_of(run.parse(["--class", size, "--type", "B", "--out", "x", *more]), size)
+def asked(size, *more, kind="B"):
+    return run.method_of(run.parse(["--class", size, "--type", kind, "--out", "x", *more]), size, kind)
 
 
 @pytest.mark.quick
@@ -195,6 +195,8 @@ def test_what_is_asked_for_takes_the_place_of_the_usual():
     """Kills: the large classes' setting in small ones or beside another sampler; a localization that nbeta leaves."""
     assert asked("10K") == filled(Method(), "10K")
     assert asked("1M", "--sampler", "default") == filled(Method(), "1M")
+    assert asked("1M", kind="A") == filled(Method(), "1M")
+    assert asked("1M", kind="C") == asked("1M")
     assert asked("1M", "--label-noise", "1") == filled(Method(label_noise=1.0), "1M")
     other = asked("1M", "--nbeta", "1e10", "--budget", "900", "--chains", "4")
     assert (other.nbeta, other.localization, other.num_chains, other.friction) == (1e10, 1e6, 4, 0.1)

@@ -19,8 +19,10 @@ WITHOUT_FRICTION = ("sgld", "leimkuhler-matthews", "preconditioned", *WHOLE)
 PUBLISHED_BATCH = 500
 LEAPFROGS = 64  # of one HMC move
 SMALL = ("1K", "10K")
-# Of the other classes, where nothing is said of sampler and data. Without label noise nbeta is free, and without the
-# noise of minibatches a low friction heats nothing.
+REGULAR = ("B", "C")
+# Of these types in the other classes, where nothing is said of sampler and data. Without label noise nbeta is free, and
+# without the noise of minibatches a low friction heats nothing. What is read is half the rank of the Hessian at w*: of
+# regular teachers the coefficient, of others less.
 LARGE = {
     "sampler": "kronecker", "data": "population", "nbeta": 1e20, "friction": 0.05, "num_chains": 2, "num_warmup": 200,
     "num_draws": 100,
@@ -93,11 +95,11 @@ class Method:
         return base + noiseless + (f", label noise {self.label_noise:g}" if self.label_noise > 0 else "")
 
 
-def ours(size: str, given: dict[str, Any]) -> Method:
-    """What is ``given`` of a Method, and for the rest what the calibration chooses; of a large class, where neither
-    sampler nor data are given, ``LARGE``. Raises ValueError for what does not go together.
+def ours(size: str, kind: str, given: dict[str, Any]) -> Method:
+    """What is ``given`` of a Method, and for the rest what the calibration chooses; for regular teachers of a large
+    class, where neither sampler nor data are given, ``LARGE``. Raises ValueError for what does not go together.
     """
-    if size in SMALL or given.keys() & {"sampler", "data", "label_noise"}:
+    if size in SMALL or kind not in REGULAR or given.keys() & {"sampler", "data", "label_noise"}:
         return filled(Method(**given), size)
     chosen = {**LARGE, **given}
     if "budget" in given:

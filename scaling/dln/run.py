@@ -4,8 +4,8 @@
     python -m scaling.dln.run --class 1K --type A B C --count 30 --out published.jsonl --protocol published
     python -m scaling.dln.run --class 100K --type C --count 10 --out ours.jsonl --sampler default --data drawn
 
-What is not given is slt-jax's own default in the classes 1K and 10K. From 100K on it is the Kronecker metric at a large
-nbeta, over the law of the inputs (``methods.LARGE``), unless --sampler, --data or --label-noise is given.
+What is not given is slt-jax's own default. For types B and C from 100K on it is the Kronecker metric at a large nbeta,
+over the law of the inputs (``methods.LARGE``), unless --sampler, --data or --label-noise is given.
 
 A row that is there is not run again: the same command goes on where a killed one stopped. Rows are told apart by class,
 type, seed and everything under ``request``; not by devices, on which no number depends beyond the order of sums.
@@ -17,6 +17,7 @@ Exit codes: 0 done; 2 arguments that cannot be used, or a teacher that does not 
 """
 
 import argparse
+import itertools
 import os
 import sys
 import time
@@ -64,7 +65,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def method_of(args: argparse.Namespace, size: str) -> Method:
+def method_of(args: argparse.Namespace, size: str, kind: str) -> Method:
     """Raises ValueError for arguments that do not go together."""
     asked = {
         "sampler": args.sampler, "step_size": args.step_size, "friction": args.friction, "nbeta": args.nbeta,
@@ -74,7 +75,7 @@ def method_of(args: argparse.Namespace, size: str) -> Method:
     }  # fmt: skip
     given = {name: value for name, value in asked.items() if value is not None}
     if args.protocol == "ours":
-        return ours(size, given)
+        return ours(size, kind, given)
     if changed := [name for name in given if name not in ("num_data", "data", "label_noise")]:
         raise ValueError(
             f"the published protocol sets {', '.join(changed)} itself. Leave them out, or take --protocol ours."
@@ -93,9 +94,9 @@ def run_one(teacher: Teacher, method: Method, most_devices: int | None) -> dict[
 
 def pending(args: argparse.Namespace, store: Store | None) -> list[tuple[str, str, int, Method]]:
     """The teachers that have no row yet; the first process, which has the store, decides for all."""
-    methods = {size: method_of(args, size) for size in args.sizes}
+    methods = {(size, kind): method_of(args, size, kind) for size in args.sizes for kind in args.kinds}
     seeds = range(args.seed_start, args.seed_start + args.count)
-    wanted = [(size, kind, seed, methods[size]) for seed in seeds for size in args.sizes for kind in args.kinds]
+    wanted = [(size, kind, seed, methods[size, kind]) for seed in seeds for size in args.sizes for kind in args.kinds]
     return [w for w in wanted if devices.first_says(store is not None and identity(*w) not in store)]
 
 
@@ -128,8 +129,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         processes = devices.cluster(args.coordinator, args.num_processes, args.process_id, os.environ)
-        for size in args.sizes:
-            method_of(args, size)
+        for size, kind in itertools.product(args.sizes, args.kinds):
+            method_of(args, size, kind)
         devices.start(processes, args.devices)
         jax.config.update("jax_enable_x64", args.sampler == "gibbs")
         sweep(args)

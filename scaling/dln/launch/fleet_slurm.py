@@ -20,7 +20,7 @@ from slt_jax.fleet import run_fleet
 
 
 def run_one(case: dict[str, Any]) -> slt.LLCResult:
-    method = ours(case["size"], {})
+    method = ours(case["size"], case["kind"], {})
     return estimate(make_teacher(**case), method, devices.mesh_for(method.num_chains, None))
 
 
