@@ -199,7 +199,7 @@ def test_what_is_asked_for_takes_the_place_of_the_usual():
     assert asked("1M", kind="C") == asked("1M")
     assert asked("1M", "--label-noise", "1") == filled(Method(label_noise=1.0), "1M")
     other = asked("1M", "--nbeta", "1e10", "--budget", "900", "--chains", "4")
-    assert (other.nbeta, other.localization, other.num_chains, other.friction) == (1e10, 1e6, 4, 0.1)
+    assert (other.nbeta, other.localization, other.num_chains, other.friction) == (1e10, 1e6, 4, 0.05)
     assert (other.budget, other.num_warmup, other.num_draws) == (900, None, None)
 
 
