@@ -157,7 +157,7 @@ def need_of(engine: Engine, looks: Sequence[int], *, saves: bool, control: bool 
     step = _beside_arguments(engine.lower().compile().memory_analysis())
     state, _, batches = map(_on_device, engine.described())
     position = sum(x.addressable_data(0).nbytes for x in engine.center)
-    look = (position + max(looks)) * (1 if engine.alone_is_one else many) if looks else 0
+    look = (2 * position + max(looks)) * (1 if engine.alone_is_one else many) if looks else 0
     heap = _HEAP * many if on_cpu and looks else 0
     more = 0 if plan.control_variate or engine.sampler.family == "exact" else 2 * position  # two gradients
     step, spare = (step + more, 0) if control else (step, many * more)

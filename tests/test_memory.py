@@ -69,9 +69,9 @@ def test_more_devices_and_larger_groups_take_more():
     assert (few.at_once, spread.at_once, grouped.at_once) == (1, 4, 4)
 
 
-def test_a_look_takes_a_position_beside_its_program():
+def test_a_look_takes_a_position_and_its_noise_beside_its_program():
     found = need(slt.sgld(1e-6), looks=[10 * MIB, 50 * MIB])
-    assert found.look == pytest.approx(memory._HEAP + 50 * MIB + WIDTH * WIDTH * 4)
+    assert found.look == pytest.approx(memory._HEAP + 50 * MIB + 2 * WIDTH * WIDTH * 4)
     assert found.more == found.chains + found.look  # more than a step
 
 
