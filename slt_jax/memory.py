@@ -17,9 +17,11 @@ from jax.sharding import Mesh
 
 from slt_jax.engine import Engine
 from slt_jax.mesh import chain_mesh
+from slt_jax.metric import largest_side
 from slt_jax.posterior import LocalPosterior, check_count
 
 _HEAP = 300 * 2**20  # for each of a CPU's devices: what the allocator keeps of what was freed, at 14M to 162M weights
+_EIGEN = 8  # matrices in float64 that a decomposition holds, as fitted to peaks at sides of 1000 to 3000
 _SLACK = 1.05  # of what a run is told to take, for what is not seen from here
 _GIB = 2**30
 _TOGETHER = 2**26  # weights of chains that an accelerator moves together: a fifth faster than 2**24 on an H100
@@ -161,8 +163,10 @@ def need_of(engine: Engine, looks: Sequence[int], *, saves: bool, control: bool 
     heap = _HEAP * many if on_cpu and looks else 0
     more = 0 if plan.control_variate or engine.sampler.family == "exact" else 2 * position  # two gradients
     step, spare = (step + more, 0) if control else (step, many * more)
-    if engine.sampler.metric:  # scales and bases on each device; while they are measured, one product in float64
-        step, look = step + 3 * position, look + (3 * many + 3.5) * position
+    if engine.sampler.metric:  # scales and bases on each device; while they are measured, sums and what turns them
+        turning = _EIGEN * 8 * largest_side(engine.center) ** 2
+        step, look = step + 3 * position, look + (3 * many + 3.5) * position + turning
+        heap += 2 * _HEAP if on_cpu else 0  # its programs, and more that comes back late
     chains = many * state
     peak, now, free = _taken_and_free(here)
     return Need(

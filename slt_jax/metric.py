@@ -23,9 +23,8 @@ Sources: Martens and Grosse, arXiv:1503.05671 (Kronecker factors); George et al.
 eigenbasis).
 """
 
-import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -70,6 +69,12 @@ def _turns(side: int, shape: tuple[int, ...]) -> bool:
     return min(shape) > 1 and side <= LARGEST_SIDE
 
 
+def largest_side(leaves: Iterable[Any]) -> int:
+    """The longest side that gets a basis, 0 where none does."""
+    shapes = [matrix_shape(x.shape) for x in leaves]
+    return max((side for shape in shapes for side in shape if _turns(side, shape)), default=0)
+
+
 def measure(
     curvature: Curvature,
     positions: list[Position],
@@ -92,11 +97,12 @@ def measure(
     metric = begun
     for number in range(1 if begun else ROUNDS):
         look = _Look(curvature, metric, positions, reach, jax.random.fold_in(key, number))
-        metric = _beside(_turned(metric, look.mean(PROBES, _grams), PROBES * len(positions), least), positions)
+        turned = functools.partial(_turned, probes=PROBES * len(positions), least=least)
+        metric = _beside(look.leaf_by_leaf(PROBES, _grams, turned), positions)
         if metric is None:
             return None
     look = _Look(curvature, metric, positions, reach, jax.random.fold_in(key, ROUNDS))
-    return _scaled(metric, look.mean(count, _squares), count * len(positions), least)
+    return look.leaf_by_leaf(count, _squares, functools.partial(_rescaled, probes=count * len(positions), least=least))
 
 
 class _Look(NamedTuple):
@@ -108,18 +114,25 @@ class _Look(NamedTuple):
     reach: float
     key: jax.Array
 
-    def mean(self, count: int, squares: Callable) -> list[list[np.ndarray]] | None:
-        """Means of ``squares`` over ``count`` probes z ~ N(0, 1) at each position; None when one is not finite."""
+    def leaf_by_leaf(self, count: int, squares: Callable, change: Callable) -> Metric | None:
+        """The metric after ``change(factor, means)`` of each leaf: of ``squares`` over ``count`` probes z ~ N(0, 1) at
+        each position, float64; () for a factor where there is none yet. None when a mean is not finite.
+        """
         reach, unit = (WHITE_REACH, 1.0) if self.metric else (self.reach, self.reach**-2)  # unit: their squares' root
-        shapes = squares(None, self.metric, self.positions[0], unit)
+        shapes = jax.eval_shape(squares, self.metric, self.positions[0], unit)
         total = _beside(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes), self.positions)
         for i, position in enumerate(self.positions):
             for k in range(count):
                 probe = _root(self.metric, noise_like(jax.random.fold_in(self.key, i * count + k), position))
-                total = squares(total, self.metric, self.curvature(position, probe, reach), unit)
+                total = _added(squares, total, self.metric, self.curvature(position, probe, reach), unit)
         scale = unit**2 / (count * len(self.positions))
-        found = [[np.asarray(x, np.float64) * scale for x in arrays] for arrays in total]
-        return found if all(np.isfinite(x).all() for arrays in found for x in arrays) else None
+        found = []
+        for factor, arrays in zip(self.metric or [()] * len(total), total, strict=True):
+            means = [np.asarray(x, np.float64) * scale for x in arrays]
+            if not all(np.isfinite(x).all() for x in means):
+                return None
+            found.append(change(factor, means))
+        return tuple(found)
 
 
 def _beside(tree: Any, positions: list[Position]) -> Any:
@@ -131,22 +144,18 @@ def _beside(tree: Any, positions: list[Position]) -> Any:
 _root = jax.jit(root)
 
 
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def _added(squares: Callable, total: list, metric: Metric, found: Position, unit: float) -> list:
+    return jax.tree.map(jnp.add, total, squares(metric, found, unit))
+
+
 def _matrices(metric: Metric, found: Position, unit: float) -> Position:
     return tuple(x.reshape(matrix_shape(x.shape)) / unit for x in pull_back(metric, found))
 
 
-def _added(squares: Callable) -> Callable:
-    """``squares`` of R' times a product, in units, added to a sum; what the sum looks like where there is none yet."""
-    grown = jax.jit(lambda total, *given: jax.tree.map(jnp.add, total, squares(*given)), donate_argnums=0)
-    return lambda total, *given: jax.eval_shape(squares, *given) if total is None else grown(total, *given)
-
-
-def _look_grams(metric: Metric, found: Position, unit: float) -> list[list[jax.Array]]:
+def _grams(metric: Metric, found: Position, unit: float) -> list[list[jax.Array]]:
     """For each leaf Y: the means over columns of Y Y' and over rows of Y' Y; of a side without a basis the diagonal."""
     return [[_gram(y), _gram(y.T)] for y in _matrices(metric, found, unit)]
-
-
-_grams = _added(_look_grams)
 
 
 def _gram(y: jax.Array) -> jax.Array:
@@ -154,23 +163,14 @@ def _gram(y: jax.Array) -> jax.Array:
     return (jnp.matmul(y, y.T, precision=HIGHEST) if whole else (y * y).sum(1)) / y.shape[1]
 
 
-@_added
 def _squares(metric: Metric, found: Position, unit: float) -> list[list[jax.Array]]:
     return [[y * y] for y in _matrices(metric, found, unit)]
 
 
-def _turned(metric: Metric, grams: list[list[np.ndarray]] | None, probes: int, least: float) -> Metric | None:
-    """The metric after one round; None without finite products."""
-    if grams is None:
-        return None
-    old = [_sides(f) for f in metric] if metric else [_Sides(None, None, np.ones([len(g) for g in p])) for p in grams]
-    with _pool() as pool:
-        return tuple(pool.map(lambda sides, pair: _factor(_turn(sides, pair, probes), least), old, grams))
-
-
-def _pool() -> ThreadPoolExecutor:
-    """For leaves side by side: LAPACK and large arrays let go of the interpreter."""
-    return ThreadPoolExecutor(min(16, os.cpu_count() or 1))
+def _turned(factor: Factor | tuple[()], grams: list[np.ndarray], probes: int, least: float) -> Factor:
+    """A leaf's factor after one round."""
+    old = _sides(factor) if factor else _Sides(None, None, np.ones([len(gram) for gram in grams]))
+    return _factor(_turn(old, grams, probes), least)
 
 
 def _turn(old: _Sides, grams: list[np.ndarray], probes: int) -> _Sides:
@@ -206,15 +206,9 @@ def _decomposed(half, gram, floor, xp):
 _decomposed_there = jax.jit(_decomposed, static_argnums=3)
 
 
-def _scaled(metric: Metric, squares: list[list[np.ndarray]] | None, probes: int, least: float) -> Metric | None:
-    """The metric with t_ij times the root mean square of its products; None without finite ones."""
-    if squares is None:
-        return None
-    with _pool() as pool:
-        return tuple(pool.map(lambda factor, square: _rescaled(factor, *square, probes, least), metric, squares))
-
-
-def _rescaled(factor: Factor, square: np.ndarray, probes: int, least: float) -> Factor:
+def _rescaled(factor: Factor, squares: list[np.ndarray], probes: int, least: float) -> Factor:
+    """A leaf's factor with t_ij times the root mean square of its products."""
+    (square,) = squares
     total = square.sum()
     product = np.outer(square.sum(1), square.sum(0)) / total if total > 0 else square
     square = (probes * square + _PRIOR * product) / (probes + _PRIOR)

@@ -95,7 +95,7 @@ def test_scales_come_from_other_probes_than_bases(monkeypatch):
     largest_of = lambda found: np.linalg.eigvalsh((r := dense_root(found[0])).T @ hessian @ r).max()  # noqa: E731
     monkeypatch.setattr(slt_jax.metric, "ROUNDS", 1)  # a second one sees the others too
     assert largest_of(measured(hessian, (ROWS, COLUMNS))) < 10
-    monkeypatch.setattr(slt_jax.metric, "_scaled", lambda metric, *_: metric)
+    monkeypatch.setattr(slt_jax.metric, "_rescaled", lambda factor, *_, **__: factor)
     assert largest_of(measured(hessian, (ROWS, COLUMNS))) > 50
 
 
@@ -367,7 +367,7 @@ def products_of(closed):
 def test_a_metric_multiplies_in_full_precision(metric):
     """Accelerators take TF32 unless told otherwise, and a flat direction would get the stiff ones' errors."""
     tree, full = (jnp.ones((ROWS, COLUMNS)),), jax.lax.Precision.HIGHEST
-    looked = lambda m, t: slt_jax.metric._look_grams(m, t, 1.0)  # noqa: E731
+    looked = lambda m, t: slt_jax.metric._grams(m, t, 1.0)  # noqa: E731
     for program, count in ((root, 2), (pull_back, 2), (looked, 4)):
         found = list(products_of(jax.make_jaxpr(program)(metric, tree)))
         assert len(found) == count

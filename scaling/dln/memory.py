@@ -18,6 +18,7 @@ STATES = {
     "hmc": 3, "gibbs": 4,
 }  # fmt: skip
 PROGRAM = 750 * 2**20  # the interpreter, JAX, and what it compiles
+METRIC_PROGRAM, METRIC_LAYER = 400 * 2**20, 45 * 2**20  # more for a metric's, and for each layer
 MEASURING = 14  # copies of the weights on an accelerator, for a metric's products, sums and rotations
 LIBRARIES = 3 * 2**27  # there, for what multiplies and decomposes matrices, and gaps between what is freed
 
@@ -46,7 +47,7 @@ def need_of(shape: Shape, method: Method, chains: int, devices: int, accelerated
     s: copies in a sampler's state (1 for SGLD, 2 with a momentum); p = min(4, C) for the chains' ends that a
     calibration keeps, on every device; 2 + 3 s for the chain that is moved. On a CPU all of it is the process's. An
     accelerator has its share of the terms with C and D, and moves its chains together when they are small; a metric
-    takes 14 copies of the weights there, and 384 MiB.
+    takes 14 copies of the weights there, and 384 MiB. Its programs take 400 MiB of the process, and 45 a layer.
 
     Args:
       method: with its ``num_data``.
@@ -60,17 +61,19 @@ def need_of(shape: Shape, method: Method, chains: int, devices: int, accelerated
     layers = 4 * 4.0 * rows * sum(widths)
     ends = min(4, chains) if method.protocol == "ours" else 0
     kept, moved = (1 + ends) * weights + target, (2 + 3 * s) * weights
-    if method.sampler == "kronecker":  # scales and bases on each device, one product in float64
+    program = PROGRAM
+    if method.sampler == "kronecker":  # scales and bases on each device, sums in float64, longer programs
         kept += 3 * weights
         target += 3.5 * weights
+        program += METRIC_PROGRAM + METRIC_LAYER * (len(widths) - 1)
     if not accelerated:
         on_devices = devices * (kept + moved) + s * chains * weights
-        return Need((1.5 + devices) * data, 2 * (weights + target) + on_devices, devices * layers, PROGRAM)
+        return Need((1.5 + devices) * data, 2 * (weights + target) + on_devices, devices * layers, program)
     local = chains / devices
     together = local if weights * local <= 2**26 else 1
     measuring = MEASURING * weights + LIBRARIES if method.sampler == "kronecker" else 0.0
     accelerator = data + kept + s * local * weights + together * (moved + layers) + measuring
-    return Need(1.5 * data, 2 * (weights + target), 0, PROGRAM, accelerator)
+    return Need(1.5 * data, 2 * (weights + target), 0, program, accelerator)
 
 
 def fits(need: Need, process: float, accelerator: float) -> bool:

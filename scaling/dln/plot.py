@@ -177,18 +177,16 @@ def main() -> None:
     args = parser.parse_args()
     rows = [row for file in args.files for row in read_rows(file)[0]]
     curve = curve_rows(rows)
-    exact = [row for row in rows if row["request"]["sampler"] == "gibbs"]
-    groups = grouped(row for row in rows if row not in exact)
-    tabled = grouped(row for row in rows if row not in curve)
-    if tabled:
-        print(table(tabled))
+    groups = grouped(row for row in rows if (row["request"]["sampler"], row["kind"]) != ("gibbs", "A"))
+    if groups:
+        print(table(groups))
     if curve:
         print(f"\n{curve_table(curve)}")
     if args.out is None:
         return
     args.out.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(LOOK):
-        draw(groups, args.out, args.ours)
+        draw([g for g in groups if g.rows[0]["request"]["sampler"] != "gibbs"], args.out, args.ours)
         if curve:
             save(curve_picture(curve), args.out / "curve.png")
 
