@@ -100,8 +100,10 @@ def _curvature(program: LossProgram, position, direction, frozen, blocks, nbeta,
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _noise(program: LossProgram, position, center, frozen, halves, metric):
-    """Squared norms of g(w) and of g(w) - g(w*), with g the gradient over the first half less that over the second."""
+def _noise(program: LossProgram, position, center, frozen, halves, metric, nbeta):
+    """Squared norms of g(w) and of g(w) - g(w*), with g the gradient of nbeta L over the first half less that over the
+    second. Scaled before it is squared: float32 ends at 1e-38.
+    """
 
     def add(carry, i):
         total, plain = carry
@@ -109,7 +111,7 @@ def _noise(program: LossProgram, position, center, frozen, halves, metric):
         at = tuple(jnp.where(i < 2, w, c) for w, c in zip(position, center, strict=True))
         sign = jnp.array([1.0, -1.0, -1.0, 1.0])[i]
         grad = jax.grad(program.mean_loss)(at, frozen, half)
-        total = tuple(t + (sign * g).astype(t.dtype) for t, g in zip(total, grad, strict=True))
+        total = tuple(t + (sign * nbeta * g).astype(t.dtype) for t, g in zip(total, grad, strict=True))
         return (total, jnp.where(i == 1, square(total), plain)), None
 
     def square(tree):
@@ -226,8 +228,7 @@ class Probe:
         for _ in range(repeats):
             found.append(_noise(*self._for_noise(position)))
             self.gradients += 4 * half / self._batch
-        scale = float(self._posterior.nbeta or 0) ** 2 * half / (2 * self._batch)
-        values = scale * np.array([[float(x) for x in pair] for pair in found])
+        values = half / (2 * self._batch) * np.array([[float(x) for x in pair] for pair in found])
         error = values.std(0, ddof=1) / math.sqrt(repeats) if repeats > 1 else np.full(2, np.nan)
         return Noise(*values.mean(0).tolist()), Noise(*error.tolist())
 
@@ -236,7 +237,7 @@ class Probe:
         drawn = self._random.integers(0, engine.source.num_data, 2 * half)
         halves = jax.tree.map(lambda x: x.reshape(2, half, *x.shape[1:]), engine.fetch(drawn))
         around = (self._posterior.program, position, self.center, self._frozen)
-        return *around, halves, engine.alone(engine.metric)
+        return *around, halves, engine.alone(engine.metric), jnp.float32(self._posterior.nbeta or 0)
 
     def acceptance(self, position: Position, step_size: float) -> float:
         """Metropolis acceptance of one Euler-Maruyama step of this size from ``position``, on the fixed examples."""

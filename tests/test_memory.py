@@ -78,7 +78,7 @@ def test_a_look_takes_a_position_and_its_noise_beside_its_program():
 def test_a_metric_takes_its_decompositions_and_what_comes_back_late():
     """Fitted to processes with sides of 1000, 2000, 3000: 1.8, 1.8, 2.0 GiB, of which 0.5 to 0.9 had not been told."""
     sampler = slt.underdamped(1e-6)
-    plain, metric = (need(dataclasses.replace(sampler, metric=m), looks=[10 * MIB]) for m in (False, True))
+    plain, metric = (need(sampler._replace(metric=m), looks=[10 * MIB]) for m in (False, True))
     weights, matrix = WIDTH * WIDTH * 4, WIDTH * WIDTH * 8
     assert metric.look - plain.look == pytest.approx(2 * memory._HEAP + 6.5 * weights + 8 * matrix)
     assert metric.step - plain.step > 2 * memory._HEAP + 3 * weights
