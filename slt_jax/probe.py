@@ -38,6 +38,14 @@ def _grad_over(program: LossProgram, frozen: Any, blocks: Any, position: Positio
 _square = jax.jit(lambda tree: inner(tree, tree))
 
 
+def _norm(tree: Position) -> jax.Array:
+    """Of entries whose squares float32 does not hold, too."""
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in tree]))
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0)
+    within = _scaled(1 / unit, tree)
+    return unit * jnp.sqrt(inner(within, within))
+
+
 def _scaled(factor: jax.Array, tree: Position) -> Position:
     return tuple((factor * x).astype(x.dtype) for x in tree)
 
@@ -74,9 +82,9 @@ def _sharpness(program: LossProgram, position, frozen, blocks, nbeta, floor, rea
 
     def body(_, carry):
         v, s, _ = carry
-        unit = s / jnp.sqrt(inner(v, v))
+        unit = s / _norm(v)
         product = _scaled(nbeta / (2 * s), _grad_change(program, frozen, blocks, position, v, unit))
-        found = jnp.sqrt(inner(product, product))
+        found = _norm(product)
         good = jnp.isfinite(found) & (found > 0)
         product = tuple(jnp.where(good, p, x) for p, x in zip(product, v, strict=True))
         s = jnp.where(good, jnp.sqrt(s / jnp.sqrt(found + floor)), s / 10)

@@ -23,8 +23,8 @@ def linear(p, xy):
     return 0.5 * (xy[0] @ p["w"] - xy[1]) ** 2
 
 
-def probe_of(loss_fn, data=(X, Y), batch_size=16, blocks=4, size=5):
-    posterior = slt.LocalPosterior(loss_fn, {"w": jnp.zeros(size)}, 64, nbeta=NBETA, localization=PULL)
+def probe_of(loss_fn, data=(X, Y), batch_size=16, blocks=4, size=5, nbeta=NBETA):
+    posterior = slt.LocalPosterior(loss_fn, {"w": jnp.zeros(size)}, 64, nbeta=nbeta, localization=PULL)
     from slt_jax.batches import as_source
 
     plan = Schedule(4, 10, 10, 1, batch_size, 1, "paired", 1, 8)
@@ -70,6 +70,17 @@ def test_noise_is_the_trace_of_the_covariance(batch_size):
         exact = np.sum(grads.var(0)) / batch_size
         assert abs(found - exact) < 4 * spread
         assert spread < 0.1 * exact
+
+
+def test_no_square_leaves_the_range_of_float32():
+    """At nbeta 1e20 that of a curvature is above 1e38, and so near to w* that of a gradient below 1e-38."""
+    nbeta, away = 1e20, 1e-20
+    probe = probe_of(linear, (X, np.zeros(64, np.float32)), nbeta=nbeta)
+    exact = nbeta * np.linalg.eigvalsh(X.T @ X / 64)[-1]
+    assert probe.sharpness((jnp.zeros(5),), 30) == pytest.approx(exact, rel=1e-3)
+    mean, error = probe.noise((jnp.full(5, away),), 800)
+    grads = nbeta * away * X.sum(1, keepdims=True) * X
+    assert abs(mean.plain - np.sum(grads.var(0)) / 16) < 4 * error.plain
 
 
 def test_acceptance_is_that_of_mala():
