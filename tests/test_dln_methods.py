@@ -67,6 +67,8 @@ def test_what_is_asked_for_takes_the_place_of_the_usual():
         (("--data", "population", "--label-noise", "1"), "got --data population. Take --data stored"),
         (("--data", "population", "--batch-size", "9"), "population has no minibatches, got --batch-size 9"),
         (("--data", "population", "--protocol", "published"), "the published protocol takes minibatches"),
+        (("--data", "displaced"), "no typical weight to take a localization from, got no --localization"),
+        (("--sampler", "hmc", "--data", "displaced", "--localization", "1"), "got --data displaced. Take --data"),
         (("--sampler", "hmc", "--budget", "100"), "hmc uses no minibatches, got --budget 100"),
         (("--sampler", "hmc", "--label-noise", "1"), "only shifts; got --label-noise 1.0"),
         (("--budget", "100", "--draws", "5"), "--budget 100 and --draws 5 both set the length"),
@@ -121,6 +123,26 @@ def test_the_loss_on_drawn_inputs_is_that_on_stored_ones():
     moved = [w + np.float32(0.01) for w in teacher.weights]
     losses = posterior.loss_fn({**posterior.center, "weights": moved}, ids)
     np.testing.assert_allclose(losses, teachers.loss_fn(moved, (x, y)), rtol=1e-4)
+
+
+def test_in_displacements_the_loss_on_drawn_inputs_is_the_same():
+    """And to second order exact where a difference of outputs would be nothing but rounding."""
+    method = Method(nbeta=1e4, localization=1.0, num_data=1000, data="displaced")
+    teacher = teachers.make_teacher("B", "1K", 1)
+    posterior, ids = posterior_and_data(teacher, method)
+    assert method.name == "default, displaced"
+    assert len(ids) == posterior.num_data == 1000
+    assert posterior.num_free == sum(w.size for w in teacher.weights)  # the teacher does not move
+    moves = [0.01 * np.random.default_rng(0).normal(size=w.shape).astype(np.float32) for w in teacher.weights]
+
+    def loss_at(scale):
+        return posterior.loss_fn({**posterior.center, "displacements": [scale * v for v in moves]}, ids[:40])
+
+    plain = drawn.posterior(teacher, 1000, None, None)
+    moved = {**plain.center, "weights": [w + v for w, v in zip(teacher.weights, moves, strict=True)]}
+    np.testing.assert_allclose(loss_at(1), plain.loss_fn(moved, ids[:40]), rtol=1e-4)
+    np.testing.assert_allclose(1e8 * loss_at(1e-12), 1e-8 * loss_at(1e-4), rtol=1e-2)
+    assert not loss_at(0).any()
 
 
 @pytest.mark.parametrize("widths", [(9, 5, 7, 3), (3, 7, 5, 9), (6, 8, 3, 7, 9), (4, 6)], ids=str)

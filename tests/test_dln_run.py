@@ -189,6 +189,9 @@ def test_the_memory_that_is_told_has_its_parts():
     law = memory.need_of(shape, Method(num_data=10_000, data="population"), 4, 1)
     assert law.data == 2.5 * 4 * 3_000_000
     assert law.activations == 4 * 4 * 2 * 500 * 3500
+    displaced = memory.need_of(shape, Method(localization=1.0, num_data=10_000, data="displaced"), 4, 1)
+    assert (displaced.data, displaced.activations) == (drawn_.data, law.activations)
+    assert displaced.weights - drawn_.weights == 3 * 4 * 3_000_000  # the teacher, beside its product
     gpu = memory.need_of(shape, method, 4, 2, accelerated=True)
     assert gpu.accelerator > 0
     assert gpu.process < one.process

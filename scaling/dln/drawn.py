@@ -5,6 +5,10 @@ and noiseless outputs appear on the device, in every step anew. The teacher's en
 
 It has the law of ``teachers.make_data``, not its bits, and no label noise: noise that keeps the teacher the exact
 minimum is projected, and needs all inputs at once.
+
+Displaced, what is sampled are the displacements from w*, as in ``population``: x times the difference of the two
+products, which is carried along. So nbeta has no limit but that of the exponents here either, and a minibatch costs
+little more than the law of the inputs.
 """
 
 import functools
@@ -14,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import slt_jax as slt
+from scaling.dln.population import difference
 from scaling.dln.teachers import Teacher, end_to_end, output
 
 
@@ -36,4 +41,21 @@ def posterior(teacher: Teacher, num_data: int, nbeta: float | None, localization
     return slt.LocalPosterior(
         functools.partial(loss_fn, teacher.seed), center, num_data, nbeta=nbeta, localization=localization,
         mask=lambda path: path[0] == "weights",
+    )  # fmt: skip
+
+
+def displaced_loss_fn(seed: int, params: dict, rows: jax.Array) -> jax.Array:
+    """``loss_fn`` at teacher + displacements, ``(m,)``."""
+    x = inputs(seed, rows, params["teacher"][0].shape[0])
+    return jnp.mean((x @ difference(params["displacements"], params["teacher"])) ** 2, axis=-1)
+
+
+def displaced_posterior(
+    teacher: Teacher, num_data: int, nbeta: float | None, localization: float
+) -> slt.LocalPosterior:
+    """``posterior`` in displacements from the teacher, which have no typical weight to take a localization from."""
+    center = {"displacements": [np.zeros_like(w) for w in teacher.weights], "teacher": list(teacher.weights)}
+    return slt.LocalPosterior(
+        functools.partial(displaced_loss_fn, teacher.seed), center, num_data, nbeta=nbeta, localization=localization,
+        mask=lambda path: path[0] == "displacements",
     )  # fmt: skip

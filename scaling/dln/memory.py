@@ -43,6 +43,7 @@ def need_of(shape: Shape, method: Method, chains: int, devices: int, accelerated
         data         (3/2 + D) 4 n (H_0 + H_L);   4 n where inputs are drawn, the weights for their law
         weights      [2 + s C + D (1 + p + 2 + 3 s)] 4 sum_k H_{k-1} H_k;   for a metric 7 + 3 D more
         activations  4 D 4 (batch size) sum_k H_k;   twice the narrowest width in place of the batch for their law
+                     and for displacements
 
     s: copies in a sampler's state (1 for SGLD, 2 with a momentum); p = min(4, C) for the chains' ends that a
     calibration keeps, on every device; 2 + 3 s for the chain that is moved. On a CPU all of it is the process's. An
@@ -53,11 +54,12 @@ def need_of(shape: Shape, method: Method, chains: int, devices: int, accelerated
       method: with its ``num_data``.
     """
     widths, s = shape.widths, STATES[method.sampler]
-    target = 4.0 * widths[0] * widths[-1] if method.data == "drawn" else 0.0
     weights = 4.0 * sum(a * b for a, b in pairwise(widths))
-    per_example = {"stored": widths[0] + widths[-1], "drawn": 1}
+    end_to_end = 4.0 * widths[0] * widths[-1]
+    target = {"drawn": end_to_end, "displaced": end_to_end + weights}.get(method.data, 0.0)
+    per_example = {"stored": widths[0] + widths[-1], "drawn": 1, "displaced": 1}
     data = weights if method.data == "population" else 4.0 * method.num_data * per_example[method.data]
-    rows = 2 * min(widths) if method.data == "population" else method.batch_size
+    rows = 2 * min(widths) if method.data in ("displaced", "population") else method.batch_size
     layers = 4 * 4.0 * rows * sum(widths)
     ends = min(4, chains) if method.protocol == "ours" else 0
     kept, moved = (1 + ends) * weights + target, (2 + 3 * s) * weights

@@ -13,7 +13,7 @@ from scaling.dln.gibbs import gibbs, localization_of
 from scaling.dln.teachers import INPUT_VARIANCE, SIZES, Teacher, end_to_end, loss_fn, make_data, sufficient_data
 
 SAMPLERS = ("default", "kronecker", "sgld", "leimkuhler-matthews", "preconditioned", "sghmc", "sgnht", "hmc", "gibbs")
-DATA = ("stored", "drawn", "population")
+DATA = ("stored", "drawn", "displaced", "population")
 WHOLE = ("hmc", "gibbs")  # these take no minibatches
 WITHOUT_FRICTION = ("sgld", "leimkuhler-matthews", "preconditioned", *WHOLE)
 PUBLISHED_BATCH = 500
@@ -37,8 +37,9 @@ class Method:
     ``default`` is underdamped Langevin, ``kronecker`` the same in a measured metric. ``hmc`` draws from the same
     posterior exactly, over sufficient data; so does ``gibbs``, layer by layer and in float64, at any nbeta.
     ``budget``: minibatch gradients for calibration and all chains; or ``num_warmup`` and ``num_draws`` of a chain.
-    ``data``: ``stored`` is ``teachers.make_data``, ``drawn`` takes no memory (``drawn``), ``population`` is the law of
-    the inputs itself, without minibatches (``population``): there a gradient is one of all that counts.
+    ``data``: ``stored`` is ``teachers.make_data``, ``drawn`` takes no memory (``drawn``), ``displaced`` is the
+    same in displacements from w*, at any nbeta; ``population`` is the law of the inputs itself, without minibatches
+    (``population``): there a gradient is one of all that counts.
     """
 
     sampler: str = "default"
@@ -59,10 +60,15 @@ class Method:
     def __post_init__(self):
         if self.friction is not None and self.sampler in WITHOUT_FRICTION:
             raise ValueError(f"{self.sampler} has no friction, got --friction {self.friction}. Leave it out.")
-        drawn_hmc = self.sampler == "hmc" and self.data == "drawn"
+        drawn_hmc = self.sampler == "hmc" and self.data in ("drawn", "displaced")
         if drawn_hmc or (self.label_noise > 0 and self.data != "stored"):
             what = "hmc" if drawn_hmc else f"label noise of {self.label_noise}"
             raise ValueError(f"{what} needs all inputs at once, got --data {self.data}. Take --data stored.")
+        if self.data == "displaced" and self.localization is None:
+            raise ValueError(
+                "--data displaced has no typical weight to take a localization from, got no --localization. Give one: "
+                f"the root of nbeta / {FLAT} keeps flat directions flat."
+            )
         if self.data == "population" and self.batch_size != PUBLISHED_BATCH:
             raise ValueError(f"--data population has no minibatches, got --batch-size {self.batch_size}. Leave it out.")
         if self.data == "population" and self.protocol == "published":
@@ -91,8 +97,8 @@ class Method:
     def name(self) -> str:
         """What the tables call it."""
         base = "published" if self.protocol == "published" else self.sampler
-        noiseless = ", population" if self.noiseless else ""
-        return base + noiseless + (f", label noise {self.label_noise:g}" if self.label_noise > 0 else "")
+        data = f", {self.data}" if self.noiseless or self.data == "displaced" else ""
+        return base + data + (f", label noise {self.label_noise:g}" if self.label_noise > 0 else "")
 
 
 def ours(size: str, kind: str, given: dict[str, Any]) -> Method:
@@ -170,6 +176,9 @@ def posterior_and_data(teacher: Teacher, method: Method) -> tuple[slt.LocalPoste
     num_data = SIZES[teacher.size].num_data if method.num_data is None else method.num_data
     if method.data == "drawn" and method.sampler not in WHOLE:
         posterior = drawn.posterior(teacher, num_data, method.nbeta, method.localization)
+        return posterior, np.arange(num_data, dtype=np.int32)
+    if method.data == "displaced" and method.sampler not in WHOLE:
+        posterior = drawn.displaced_posterior(teacher, num_data, method.nbeta, method.localization)
         return posterior, np.arange(num_data, dtype=np.int32)
     if method.noiseless:
         return population.posterior_and_data(teacher, num_data, method.nbeta, method.localization)

@@ -57,7 +57,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--batch-size", type=int, help=f"default: {PUBLISHED_BATCH}")
     add("--label-noise", type=float, help="standard deviation; the teacher stays the minimum; default: 0")
     add("--num-data", type=int, help="examples; default: the class's published number")
-    add("--data", choices=DATA, help="stored; drawn: in every step, no memory; population: no minibatches")
+    add("--data", choices=DATA, help="stored; drawn: in every step; displaced: drawn, from w*; population: no batches")
     add("--devices", type=int, help="devices of a process; on a CPU virtual ones, default one a core")
     add("--coordinator", help="HOST:PORT of the first of several processes")
     add("--num-processes", type=int)
