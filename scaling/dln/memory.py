@@ -18,7 +18,7 @@ STATES = {
     "hmc": 3, "gibbs": 4,
 }  # fmt: skip
 PROGRAM = 750 * 2**20  # the interpreter, JAX, and what it compiles
-METRIC_PROGRAM, METRIC_LAYER = 400 * 2**20, 45 * 2**20  # more for a metric's, and for each layer
+METRIC_PROGRAM, METRIC_LAYER = 500 * 2**20, 45 * 2**20  # more for a metric's, and for each layer
 MEASURING = 14  # copies of the weights on an accelerator, for a metric's products, sums and rotations
 LIBRARIES = 3 * 2**27  # there, for what multiplies and decomposes matrices, and gaps between what is freed
 
@@ -48,7 +48,7 @@ def need_of(shape: Shape, method: Method, chains: int, devices: int, accelerated
     s: copies in a sampler's state (1 for SGLD, 2 with a momentum); p = min(4, C) for the chains' ends that a
     calibration keeps, on every device; 2 + 3 s for the chain that is moved. On a CPU all of it is the process's. An
     accelerator has its share of the terms with C and D, and moves its chains together when they are small; a metric
-    takes 14 copies of the weights there, and 384 MiB. Its programs take 400 MiB of the process, and 45 a layer.
+    takes 14 copies of the weights there, and 384 MiB. Its programs take 500 MiB of the process, and 45 a layer.
 
     Args:
       method: with its ``num_data``.
