@@ -40,7 +40,7 @@ _square = jax.jit(lambda tree: inner(tree, tree))
 
 def _norm(tree: Position) -> jax.Array:
     """Of entries whose squares float32 does not hold, too."""
-    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x)) for x in tree]))
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in tree]))
     unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0)
     within = _scaled(1 / unit, tree)
     return unit * jnp.sqrt(inner(within, within))
