@@ -207,15 +207,16 @@ def noise_of(key):
 
 
 def test_looks_are_taken_in_the_metric_s_coordinates():
-    """Linear losses: noise is |R' (g_1 - g_2)|^2, a leapfrog step goes by R and R'. Kills: R for R'."""
+    """Linear losses: noise is |nbeta R' (g_1 - g_2)|^2, a leapfrog step goes by R and R'. Kills: R for R'."""
     basis = np.linalg.qr(np.random.default_rng(2).normal(size=(2, 2)))[0].astype(np.float32)
     factor = Factor(jnp.asarray(basis), None, jnp.asarray([[0.5, 2.0, 1.0], [3.0, 0.1, 1.0]]))
     x = np.random.default_rng(3).normal(size=(8, 2, 3)).astype(np.float32)
     center = jnp.zeros((2, 3))
     target = slt.LocalPosterior(lambda w, x: jnp.sum(w * x, (1, 2)), center, 8, nbeta=2.0, localization=1.0)
     place, frozen = target.program.split(target.center)
-    plain, controlled = _noise(target.program, place, place, frozen, jnp.asarray(x.reshape(2, 4, 2, 3)), (factor,))
-    gap = (basis.T @ (x[:4].mean(0) - x[4:].mean(0))) * np.asarray(factor.scale)
+    halves, nbeta = jnp.asarray(x.reshape(2, 4, 2, 3)), 2.0
+    plain, controlled = _noise(target.program, place, place, frozen, halves, (factor,), jnp.float32(nbeta))
+    gap = nbeta * (basis.T @ (x[:4].mean(0) - x[4:].mean(0))) * np.asarray(factor.scale)
     assert float(plain) == pytest.approx(np.sum(gap**2), rel=1e-5)
     assert float(controlled) == pytest.approx(0, abs=1e-9)
     key, size = jax.random.key(3), 0.3
