@@ -25,10 +25,13 @@ KAPPA_METRIC = 1e9  # the same where a metric takes care of the range
 REACH = 2.5  # of a flat direction, in typical weights
 REACH_METRIC = 0.35  # the same in a metric's coordinates, in which chains do get that far
 FRICTION = 0.1  # the least; noise grows as chains spread, and what the pilot saw of it is too little
+FRICTION_STILL = 0.03  # the same where steps have a limit, and noise could grow tenfold
 FRICTION_SHORT = 0.02  # the same for short chains: soft directions relax in friction / (step_size curvature) steps
 MOST_FRICTION = 0.7
 HEAT = 0.03  # of the estimate, that minibatch noise may add before friction rises
 HEAT_CONTROLLED = 0.01  # with control variates, whose noise is not confined to directions that count
+VARIED = 8.0  # curvature met over that at w*, from which on the chains will meet yet more
+GROWTH = 4.0  # of the curvature met, from which on steps shorten
 _SHARE = 0.15  # of the gradients, for all of this
 _SHORT = 4000  # steps of a chain, up to which it is short
 _RICH = 15_000  # gradients for calibration, from which on a shorter step is affordable
@@ -37,7 +40,7 @@ _PILOT = 2**31 - 7  # folded into the key of the pilot's noise
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen, and why in ``lines``; ``gradients``: minibatch gradients spent on it."""
+    """What was chosen, and why in ``lines``; ``gradients``: minibatches spent on it; ``limit``: see ``Hyper``."""
 
     step_size: float
     friction: float
@@ -46,6 +49,7 @@ class Choice:
     gradients: float = 0.0
     curvature: float = math.nan
     lines: tuple[str, ...] = ()
+    limit: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "lines": list(self.lines)}
@@ -83,14 +87,16 @@ def probe_of(engine: Engine, total: float) -> Probe:
 
 
 def calibrate(
-    engine: Engine, sampler: Sampler, localization: float | None, control: bool | None, total: float, check: Callable
-) -> Choice:
+    engine: Engine, sampler: Sampler, localization: float | None, control: bool | None, total: float, check: Callable,
+    *, alone: bool = True,
+) -> Choice:  # fmt: skip
     """Choose what is open: a ``step_size`` or ``friction`` of None in ``sampler``, localization, control variates.
 
     Args:
         engine: compiled for this posterior, data and sampler; its run is not touched.
         total: minibatch gradients of the whole estimate.
         check: called with the loss and the norm of its gradient at w*, over some examples; raises if they will not do.
+        alone: for one estimate, whose steps may be limited; settings that are shared by many have no limit.
     """
     allowed = allowance(total)
     rich = allowed >= _RICH
@@ -104,7 +110,7 @@ def calibrate(
     settle = localization if localization is not None else _localization(curvature / kappa, reach, engine.center)
     engine.localize(settle)
     step_size, friction = sampler.step_size, sampler.friction
-    llc, by_pilot = math.inf, 0.0
+    llc, by_pilot, limit = math.inf, 0.0, None
     full_pass = math.ceil(engine.source.num_data / engine.plan.batch_size)
     if sampler.metric:
         pilot = Whitening(engine, probe, allowed)
@@ -119,6 +125,9 @@ def calibrate(
         pilot = _Pilot(engine, sampler, probe, steps, max(4, rounds // 3), allowed)
         curvature, positions = pilot.explore(curvature, step_size)
         llc, by_pilot = pilot.llc, pilot.gradients
+        varies = alone and rich and step_size is None and curvature > VARIED * at_center
+        if varies and sampler.family == "baoab":
+            limit = GROWTH * max(curvature, pilot.force_sq)
         if localization is None:
             settle = _localization(curvature / kappa, reach, engine.center)
             engine.localize(settle)
@@ -135,6 +144,8 @@ def calibrate(
         if step_size is None:
             step_size = step_scale(sampler, rich) / (curvature + (0.0 if sampler.metric else settle))
             lines.append(f"step_size {step_size:.3g}: {step_scale(sampler, rich):.2g} / curvature")
+            if limit is not None:
+                lines.append(f"steps shortened where the mean squared force is above {limit:.3g}: the curvature varies")
         first = 0.1 if friction is None else friction
         heat = [heating(family, step_size, first, n) / scale for n in noise]
         if control is None:
@@ -147,10 +158,13 @@ def calibrate(
                 )
         mine = noise.controlled if control else noise.plain
         if friction is None:
-            limit = HEAT_CONTROLLED if control else HEAT
+            warm = HEAT_CONTROLLED if control else HEAT
             short = total < _SHORT * engine.plan.num_chains
             least = 0.3 if sampler.metric else FRICTION_SHORT if short else FRICTION
-            friction, step_size, line = _damp(family, step_size, mine, scale, limit, least, sampler.step_size is None)
+            if limit is not None:
+                still, *_ = _damp(family, step_size, mine, scale, warm / 10, FRICTION_STILL, False)
+                least = min(least, still)
+            friction, step_size, line = _damp(family, step_size, mine, scale, warm, least, sampler.step_size is None)
             lines.append(line)
         elif sampler.step_size is None:
             now = heating(family, step_size, friction, mine) / scale
@@ -158,7 +172,7 @@ def calibrate(
                 step_size *= max(2 * HEAT / now, 1e-3)
                 lines.append(f"step_size shortened to {step_size:.3g}: minibatch noise would add {now:.0%}")
     spent = probe.gradients + by_pilot
-    return Choice(step_size, friction, settle, bool(control), spent, curvature, tuple(lines))
+    return Choice(step_size, friction, settle, bool(control), spent, curvature, tuple(lines), limit)
 
 
 def _localization(least: float, reach: float, center: tuple) -> float:
@@ -193,7 +207,7 @@ class _Pilot:
     def __init__(self, engine: Engine, sampler: Sampler, probe: Probe, steps: int, rounds: int, allowed: float):
         self.engine, self.sampler, self.probe, self.steps, self.rounds = engine, sampler, probe, steps, rounds
         self.gradients = 0.0
-        self.llc, self.rich = math.nan, allowed >= _RICH
+        self.llc, self.force_sq, self.rich = math.nan, math.nan, allowed >= _RICH
         # The curvature along a valley varies: look as often as a quarter of the allowance pays for.
         one_look = 2 * rounds * probe.num_blocks * min(2, engine.plan.num_chains)
         looks = int(min(24, max(3, allowed / 4 / one_look)))
@@ -223,6 +237,7 @@ class _Pilot:
                 fall = run.trace.virial[:, half : run.step].mean(dtype=float)
                 pull = engine.posterior.localization * run.trace.distance_sq[:, half : run.step].mean(dtype=float)
                 self.llc = 0.5 * (fall - pull)
+                self.force_sq = float(run.trace.drift_sq[:, half : run.step].mean(dtype=float))
                 return curvature, (engine.position(run, c) for c in range(min(4, engine.plan.num_chains)))
             if step_size is not None:
                 # The step was given: go on with what w* says, and let the verdict tell of the divergence.

@@ -39,6 +39,7 @@ class Trace(NamedTuple):
     kinetic: Any
     acceptance: Any
     pull: Any
+    time: Any
     also: Any = ()
 
 
@@ -87,6 +88,7 @@ class Row(NamedTuple):
     localization: Any
     step_size: Any
     friction: Any
+    limit: Any
 
 
 def loss_and_grad_on(static: Static, frozen: PyTree, batch: PyTree) -> Callable:
@@ -163,7 +165,7 @@ def _at_step(window: Window, step: jax.Array, row: Row, metric: Metric) -> Hyper
     cooling = jnp.maximum(1, window.num_warmup // 2)
     heat = jnp.where(row.number % 2 == 1, window.hot ** jnp.maximum(0.0, 1.0 - step / cooling), 1.0)
     step_size, adapt = row.step_size * jnp.sqrt(heat), step < window.num_warmup // 2
-    return Hyper(row.nbeta / heat, row.localization, step_size, row.friction, adapt, metric)
+    return Hyper(row.nbeta / heat, row.localization, step_size, row.friction, adapt, metric, row.limit)
 
 
 def _one_chain(static: Static, shared: tuple, window: Window, state, key, row, alive, batches):

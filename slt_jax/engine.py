@@ -1,6 +1,7 @@
 """The only loop: a host loop over compiled chunks of steps (``slt_jax.chunk``), with all chains on the device."""
 
 import functools
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -125,12 +126,12 @@ class Engine:
         self.metric: Metric = ()
         self.configure(plan, 1.0 if sampler.step_size is None else sampler.step_size, sampler.friction or 0.1)
 
-    def configure(self, plan: Schedule, step_size: float, friction: float) -> None:
+    def configure(self, plan: Schedule, step_size: float, friction: float, limit: float = math.inf) -> None:
         """Set lengths and numbers; the program is compiled anew only where its form changes."""
         posterior, source, sampler, mesh = self.posterior, self.source, self.sampler, self.mesh
         self.plan, self.hot = plan, plan.hot
         self.keys = self._keys(self.key)
-        self.rows = self.rows_of(step_size, friction)
+        self.rows = self.rows_of(step_size, friction, limit)
         self.center_grad: Position = ()
         self.static = Static(
             posterior.program,
@@ -214,11 +215,11 @@ class Engine:
         finally:
             self.keys, self.rows, self.hot = keys, rows, hot
 
-    def rows_of(self, step_size: float, friction: float = 0.1) -> Row:
+    def rows_of(self, step_size: float, friction: float = 0.1, limit: float = math.inf) -> Row:
         """The posterior's numbers and the step's, the same for every chain."""
         posterior = self.posterior
         gamma = 1.0 if posterior.localization is None else posterior.localization
-        numbers = (self._each(x) for x in (posterior.nbeta, gamma, step_size, friction))
+        numbers = (self._each(x) for x in (posterior.nbeta, gamma, step_size, friction, limit))
         return Row(place(np.arange(self.plan.num_chains, dtype=np.int32), self.per_chain), *numbers)
 
     def _each(self, values: Any) -> jax.Array:

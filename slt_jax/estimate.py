@@ -1,6 +1,7 @@
 """The front door: losses of local chains into a learning coefficient with an error bar."""
 
 import functools
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -161,7 +162,8 @@ def estimate_llc(
         engine.localize(choice.localization)
         pass_over = -(-source.num_data // batch_size) if choice.control_variate else 0
         lengths = lay(choice.gradients + pass_over, 2 if choice.control_variate else 1)
-        engine.configure(schedule(lengths, choice.control_variate, group), choice.step_size, choice.friction)
+        limit = math.inf if choice.limit is None else choice.limit
+        engine.configure(schedule(lengths, choice.control_variate, group), choice.step_size, choice.friction, limit)
         if progress and leads(mesh):
             print(*(f"  {line}" for line in choice.lines), sep="\n", file=sys.stderr)
     run = run_to_end(engine, store, progress, checkpoint_seconds)

@@ -1,6 +1,7 @@
 """From a run at its end to results: last looks at its chains, and the record of what it was given and what it took."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -84,8 +85,10 @@ def result_of(
     spent = {"steps": steps, "calibration": choice.gradients if choice else 0.0, "control": passes}
     spent["probe"] = probe.get("gradients", 0.0)
     kept = slice(plan.num_warmup + plan.thinning - 1, None, plan.thinning)
-    loss, baseline, *others = (t[mine, kept] for t in run.trace[:-1])
-    also = {name: run.trace.also[mine, kept, k] for k, name in enumerate(names)}
+    times = run.trace.time[mine, kept]
+    evenly = _evenly(times)
+    loss, baseline, *others = (evenly(t[mine, kept]) for t in run.trace[:-2])
+    also = {name: evenly(run.trace.also[mine, kept, k]) for k, name in enumerate(names)}
     if full_loss is not None:
         baseline = np.full_like(loss, np.float32(full_loss), dtype=np.float64)
     finite = np.isfinite(run.trace.loss[mine]) & np.isfinite(run.trace.drift_sq[mine])
@@ -103,6 +106,7 @@ def result_of(
         "metric": engine.sampler.metric,
         "step_size": step_size,
         "friction": friction,
+        "mean_time": float(np.nanmean(times)) if np.isfinite(times).any() else 1.0,
         "gradients": spent,
         "calibration": choice.to_dict() if choice else {},
         "probe": probe,
@@ -113,3 +117,17 @@ def result_of(
     }
     warmup = run.trace.loss[mine, : plan.num_warmup]
     return LLCResult(loss, baseline, *others, warmup, stopped, settings, tuple(run.notes), also)
+
+
+def _evenly(times: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """From draws of steps that took ``times`` (chain, draw) to as many draws at equal times, in the same order.
+
+    A step that took twice the time is there twice as often. Nothing changes where all took the same.
+    """
+    picks = np.broadcast_to(np.arange(times.shape[1]), times.shape).copy()
+    for chain, each in enumerate(times.astype(np.float64)):
+        if np.isfinite(each).all() and each.min() < each.max():
+            ends = np.cumsum(each)
+            picks[chain] = np.searchsorted(ends, (picks[chain] + 0.5) * (ends[-1] / len(ends)))
+    rows = np.arange(len(times))[:, None]
+    return lambda values: values[rows, picks]

@@ -269,7 +269,9 @@ def _also_sections(result: LLCResult) -> Iterable[Section]:
 
 _MEANINGS = {
     "sampler": "how a step moves", "step_size": "epsilon: drift -(epsilon/2) G, noise of variance epsilon",
-    "friction": "share of the momentum that a step loses", "nbeta": "n times the inverse temperature",
+    "friction": "share of the momentum that a step loses",
+    "mean_time": "that draws' steps took, as a share of a full one's: the others were shortened",
+    "nbeta": "n times the inverse temperature",
     "localization": "gamma, the pull to w*", "num_chains": "independent chains",
     "num_draws": "losses kept in each chain", "num_warmup": "steps before the first draw",
     "thinning": "steps from one draw to the next", "batch_size": "examples in a step's batch",
@@ -282,6 +284,7 @@ _MEANINGS = {
 def settings_sections(settings: dict[str, Any]) -> Iterable[Section]:
     forms = {float: lambda x: f"{x:.4g}", int: lambda x: f"{x:,}", bool: lambda x: "yes" if x else "no"}
     still = ("friction",) if settings.get("family") in _NO_MOMENTUM else ()
+    still += ("mean_time",) if settings.get("mean_time") == 1 else ()
     known = {name: settings[name] for name in _MEANINGS if settings.get(name) is not None and name not in still}
     rows = tuple(Row((name, forms.get(type(value), str)(value), _MEANINGS[name])) for name, value in known.items())
     if rows:

@@ -202,7 +202,7 @@ class LLCResult:
             f"around it (nats per example); {self._signs()}.\n"
             f"{self._bias_text()}\n"
             f"{s['sampler']} with step_size {s['step_size']:.3g}, nbeta {s['nbeta']:.4g}, localization "
-            f"{s['localization']:.3g}; "
+            f"{s['localization']:.3g}{_shortened(s.get('mean_time', 1.0))}; "
             f"{s['num_free']:,} weights free, {s['num_warmup']} warm-up steps, thinning {s['thinning']}, batch "
             f"{s['batch_size']} of {s['num_data']:,}."
         )
@@ -304,6 +304,10 @@ class LLCResult:
         from slt_jax.report import report
 
         return report(self, path, overwrite=overwrite)
+
+
+def _shortened(mean_time: float) -> str:
+    return f", steps shortened to {mean_time:.1%} of their time on average" if mean_time < 0.9995 else ""
 
 
 def _cost_line(cost: dict[str, Any], predicted: int | None) -> str:

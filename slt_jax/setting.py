@@ -84,7 +84,8 @@ def opened(
 def calibrated(engine: Engine, sampler: Sampler, localization: float | None) -> dict[str, Any]:
     """What is open in ``sampler`` and of the localization, measured at w*; without control variates."""
     total = engine.plan.num_chains * engine.plan.total_steps
-    choice = calibrate(engine, sampler, localization, False, total, functools.partial(check_at_center, engine))
+    check = functools.partial(check_at_center, engine)
+    choice = calibrate(engine, sampler, localization, False, total, check, alone=False)
     return gathered(choice.to_dict(), engine.mesh)[0]
 
 

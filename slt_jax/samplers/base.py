@@ -37,7 +37,8 @@ class Hyper(NamedTuple):
     ``step_size``: eps, in squared units of weight. A kinetic sampler's time step is its square root, so that one
     undamped step from rest moves by the same -(eps/2) G as one of SGLD. ``friction``: the share of momentum lost in one
     step, dimensionless. ``adapt``: whether running statistics may still change (the first half of the warm-up).
-    ``metric``: R with R R' = P for samplers that take one; () for none.
+    ``metric``: R with R R' = P for samplers that take one; () for none. ``limit``: of the mean squared force, above
+    which a sampler that can do so shortens its steps; infinite for none.
     """
 
     nbeta: jax.Array | float
@@ -46,6 +47,7 @@ class Hyper(NamedTuple):
     friction: jax.Array | float = 0.1
     adapt: jax.Array | bool = False
     metric: Metric = ()
+    limit: jax.Array | float = float("inf")
 
 
 class Info(NamedTuple):
@@ -55,7 +57,8 @@ class Info(NamedTuple):
     gradient of the negative log density and P the preconditioner (1 without one). ``virial``: <w - w*, G>.
     ``distance_sq``: |w - w*|^2. ``kinetic``: mean squared momentum of a coordinate, 1 at the right temperature.
     ``acceptance``: of a Metropolis test. ``pull``: <w - w*, P G>, for a sampler with a preconditioner; without one it
-    is ``virial``. NaN where a sampler has no such thing.
+    is ``virial``. NaN where a sampler has no such thing. ``time``: what the step took, as a share of a full one's: the
+    weight of its position in a mean.
     """
 
     loss: jax.Array
@@ -65,6 +68,7 @@ class Info(NamedTuple):
     kinetic: jax.Array | float = float("nan")
     acceptance: jax.Array | float = float("nan")
     pull: jax.Array | float = float("nan")
+    time: jax.Array | float = 1.0
 
 
 class Sampler(NamedTuple):

@@ -21,14 +21,19 @@ from slt_jax.samplers.base import (
     root,
 )
 
+MEMORY = 0.01  # a step's part in the mean squared force: a hundred steps, some oscillations of the stiffest direction
+
 
 class UnderdampedState(NamedTuple):
+    """``force_sq``: running mean of G'PG over the last 1 / MEMORY steps."""
+
     position: Position
     momentum: Position
+    force_sq: jax.Array
 
 
 def init(position: Position) -> UnderdampedState:
-    return UnderdampedState(position, tuple(jnp.zeros_like(w) for w in position))
+    return UnderdampedState(position, tuple(jnp.zeros_like(w) for w in position), jnp.float32(0))
 
 
 def step(
@@ -36,12 +41,18 @@ def step(
 ) -> tuple[UnderdampedState, Info]:
     """One BAOAB step of underdamped Langevin dynamics; the two half kicks between drifts are one.
 
-    Update, with time step h = sqrt(step_size) and R a root of the metric, R R' = P, 1 without one::
+    Update, with R a root of the metric, R R' = P, 1 without one::
 
         G  = nbeta grad L_m(w) + localization (w - w*)
+        t  = min(1, sqrt(limit / s)),      h = t sqrt(step_size),      f = t friction
+        s' = s + MEMORY (G'PG - s)
         q  = p - h R' G
-        p' = e^-friction q + sqrt(1 - e^(-2 friction)) xi,      xi ~ N(0, 1)
+        p' = e^-f q + sqrt(1 - e^(-2 f)) xi,      xi ~ N(0, 1)
         w' = w + (h / 2) R (q + p')
+
+    In equilibrium the mean of G'PG is the trace of the curvature, so that steps shorten where it is stiffer than the
+    limit says. The dynamics in time is untouched: a mean over it weights each position by t, ``Info.time``. Without a
+    limit t is 1.
 
     Target density: exp(-nbeta L_n(w) - (localization/2)|w - w*|^2 - |p|^2 / 2), as step_size goes to 0: p is the
     momentum in the coordinates R^-1 w, in which the mass is 1. R is constant, so it changes no stationary law.
@@ -60,14 +71,16 @@ def step(
     a mode of curvature a by (step_size S / 4) coth(friction / 2) / (1 - step_size a / 4), which ``kinetic`` - 1 reads
     to first order; with a metric, a and S are those of its coordinates. Stable for step_size a < 4.
 
-    Source: Leimkuhler and Matthews, J. Chem. Phys. 138 (2013) 174102.
+    Source: Leimkuhler and Matthews, J. Chem. Phys. 138 (2013) 174102. Steps whose length follows the force, with
+    averages weighted by time: Leimkuhler, Lohmann and Whalley, arXiv:2504.18911.
     """
     loss, grad = loss_and_grad(state.position)
     force = drift(grad, state.position, center, hyper)
     turned = pull_back(hyper.metric, force)
-    time = jnp.sqrt(hyper.step_size)
-    keep = jnp.exp(-hyper.friction)
-    spread = jnp.sqrt(-jnp.expm1(-2 * hyper.friction))
+    share = jnp.sqrt(jnp.minimum(1.0, hyper.limit / state.force_sq))  # of steps past: the kick need not wait for a sum
+    time, friction = share * jnp.sqrt(hyper.step_size), share * hyper.friction
+    keep = jnp.exp(-friction)
+    spread = jnp.sqrt(-jnp.expm1(-2 * friction))
     kicked = tuple((p - time * f).astype(p.dtype) for p, f in zip(state.momentum, turned, strict=True))
     noise = gaussian(key, state.position)
     momentum = tuple((keep * q + spread * x).astype(q.dtype) for q, x in zip(kicked, noise, strict=True))
@@ -75,8 +88,10 @@ def step(
     moved = tuple((w + 0.5 * time * x).astype(w.dtype) for w, x in zip(state.position, drifted, strict=True))
     away = displacement(state.position, center)
     kinetic = (inner(state.momentum, state.momentum) + inner(kicked, kicked)) / (2 * dimension(kicked))
-    info = Info(loss, inner(turned, turned), inner(away, force), inner(away, away), kinetic)
-    return UnderdampedState(moved, momentum), info
+    drift_sq = inner(turned, turned)
+    force_sq = (state.force_sq + MEMORY * (drift_sq - state.force_sq)).astype(jnp.float32)
+    info = Info(loss, drift_sq, inner(away, force), inner(away, away), kinetic, time=share)
+    return UnderdampedState(moved, momentum, force_sq), info
 
 
 def underdamped(step_size: float | None = None, friction: float | None = None, *, metric: str | None = None) -> Sampler:

@@ -1,0 +1,127 @@
+"""Steps that shorten where the force is larger than the calibration met: the law, the draws, and who gets them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import slt_jax as slt
+from slt_jax.engine import Engine
+from slt_jax.outcome import _evenly
+from slt_jax.samplers.base import Hyper
+from tests.targets import by_name
+
+CUSP = by_name("(y^2 - x^3)^2")
+NBETA, PULL, STEP = 2000.0, 1.0, 4e-5
+
+
+def losses(position):
+    v = position[0]
+    return (v[1] ** 2 - v[0] ** 3) ** 2
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def along_the_valley(steps, key, limit):
+    """Each chain's (time, time-weighted, plain) sums of nbeta L over the second half, and its largest nbeta L."""
+    step, center = slt.underdamped(STEP).step, (jnp.zeros(2),)
+    hyper = Hyper(NBETA, PULL, STEP, 0.03, False, (), limit)
+
+    def chain(key):
+        def body(carry, i):
+            state, sums = carry
+            state, info = step(jax.random.fold_in(key, i), state, jax.value_and_grad(losses), center, hyper)
+            value = NBETA * info.loss
+            now = jnp.where(i >= steps // 2, 1.0, 0.0) * jnp.array([info.time, info.time * value, value])
+            return (state, (sums[0] + now, jnp.maximum(sums[1], value))), None
+
+        start = (slt.underdamped(STEP).init(center), (jnp.zeros(3), jnp.float32(0)))
+        return jax.lax.scan(body, start, jnp.arange(steps))[0][1]
+
+    return jax.vmap(chain)(jax.random.split(key, 64))
+
+
+def test_where_the_valley_narrows_steps_shorten_and_the_law_is_that_of_the_posterior():
+    """The cusp's curvature grows with the fourth power of the distance. Weighted by time it is right, plainly not."""
+    steps = 120_000
+    (time, weighted, plain), most = (np.asarray(x, float).T for x in along_the_valley(steps, jax.random.key(0), 4e3))
+    exact = CUSP.exact(NBETA, PULL)
+    right = weighted / time
+    error = right.std(ddof=1) / np.sqrt(len(right))
+    assert error < 0.01
+    assert abs(right.mean() - exact) < 4 * error
+    assert time.sum() < 0.97 * len(time) * steps / 2
+    assert plain.mean() / (steps / 2) > exact + 10 * error
+    assert most.max() < 50
+
+
+def test_without_a_limit_the_same_chains_are_thrown_off():
+    *_, most = along_the_valley(120_000, jax.random.key(0), jnp.inf)
+    assert not np.nanmax(np.asarray(most)) < 200
+
+
+def test_below_the_limit_nothing_changes():
+    results = [_result(limit) for limit in (np.inf, 1e30)]
+    np.testing.assert_array_equal(results[0].loss_trace, results[1].loss_trace)
+    assert results[0].settings["mean_time"] == 1.0
+
+
+def _result(limit):
+    """Of an engine with this limit, on the cusp."""
+    from slt_jax.batches import as_source, check_key
+    from slt_jax.engine import Schedule
+    from slt_jax.mesh import chain_mesh
+    from slt_jax.outcome import result_of
+
+    posterior = slt.LocalPosterior(CUSP.loss_fn, CUSP.center, CUSP.num_data, NBETA, PULL)
+    plan = Schedule(4, 500, 500, 4, 64, 1, "paired", 1, 512)
+    sampler = slt.underdamped(STEP, 0.03)
+    engine = Engine(posterior, as_source(CUSP.data), sampler, plan, check_key(0), chain_mesh(4))
+    engine.configure(plan, STEP, 0.03, limit)
+    run = engine.start()
+    for _ in engine.steps(run):
+        pass
+    return result_of(engine, run, posterior, STEP, 0.03)
+
+
+def test_a_result_s_draws_are_at_equal_times():
+    short = _result(50.0)
+    assert short.settings["mean_time"] < 0.95
+    assert (np.diff(short.loss_trace, axis=1) == 0).any()  # a long step's draw is there more than once
+
+
+def test_draws_at_equal_times_are_the_time_weighted_mean():
+    rng = np.random.default_rng(0)
+    times = rng.uniform(0.1, 1.0, (3, 4000))
+    times[1] = 0.5
+    times[2, 7] = np.nan
+    values = np.cumsum(rng.normal(size=times.shape), axis=1)
+    evenly = _evenly(times)
+    found = evenly(values)
+    assert found.shape == values.shape
+    assert found[0].mean() == pytest.approx(np.average(values[0], weights=times[0]), rel=1e-3)
+    np.testing.assert_array_equal(found[1:], values[1:])  # all the same, or a chain that was lost
+    picks = evenly(np.broadcast_to(np.arange(4000), times.shape))[0]
+    counts = np.bincount(picks, minlength=4000)
+    assert (np.diff(picks) >= 0).all()
+    assert np.abs(counts - times[0] / times[0].mean()).max() < 1  # as often as its time says, but for rounding
+    also = evenly(np.stack([values, values], axis=-1))
+    np.testing.assert_array_equal(also[..., 1], found)
+
+
+@pytest.mark.parametrize(("name", "limited"), [("(y^2 - x^3)^2", True), ("quadratic, d = 2", False)])
+def test_only_where_the_curvature_varies_is_there_a_limit(name, limited):
+    target = by_name(name)
+    posterior = slt.LocalPosterior(target.loss_fn, target.center, target.num_data)
+    result = slt.estimate_llc(posterior, target.data, budget=100_000)
+    choice = result.settings["calibration"]
+    assert (choice["limit"] is not None) == limited
+    assert any("shortened where" in line for line in choice["lines"]) == limited
+    assert (result.settings["friction"] < 0.1) == limited
+
+
+def test_few_gradients_buy_no_limit():
+    posterior = slt.LocalPosterior(CUSP.loss_fn, CUSP.center, CUSP.num_data)
+    result = slt.estimate_llc(posterior, CUSP.data, budget=20_000)
+    assert result.settings["calibration"]["limit"] is None
