@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-from slt_jax.engine import Engine
-from slt_jax.outcome import _evenly
+from slt_jax.batches import as_source, check_key
+from slt_jax.engine import Engine, Schedule
+from slt_jax.mesh import chain_mesh
+from slt_jax.outcome import _evenly, result_of
 from slt_jax.samplers.base import Hyper
+from slt_jax.setting import calibrated
 from tests.targets import by_name
 
 CUSP = by_name("(y^2 - x^3)^2")
@@ -69,11 +72,6 @@ def test_below_the_limit_nothing_changes():
 
 def _result(limit):
     """Of an engine with this limit, on the cusp."""
-    from slt_jax.batches import as_source, check_key
-    from slt_jax.engine import Schedule
-    from slt_jax.mesh import chain_mesh
-    from slt_jax.outcome import result_of
-
     posterior = slt.LocalPosterior(CUSP.loss_fn, CUSP.center, CUSP.num_data, NBETA, PULL)
     plan = Schedule(4, 500, 500, 4, 64, 1, "paired", 1, 512)
     sampler = slt.underdamped(STEP, 0.03)
@@ -119,6 +117,17 @@ def test_only_where_the_curvature_varies_is_there_a_limit(name, limited):
     assert (choice["limit"] is not None) == limited
     assert any("shortened where" in line for line in choice["lines"]) == limited
     assert (result.settings["friction"] < 0.1) == limited
+    assert (result.settings["mean_time"] < 1) == limited
+
+
+def test_a_setting_that_many_estimates_share_has_no_limit():
+    """A sweep's or a trajectory's chains take full steps, and so need the friction that goes with them."""
+    posterior = slt.LocalPosterior(CUSP.loss_fn, CUSP.center, CUSP.num_data)
+    plan = Schedule(4, 1000, 1000, 30, 256, 1, "paired", 1, 512)
+    engine = Engine(posterior, as_source(CUSP.data), slt.underdamped(), plan, check_key(0), chain_mesh(4))
+    choice = calibrated(engine, engine.sampler, None)
+    assert choice["limit"] is None
+    assert choice["friction"] >= 0.1
 
 
 def test_few_gradients_buy_no_limit():

@@ -17,8 +17,8 @@ HEAD = (
     "| class | nbeta | teachers | median error | 90th percentile | pairs right | all of W*'s rank resolved "
     "| median distance to the resolved rank's coefficient | converged |\n|---|---|---|---|---|---|---|---|---|"
 )
-SHADES = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#CC79A7")
-MARKS = "o^sDv"
+SHADES = ("#E69F00", "#56B4E9", "#009E73", "#0072B2", "#CC79A7", "#D55E00")
+MARKS = "o^sDvP"
 
 
 def curve_rows(rows: Iterable[Row]) -> list[Row]:
