@@ -30,7 +30,7 @@ FRICTION_SHORT = 0.02  # the same for short chains: soft directions relax in fri
 MOST_FRICTION = 0.7
 HEAT = 0.03  # of the estimate, that minibatch noise may add before friction rises
 HEAT_CONTROLLED = 0.01  # with control variates, whose noise is not confined to directions that count
-VARIED = 8.0  # curvature met over that at w*, from which on the chains will meet yet more
+VARIED = 1.5  # curvature met over that at w*, from which on the chains will meet yet more
 GROWTH = 4.0  # of the curvature met, from which on steps shorten
 _SHARE = 0.15  # of the gradients, for all of this
 _SHORT = 4000  # steps of a chain, up to which it is short
@@ -125,7 +125,7 @@ def calibrate(
         pilot = _Pilot(engine, sampler, probe, steps, max(4, rounds // 3), allowed)
         curvature, positions = pilot.explore(curvature, step_size)
         llc, by_pilot = pilot.llc, pilot.gradients
-        varies = alone and rich and step_size is None and curvature > VARIED * at_center
+        varies = alone and step_size is None and curvature > VARIED * at_center
         if varies and sampler.family == "baoab":
             limit = GROWTH * max(curvature, pilot.force_sq)
         if localization is None:

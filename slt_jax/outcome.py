@@ -44,7 +44,11 @@ def look_bytes(engine: Engine, num_chains: int) -> list[int]:
 def _looks(
     engine: Engine, run: Run, posterior: LocalPosterior, chains: range, step_size: float, key: jax.Array
 ) -> dict[str, float]:
-    """Gradient noise and acceptance where the chains ended; nothing when the run is too short to pay for it."""
+    """Gradient noise and acceptance where the chains ended; nothing when the run is too short to pay for it.
+
+    Noise S in a step that takes the share t of the full time heats t times less: what counts is the mean of t S over
+    time, E[t^2 S] / E[t] over steps. The chains end at equal steps.
+    """
     alive = to_host(run.alive)
     kept = [c for c in chains if alive[c]][:4]
     if not kept or not _looks_at_end(engine, len(chains)):
@@ -53,6 +57,8 @@ def _looks(
     repeats = int(np.clip(_for_looks(len(chains), engine.plan) / (4 * len(kept)), 1, 8))
     found = [probe.noise(engine.position(run, c), repeats)[0] for c in kept]
     values = np.array([n.controlled if engine.plan.control_variate else n.plain for n in found])
+    shares = run.trace.time[list(chains), engine.plan.num_warmup : run.step].astype(np.float64)
+    values *= run.trace.time[kept, run.step - 1].astype(np.float64) ** 2 / np.nanmean(shares)
     error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else values.mean()
     accepted = [probe.acceptance(engine.position(run, c), step_size) for c in kept[:2]]
     return {

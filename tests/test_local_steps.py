@@ -70,23 +70,33 @@ def test_below_the_limit_nothing_changes():
     assert results[0].settings["mean_time"] == 1.0
 
 
-def _result(limit):
-    """Of an engine with this limit, on the cusp."""
-    posterior = slt.LocalPosterior(CUSP.loss_fn, CUSP.center, CUSP.num_data, NBETA, PULL)
-    plan = Schedule(4, 500, 500, 4, 64, 1, "paired", 1, 512)
-    sampler = slt.underdamped(STEP, 0.03)
-    engine = Engine(posterior, as_source(CUSP.data), sampler, plan, check_key(0), chain_mesh(4))
-    engine.configure(plan, STEP, 0.03, limit)
+def _result(limit, target=CUSP, step_size=STEP, friction=0.03, plan=Schedule(4, 500, 500, 4, 64, 1, "paired", 1, 512)):
+    """Of an engine with this limit."""
+    posterior = slt.LocalPosterior(target.loss_fn, target.center, target.num_data, NBETA, PULL)
+    sampler = slt.underdamped(step_size, friction)
+    engine = Engine(posterior, as_source(target.data), sampler, plan, check_key(0), chain_mesh(plan.num_chains))
+    engine.configure(plan, step_size, friction, limit)
     run = engine.start()
     for _ in engine.steps(run):
         pass
-    return result_of(engine, run, posterior, STEP, 0.03)
+    return result_of(engine, run, posterior, step_size, friction)
 
 
 def test_a_result_s_draws_are_at_equal_times():
     short = _result(50.0)
     assert short.settings["mean_time"] < 0.95
     assert (np.diff(short.loss_trace, axis=1) == 0).any()  # a long step's draw is there more than once
+
+
+def test_shortened_steps_are_heated_less_and_what_noise_adds_is_known():
+    """Labels are noisy: full steps add eighteen times the estimate, these twice."""
+    target, plan = by_name("noisy regression, d = 10"), Schedule(8, 4000, 500, 2, 256, 1, "paired", 1, 512)
+    result = _result(3e3, target, 1e-4, 0.05, plan)
+    assert result.settings["mean_time"] < 0.2
+    assert result.bias.why.startswith("over 25%")
+    error = np.hypot(result.llc_stderr, result.bias.stderr)
+    assert error < 0.4
+    assert abs(result.llc_raw - result.bias.noise - target.exact(NBETA, PULL)) < 4 * error
 
 
 def test_draws_at_equal_times_are_the_time_weighted_mean():
@@ -130,7 +140,8 @@ def test_a_setting_that_many_estimates_share_has_no_limit():
     assert choice["friction"] >= 0.1
 
 
-def test_few_gradients_buy_no_limit():
+def test_with_few_gradients_too():
     posterior = slt.LocalPosterior(CUSP.loss_fn, CUSP.center, CUSP.num_data)
     result = slt.estimate_llc(posterior, CUSP.data, budget=20_000)
-    assert result.settings["calibration"]["limit"] is None
+    assert result.settings["calibration"]["limit"] is not None
+    assert result.settings["mean_time"] < 1
