@@ -69,7 +69,8 @@ def step(
 
     Error: no bias on a quadratic; second order in h elsewhere. Gradient noise of covariance S = nbeta^2 C / B heats
     a mode of curvature a by (step_size S / 4) coth(friction / 2) / (1 - step_size a / 4), which ``kinetic`` - 1 reads
-    to first order; with a metric, a and S are those of its coordinates. Stable for step_size a < 4.
+    to first order; with a metric, a and S are those of its coordinates. Shortened steps are heated t times less. Stable
+    for step_size a < 4.
 
     Source: Leimkuhler and Matthews, J. Chem. Phys. 138 (2013) 174102. Steps whose length follows the force, with
     averages weighted by time: Leimkuhler, Lohmann and Whalley, arXiv:2504.18911.
