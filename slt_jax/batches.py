@@ -23,7 +23,12 @@ _HELD = 2**30  # bytes
 
 
 def draw_indices(key: jax.Array, num_data: int, batch_size: int) -> jax.Array:
-    """Indices of one minibatch, int32 ``(batch_size,)``, uniform over the data set, with replacement."""
+    """Indices of one minibatch, int32 ``(batch_size,)``, uniform over the data set, with replacement.
+
+    A batch as large as the data set is the data set: each index once, in order.
+    """
+    if batch_size == num_data:
+        return jnp.arange(num_data, dtype=jnp.int32)
     return uniform_index(key, batch_size, num_data)
 
 

@@ -62,7 +62,7 @@ class Static(NamedTuple):
     gather: Callable | None
     mesh: Mesh
     control_variate: bool = False
-    whole: bool = False
+    exact: bool = False
     also_data: tuple[int, ...] = ()  # examples of each further data set
 
 
@@ -130,13 +130,18 @@ def _losses_at(static: Static, position: PyTree, frozen: PyTree, batch: PyTree) 
     return jax.lax.map(lambda part: static.program.losses(position, frozen, part), split).reshape(-1)
 
 
+def takes_all(static: Static, num_data: int) -> bool:
+    """Whether a step's batch is the whole data set of ``num_data`` examples, and so without noise."""
+    return static.exact or static.batch_size == num_data
+
+
 def _spread(static: Static, gap: jax.Array, num_data: int) -> jax.Array:
     """Variance of the mean of a batch's per-example values; NaN where it cannot be told from them.
 
     Over the whole data set the mean has no sampling noise, however much its examples differ.
     """
     size = static.batch_size
-    if static.whole or num_data == 1:
+    if takes_all(static, num_data) or num_data == 1:
         return jnp.float32(0)
     if gap.size != size or size == 1:
         return jnp.float32(jnp.nan)
@@ -148,7 +153,7 @@ def _read_also(static: Static, frozen: PyTree, also: tuple, key: jax.Array, posi
     rows = []
     for k, (arrays, size) in enumerate(zip(also, static.also_data, strict=True)):
         batch = arrays
-        if not static.whole:
+        if not takes_all(static, size):
             drawn = draw_indices(jax.random.fold_in(key, _ALSO + k), size, static.batch_size)
             batch = gather(arrays, drawn)
         here, there = (_losses_at(static, at, frozen, batch) for at in (position, center))
@@ -181,10 +186,10 @@ def _one_chain(static: Static, shared: tuple, window: Window, state, key, row, a
         i, state, still, trace = carry
         step = window.start + i
         step_key = jax.random.fold_in(key, step)
-        if static.whole:
-            batch = arrays
-        elif static.gather is None:
+        if static.gather is None:
             batch = jax.tree.map(lambda b: b[window.offset + i], batches)
+        elif takes_all(static, static.num_data):
+            batch = arrays
         else:
             drawn = draw_indices(jax.random.fold_in(step_key, BATCH), static.num_data, static.batch_size)
             batch = static.gather(arrays, drawn)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from slt_jax.batches import ArrayData, Prefetcher, Source, draw_indices, gather
-from slt_jax.chunk import BATCH, Row, Static, Trace, Window, blank, loss_and_grad_on, run_chunk
+from slt_jax.chunk import BATCH, Row, Static, Trace, Window, blank, loss_and_grad_on, run_chunk, takes_all
 from slt_jax.mesh import chain_sharding, gathered, own_rows, place, place_rows, shared_sharding, to_host
 from slt_jax.metric import blank_factor
 from slt_jax.posterior import LocalPosterior, LossProgram
@@ -151,6 +151,11 @@ class Engine:
         if plan.control_variate:
             self.center_grad = self.put(self.full_grad())
 
+    @property
+    def takes_all(self) -> bool:
+        """Whether every batch is the whole data set."""
+        return takes_all(self.static, self.source.num_data)
+
     def put(self, tree: PyTree) -> PyTree:
         """``tree``, which every process holds whole, on the mesh, once for all chains."""
         return jax.tree.map(lambda x: place(x, shared_sharding(self.mesh, x)), tree)
@@ -247,7 +252,7 @@ class Engine:
     def start(self) -> Run:
         """Every chain at the center."""
         num, shape = self.plan.num_chains, (self.plan.num_chains, self.plan.total_steps)
-        if self.static.whole:
+        if self.static.exact:
             laid = jax.tree.map(lambda x: x.sharding, self.described()[0])
             init = jax.jit(jax.vmap(self._first_exact, (None, None, None, 0)), out_shardings=laid)
             state = init(self.center, self.frozen, self.arrays, self.rows)
@@ -315,7 +320,7 @@ class Engine:
     def described(self) -> tuple[PyTree, jax.ShapeDtypeStruct, PyTree]:
         """A run's state, its chains' marks of being alive, a chunk's batches from the host: shapes on the mesh."""
         num, center = self.plan.num_chains, self.center
-        if self.static.whole:
+        if self.static.exact:
             one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype), self.rows)
             first = jax.eval_shape(self._first_exact, center, self.frozen, self.arrays, one)
         else:

@@ -77,7 +77,7 @@ def estimate_llc(
         num_chains, num_draws, thinning: each chain keeps ``num_draws`` draws, one every ``thinning`` steps.
         num_warmup: steps before the first draw.
         batch_size: examples in one step's minibatch, drawn with replacement, its own for each chain; default
-            ``min(256, num_data)``.
+            ``min(256, num_data)``. As many as there are: all of them in every step, and no noise.
         key: ``jax.random.key(...)`` or an integer seed.
         mesh: devices, with an axis ``chain`` (and ``model``); default as many devices as divide ``num_chains``. With
             several processes (``jax.distributed.initialize``) those of all; every process makes the same call on the

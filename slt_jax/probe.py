@@ -231,7 +231,12 @@ class Probe:
         return self._posterior.program, position, self._frozen, self._blocks
 
     def noise(self, position: Position, repeats: int) -> tuple[Noise, Noise]:
-        """Mean and standard error over ``repeats`` fresh batches, by the difference of a batch's two halves."""
+        """Mean and standard error over ``repeats`` fresh batches, by the difference of a batch's two halves.
+
+        None where a batch is the whole data set.
+        """
+        if self._engine.takes_all:
+            return Noise(0.0, 0.0), Noise(0.0, 0.0)
         half, found = max(1, self._batch // 2), []
         for _ in range(repeats):
             found.append(_noise(*self._for_noise(position)))

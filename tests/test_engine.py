@@ -186,14 +186,31 @@ def test_batches_are_the_documented_ones_and_each_chains_own():
 
 
 def test_batches_are_drawn_with_replacement():
-    """With a batch as large as the data, a permutation would give the same mean each time."""
+    """With a batch of all rows but one, a permutation would give nearly the same mean each time."""
     rows = jnp.arange(16.0)[:, None]
     posterior = slt.LocalPosterior(lambda p, x: x[:, 0] + 0 * p["w"][0], {"w": jnp.zeros(1)}, 16)
-    means = estimate(posterior, rows, num_draws=500).loss_trace
-    # the mean of 16 draws, each uniform on 0..15 with variance (16^2 - 1) / 12
-    variance, count = (16**2 - 1) / 12 / 16, means.size
+    means = estimate(posterior, rows, num_draws=500, batch_size=15).loss_trace
+    # the mean of 15 draws, each uniform on 0..15 with variance (16^2 - 1) / 12
+    variance, count = (16**2 - 1) / 12 / 15, means.size
     assert abs(means.var() / variance - 1) < 4 * np.sqrt(2 / count)
     assert abs(means.mean() - 7.5) < 4 * np.sqrt(variance / count)
+
+
+@pytest.mark.parametrize("source", [lambda x: x, Rows], ids=["memory", "host"])
+def test_a_batch_as_large_as_the_data_is_the_data(source):
+    """Two hundred examples of a noisy regression: with replacement, noise would add 1.1 to the 2.5 of five weights."""
+    rng = np.random.default_rng(0)
+    x, noise = rng.normal(size=(200, 5)), rng.normal(size=200)
+    noise -= x @ np.linalg.lstsq(x, noise, rcond=None)[0]
+    data = np.c_[x, noise].astype(np.float32)
+    posterior = slt.LocalPosterior(lambda w, xy: 0.5 * (xy[:, :5] @ w - xy[:, 5]) ** 2, jnp.zeros(5), 200, localization=1e-3)
+    result = slt.estimate_llc(posterior, source(data), sampler=slt.underdamped(1e-2, 0.1), num_draws=2000, key=0)
+    assert result.settings["batch_size"] == 200
+    assert result.settings["probe"]["noise"] == 0
+    assert not result.gap_var.any()
+    np.testing.assert_allclose(result.baseline_trace, 0.5 * np.mean(noise**2), rtol=1e-5)
+    assert result.llc_stderr < 0.1
+    assert abs(result.llc_raw - 2.5) < 4 * result.llc_stderr
 
 
 def test_paired_baseline_has_less_variance():
