@@ -203,7 +203,8 @@ def test_a_batch_as_large_as_the_data_is_the_data(source):
     x, noise = rng.normal(size=(200, 5)), rng.normal(size=200)
     noise -= x @ np.linalg.lstsq(x, noise, rcond=None)[0]
     data = np.c_[x, noise].astype(np.float32)
-    posterior = slt.LocalPosterior(lambda w, xy: 0.5 * (xy[:, :5] @ w - xy[:, 5]) ** 2, jnp.zeros(5), 200, localization=1e-3)
+    loss_fn = lambda w, xy: 0.5 * (xy[:, :5] @ w - xy[:, 5]) ** 2  # noqa: E731
+    posterior = slt.LocalPosterior(loss_fn, jnp.zeros(5), 200, localization=1e-3)
     result = slt.estimate_llc(posterior, source(data), sampler=slt.underdamped(1e-2, 0.1), num_draws=2000, key=0)
     assert result.settings["batch_size"] == 200
     assert result.settings["probe"]["noise"] == 0

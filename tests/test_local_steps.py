@@ -19,6 +19,7 @@ from tests.targets import by_name
 
 CUSP = by_name("(y^2 - x^3)^2")
 NBETA, PULL, STEP = 2000.0, 1.0, 4e-5
+SHORT = Schedule(4, 500, 500, 4, 64, 1, "paired", 1, 512)
 
 
 def losses(position):
@@ -71,7 +72,7 @@ def test_below_the_limit_nothing_changes():
     assert results[0].settings["mean_time"] == 1.0
 
 
-def _result(limit, target=CUSP, step_size=STEP, friction=0.03, plan=Schedule(4, 500, 500, 4, 64, 1, "paired", 1, 512)):
+def _result(limit, target=CUSP, step_size=STEP, friction=0.03, plan=SHORT):
     """Of an engine with this limit."""
     posterior = slt.LocalPosterior(target.loss_fn, target.center, target.num_data, NBETA, PULL)
     sampler = slt.underdamped(step_size, friction)
