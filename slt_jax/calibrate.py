@@ -26,6 +26,7 @@ REACH = 2.5  # of a flat direction, in typical weights
 REACH_METRIC = 0.35  # the same in a metric's coordinates, in which chains do get that far
 FRICTION = 0.1  # the least; noise grows as chains spread, and what the pilot saw of it is too little
 FRICTION_STILL = 0.03  # the same where steps have a limit, and noise could grow tenfold
+SAMPLED = 0.01  # relative error of llc from chains' draws, whose loss has variance llc and lasts for 1 / friction steps
 FRICTION_SHORT = 0.02  # the same for short chains: soft directions relax in friction / (step_size curvature) steps
 MOST_FRICTION = 0.7
 HEAT = 0.03  # of the estimate, that minibatch noise may add before friction rises
@@ -126,7 +127,8 @@ def calibrate(
         curvature, positions = pilot.explore(curvature, step_size)
         llc, by_pilot = pilot.llc, pilot.gradients
         varies = alone and step_size is None and curvature > VARIED * at_center
-        if varies and sampler.family == "baoab":
+        settled = pilot.force_sq < curvature * engine.posterior.num_free  # else noise, or chains that were thrown off
+        if varies and settled and sampler.family == "baoab":
             limit = GROWTH * max(curvature, pilot.force_sq)
         if localization is None:
             settle = _localization(curvature / kappa, reach, engine.center)
@@ -162,7 +164,8 @@ def calibrate(
             short = total < _SHORT * engine.plan.num_chains
             least = 0.3 if sampler.metric else FRICTION_SHORT if short else FRICTION
             if limit is not None:
-                still, *_ = _damp(family, step_size, mine, scale, warm / 10, FRICTION_STILL, False)
+                slow = min(FRICTION, max(FRICTION_STILL, 1 / (SAMPLED**2 * scale * total)))
+                still, *_ = _damp(family, step_size, mine, scale, warm / 10, slow, False)
                 least = min(least, still)
             friction, step_size, line = _damp(family, step_size, mine, scale, warm, least, sampler.step_size is None)
             lines.append(line)

@@ -9,6 +9,7 @@ import pytest
 
 import slt_jax as slt
 from slt_jax.batches import as_source, check_key
+from slt_jax.calibrate import _Pilot
 from slt_jax.corrections import heating
 from slt_jax.engine import Engine, Schedule
 from slt_jax.mesh import chain_mesh
@@ -145,6 +146,23 @@ def test_a_setting_that_many_estimates_share_has_no_limit():
 
 def test_with_few_gradients_too():
     posterior = slt.LocalPosterior(CUSP.loss_fn, CUSP.center, CUSP.num_data)
-    result = slt.estimate_llc(posterior, CUSP.data, budget=20_000)
+    result = slt.estimate_llc(posterior, CUSP.data, budget=20_000, key=2)
     assert result.settings["calibration"]["limit"] is not None
     assert result.settings["mean_time"] < 1
+    assert result.settings["friction"] == 0.1  # for so small an estimate a lower one would leave too few draws
+
+
+@pytest.mark.parametrize(("share", "limited"), [(0.9, True), (1.1, False)])
+def test_a_pilot_whose_force_is_more_than_the_curvature_s_sets_no_limit(monkeypatch, share, limited):
+    """In equilibrium the mean squared force is at most d times the largest curvature."""
+    explore = _Pilot.explore
+
+    def with_force(pilot, *args):
+        found = explore(pilot, *args)
+        pilot.force_sq = share * 2 * found[0]
+        return found
+
+    monkeypatch.setattr(_Pilot, "explore", with_force)
+    posterior = slt.LocalPosterior(CUSP.loss_fn, CUSP.center, CUSP.num_data)
+    choice = slt.estimate_llc(posterior, CUSP.data, budget=20_000).settings["calibration"]
+    assert choice["limit"] == (pytest.approx(4 * 0.9 * 2 * choice["curvature"]) if limited else None)
