@@ -102,7 +102,7 @@ def bias_of(
     step, error = math.nan, 0.0
     added = heating(family, size, friction, noise[0])
     added_error = heating(family, size, friction, noise[1])
-    why = "two half batches"
+    why = "no minibatch noise" if noise[0] == 0 else "two half batches"
     smooth = drift_sq - (noise[0] if math.isfinite(noise[0]) else 0.0)
     if family == "euler":
         step, why = size / 8 * smooth, "step_size / 8 of the mean <nbeta grad L, G>"

@@ -208,6 +208,7 @@ def test_a_batch_as_large_as_the_data_is_the_data(source):
     result = slt.estimate_llc(posterior, source(data), sampler=slt.underdamped(1e-2, 0.1), num_draws=2000, key=0)
     assert result.settings["batch_size"] == 200
     assert result.settings["probe"]["noise"] == 0
+    assert result.bias.why == "no minibatch noise"
     assert not result.gap_var.any()
     np.testing.assert_allclose(result.baseline_trace, 0.5 * np.mean(noise**2), rtol=1e-5)
     assert result.llc_stderr < 0.1
