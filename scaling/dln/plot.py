@@ -139,7 +139,7 @@ def order_picture(groups: Sequence[Group]) -> Figure:
         axis.axhline(50, color="0.6", lw=1, ls=":")
         axis.set_ylim(lowest - 5, 102)
     axes[0].text(0.02, 51, "chance", transform=axes[0].get_yaxis_transform(), color="0.4", fontsize=8)
-    _legend(axes[0], groups)
+    _legend(axes[0], groups, (0.3, 0.12))
     return figure
 
 
