@@ -26,19 +26,20 @@ from scaling.dln.teachers import INPUT_VARIANCE, SIZES, Shape, draw_layer, draw_
 
 
 def eigenvalues(weights: Sequence[np.ndarray]) -> np.ndarray:
-    """The e_i, decreasing, of all H_0 H_L directions."""
+    """The e_i, decreasing, of all H_0 H_L directions; 0 for those that are not above rounding."""
     count = len(weights)
     before, after = [np.eye(weights[0].shape[0])], [np.eye(weights[-1].shape[1])]
     for k in range(count - 1):
         before.append(before[-1] @ weights[k])
         after.append(weights[count - 1 - k] @ after[-1])
     pairs = zip(before, reversed(after), strict=True)
-    return np.linalg.eigvalsh(sum(np.kron(a @ a.T, b.T @ b) for a, b in pairs))[::-1]
+    found = np.linalg.eigvalsh(sum(np.kron(a @ a.T, b.T @ b) for a, b in pairs))[::-1]
+    return np.where(found > len(found) * np.finfo(float).eps * found[0], found, 0.0)
 
 
 def held(found: np.ndarray, outputs: int, nbeta: float, localization: float) -> float:
     """nbeta E[L], to second order, for these e_i and so many outputs."""
-    curvature = 2 * nbeta * INPUT_VARIANCE / outputs * np.maximum(found, 0)
+    curvature = 2 * nbeta * INPUT_VARIANCE / outputs * found
     return 0.5 * float(np.sum(curvature / (curvature + localization)))
 
 
