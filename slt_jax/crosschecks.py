@@ -5,8 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from slt_jax.diagnostics import ess_and_rhat, standard_error
 from slt_jax.results import LLCResult
+from slt_jax.series import ess_and_rhat, standard_error
 
 
 class CrossCheck(NamedTuple):

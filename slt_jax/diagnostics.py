@@ -1,17 +1,18 @@
-"""Is this estimate to be believed? Effective sample size, R-hat, trend, sensitivities, and the verdict."""
+"""Is this estimate to be believed? Sensitivities, and the verdict."""
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from slt_jax.corrections import Bias
+from slt_jax.series import Rise, ess_and_rhat, extrapolate, standard_error, trend_of
 
 RHAT_LIMIT = 1.05
 TREND_SIGMA = 3.0
+RISE_LIMIT = 0.03  # of the estimate, in one more doubling of the run
+SOFT_LIMIT = 0.1  # of the estimate, in directions in which the run has not settled
 BIAS_LIMIT = 0.15
 SLOPE_LIMIT = 0.05
 KINETIC_LIMIT = 0.15
@@ -34,6 +35,7 @@ class Slope(NamedTuple):
 
 
 _UNKNOWN = Slope(math.nan, math.nan)
+_UNSEEN = Rise()
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Evidence:
     localization. ``degree``: see ``degree_of``. ``held``: 1 - mean <w - w*, nbeta grad L> / d, the share of the
     directions that the localization holds and not the loss. ``hot``: which of the chains started hot. ``num_free``: d.
     ``metric``: whether the chains moved in a metric's coordinates. ``heat``: what ``thermometer`` found, as an LLC.
+    ``rise``: of the chains started at w*, from doubling to doubling of the run. ``soft``: the part of the LLC that lies
+    in directions too soft for the run to have settled in, as far as the chains have got there.
     """
 
     virial: float = math.nan
@@ -61,6 +65,8 @@ class Evidence:
     num_free: int = 1
     metric: bool = False
     heat: Slope = _UNKNOWN
+    rise: Rise = _UNSEEN
+    soft: Slope = _UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -87,68 +93,6 @@ class Health:
     @property
     def virial(self) -> float:
         return self.evidence.virial
-
-
-def split_chains(draws: np.ndarray) -> np.ndarray:
-    """(chain, draw) -> (2 chain, draw // 2): each chain's halves as chains of their own."""
-    half = draws.shape[1] // 2
-    return np.concatenate([draws[:, :half], draws[:, draws.shape[1] - half :]])
-
-
-def ess_and_rhat(draws: np.ndarray) -> tuple[float, float]:
-    """Effective sample size and split R-hat of ``draws`` (chain, draw); NaN with fewer than 4 draws a chain.
-
-    Source: Vehtari, Gelman, Simpson, Carpenter, Buerkner, arXiv:1903.08008, as implemented in BlackJAX.
-    """
-    if draws.shape[0] == 0 or draws.shape[1] < 4:
-        return math.nan, math.nan
-    halves = split_chains(draws - draws.mean())
-    if halves.std() == 0:
-        return math.nan, math.nan
-    ess, rhat = (float(x) for x in _ess_and_rhat()(halves.astype(np.float32)))
-    return min(max(ess, 1.0), float(draws.size)), rhat
-
-
-@functools.cache
-def _ess_and_rhat():
-    # blackjax runs JAX at its import, which would fix the number of devices before the user can.
-    from blackjax.diagnostics import effective_sample_size, potential_scale_reduction
-
-    return jax.jit(lambda x: (effective_sample_size(x, 0, 1), potential_scale_reduction(x, 0, 1)))
-
-
-def standard_error(draws: np.ndarray, ess: float) -> float:
-    """Standard error of the mean over all chains and draws."""
-    return float(draws.std(ddof=1) / math.sqrt(ess)) if draws.size > 1 else math.nan
-
-
-def trend_of(draws: np.ndarray) -> tuple[float, float]:
-    """Mean of the second half of the draws less that of the first, and the same over its standard error."""
-    half = draws.shape[1] // 2
-    if half < 4 or draws.shape[0] == 0:
-        return math.nan, math.nan
-    first, second = draws[:, :half], draws[:, -half:]
-    errors = [standard_error(part, ess_and_rhat(part)[0]) for part in (first, second)]
-    change = float(second.mean() - first.mean())
-    return change, change / max(math.hypot(*errors), 1e-30)
-
-
-def extrapolate(draws: np.ndarray, blocks: int = 12) -> float:
-    """Where the draws would end: the a of a + b exp(-t / tau), by least squares over block means.
-
-    NaN when no tau up to twice the run explains them, that is when they go on in a straight line or faster.
-    """
-    length = draws.shape[1] // blocks
-    if length < 1 or draws.shape[0] == 0:
-        return math.nan
-    means = draws[:, : blocks * length].reshape(len(draws), blocks, length).mean((0, 2), dtype=np.float64)
-    t, fits = np.arange(blocks) + 0.5, []
-    for tau in np.geomspace(1.0, 2.0 * blocks, 25):
-        basis = np.stack([np.ones(blocks), np.exp(-t / tau)], 1)
-        (end, _), *_ = np.linalg.lstsq(basis, means, rcond=None)
-        fits.append((float(np.sum((basis @ np.linalg.lstsq(basis, means, rcond=None)[0] - means) ** 2)), tau, end))
-    _, tau, end = min(fits)
-    return float(end) if tau < 1.9 * blocks else math.nan
 
 
 def slopes(draws: np.ndarray, gap_var: np.ndarray, distance_sq: np.ndarray, nbeta: float, localization: float):
@@ -281,6 +225,19 @@ def _moving(draws, facts):
             f"errors); {where}. Raise num_warmup or the budget."
         )
         return ("still rising" if facts.trend > 0 else "still falling"), text, end
+    rise = facts.evidence.rise
+    if rise.mean > TREND_SIGMA * rise.stderr and rise.next > RISE_LIMIT * abs(mean):
+        return "still rising", (
+            f"of the chains started at w*, the last two doublings of the run added {rise.before:+.3g} and "
+            f"{rise.value:+.3g}: they are still spreading in soft directions. Raise the budget, or localization."
+        )
+    soft = facts.evidence.soft
+    if soft.value - SLOPE_SIGMA * soft.stderr > SOFT_LIMIT * abs(mean):
+        return "still rising", (
+            f"{soft.value:.3g} of the estimate is left after a descent that brings all but the softest directions to "
+            "rest: in these the run has not settled, and in softer ones it has hardly begun. Raise the budget, or "
+            "localization, which then holds them."
+        )
 
 
 def _apart(draws, facts):

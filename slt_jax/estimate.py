@@ -93,7 +93,7 @@ def estimate_llc(
         baseline: ``"paired"`` subtracts L_m(w*) on the same batch at each draw (one more forward pass a draw, much less
             variance); ``"full"`` subtracts L_n(w*) over all data, computed once.
         budget: minibatch gradients for all of this, calibration and every chain counted; sets the lengths that are not
-            given. Default: 10,000, more for fewer than 400 weights; without a calibration, 500 draws a chain.
+            given. Default: 10,000, more for fewer than 10,000 weights; without a calibration, 500 draws a chain.
         control_variate: take g_m(w) - g_m(w*) + grad L_n(w*) as the gradient: no minibatch noise at w*, at twice the
             cost a step and one pass over the data. Default: where the calibration finds that it pays.
         hot: every other chain starts at nbeta / hot and is cooled over half of the warm-up, so that the answer is met

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from slt_jax.calibrate import Choice
+from slt_jax.calibrate import STEP_SHARE, Choice
 from slt_jax.checkpoint import versions
 from slt_jax.engine import Engine, Run, Schedule
 from slt_jax.memory import Need
@@ -16,6 +16,10 @@ from slt_jax.probe import Probe
 from slt_jax.results import LLCResult
 
 _PROBE_SHARE = 0.02  # of the steps' gradients, for looks at the chains' ends
+_QUENCH_SHARE = 0.04  # the same, for descents from there
+_LEAST_QUENCH = 60  # steps; below, momentum does not bring down what is stiff
+_SOFTEST = 3.0  # curvature a descent leaves, over that in which the run has settled
+_NOT_SOFT = 6.0  # the same, from which on a descent says nothing
 
 
 def _looks_at_end(engine: Engine, num_chains: int) -> bool:
@@ -42,9 +46,10 @@ def look_bytes(engine: Engine, num_chains: int) -> list[int]:
 
 
 def _looks(
-    engine: Engine, run: Run, posterior: LocalPosterior, chains: range, step_size: float, key: jax.Array
-) -> dict[str, float]:
-    """Gradient noise and acceptance where the chains ended; nothing when the run is too short to pay for it.
+    engine: Engine, run: Run, posterior: LocalPosterior, chains: range, step_size: float, friction: float | None,
+    choice: Choice | None, key: jax.Array,
+) -> dict[str, float]:  # fmt: skip
+    """Gradient noise, acceptance and softness where the chains ended; nothing when a run is too short to pay for it.
 
     Noise S in a step that takes the share t of the full time heats t times less: what counts is the mean of t S over
     time, E[t^2 S] / E[t] over steps. The chains end at equal steps.
@@ -61,12 +66,47 @@ def _looks(
     values *= run.trace.time[kept, run.step - 1].astype(np.float64) ** 2 / np.nanmean(shares)
     error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else values.mean()
     accepted = [probe.acceptance(engine.position(run, c), step_size) for c in kept[:2]]
+    soft = {}
+    descent = _descent(engine, len(chains), step_size * float(np.nanmean(shares)) ** 2, friction, choice)
+    if descent:
+        left = np.array([probe.quench(engine.position(run, c), *descent[:3]) for c in kept[::2]])
+        error = math.hypot(*left[:, 1]) / len(left)
+        soft = {"soft": float(left[:, 0].mean()), "soft_stderr": error, "softest": descent[3]}
     return {
+        **soft,
         "noise": float(values.mean()),
         "noise_stderr": float(error),
         "acceptance": float(np.mean(accepted)),
         "gradients": probe.gradients,
     }
+
+
+def _descent(
+    engine: Engine, num_chains: int, step_size: float, friction: float | None, choice: Choice | None
+) -> tuple[float, float, int, float] | None:
+    """(step_size, friction, steps, ratio) of a descent that leaves what is too soft for the run to have settled in.
+
+    The variance in a direction of curvature x comes to rest like exp(-x step_size coth(friction / 2) t) over t steps,
+    with 1 for the coth where there is no momentum. ``ratio``: softest curvature that the descent brings to rest, over
+    that of the run. None where the curvature is not known, or the descent would be too long.
+    """
+    rates = {"euler": 1.0, "matthews": 1.0}
+    if friction is not None:
+        rates |= {"baoab": 1 / math.tanh(friction / 2), "sghmc": 2 / friction}
+    family = engine.sampler.family
+    if choice is None or engine.sampler.metric or family not in rates or not choice.curvature > 0:
+        return None
+    longest = step_size * rates[family] * engine.plan.total_steps
+    size = STEP_SHARE / (choice.curvature + choice.localization)
+    # with friction 6 / steps, steps coth(friction / 2) is about steps^2 / 3
+    wanted = math.sqrt(3 * longest / (_SOFTEST * size))
+    most = _QUENCH_SHARE * num_chains * engine.plan.total_steps * (2 if engine.plan.control_variate else 1) / 4
+    steps = int(min(max(wanted, _LEAST_QUENCH), most))
+    if steps < _LEAST_QUENCH:
+        return None
+    damping = 6 / steps
+    ratio = longest * math.tanh(damping / 2) / (size * steps)
+    return (size, damping, steps, ratio) if ratio <= _NOT_SOFT else None
 
 
 def result_of(
@@ -84,7 +124,7 @@ def result_of(
     plan = engine.plan
     chains = range(plan.num_chains) if chains is None else chains
     mine = slice(chains.start, chains.stop)
-    seen = _looks(engine, run, posterior, chains, step_size, engine.key if key is None else key)
+    seen = _looks(engine, run, posterior, chains, step_size, friction, choice, engine.key if key is None else key)
     probe = gathered(seen, engine.mesh)[0]
     steps = len(chains) * plan.total_steps * (2 if plan.control_variate else 1)
     passes = -(-engine.source.num_data // plan.batch_size) if plan.control_variate else 0

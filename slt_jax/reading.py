@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from slt_jax.diagnostics import ess_and_rhat, standard_error
+from slt_jax.series import ess_and_rhat, standard_error
 
 READINGS = ("loss_trace", "baseline_trace", "gap_var")
 

@@ -18,11 +18,10 @@ from slt_jax.diagnostics import (
     assess,
     covariance_with_loss,
     degree_of,
-    ess_and_rhat,
     slopes,
-    standard_error,
 )
 from slt_jax.reading import READINGS, Reading, estimate_text
+from slt_jax.series import Rise, ess_and_rhat, rise_of, standard_error
 from slt_jax.storage import RESULT, digest, load, write
 
 if TYPE_CHECKING:
@@ -116,6 +115,21 @@ class LLCResult:
         return degree_of(self.llc_draws, self.virial[kept], self.distance_sq[kept], self.settings["localization"])
 
     @functools.cached_property
+    def _hot(self) -> np.ndarray:
+        """Which of the kept chains started hot."""
+        return (self.kept_chains % 2 == 1) & (self.settings.get("hot", 1.0) > 1)
+
+    @functools.cached_property
+    def _rise(self) -> Rise:
+        cold, nbeta = self.kept_chains[~self._hot], self.settings["nbeta"]
+        baseline = self.baseline_trace[cold].astype(np.float64)
+        if not baseline.size:
+            return Rise()
+        warmup = nbeta * (self.warmup_loss[cold] - baseline.mean())
+        error = nbeta * baseline.std() / math.sqrt(baseline.size)
+        return rise_of(warmup, self.llc_draws[~self._hot], self.settings["thinning"], error)
+
+    @functools.cached_property
     def health(self) -> Health:
         """Convergence numbers and the verdict."""
         kept, s = self.kept_chains, self.settings
@@ -127,7 +141,6 @@ class LLCResult:
         if self.bias.applied:
             cool = self.llc / self.llc_raw  # the heat is spread like the draws
         by_nbeta, by_pull = slopes(cool * self.llc_draws, cool**2 * gap_var, away, s["nbeta"], s["localization"])
-        hot = (kept % 2 == 1) if s.get("hot", 1.0) > 1 else None
         acceptance = s.get("probe", {}).get("acceptance", math.nan)
         evidence = Evidence(
             float(virial / right),
@@ -138,11 +151,13 @@ class LLCResult:
             by_pull,
             self._degree,
             float(1 - (virial - s["localization"] * away.mean(dtype=np.float64)) / s["num_free"]),
-            hot,
+            self._hot,
             len(self.stopped),
             s["num_free"],
             s.get("metric", False),
             self._heat,
+            self._rise,
+            Slope(*(s.get("probe", {}).get(name, math.nan) for name in ("soft", "soft_stderr"))),
         )
         return assess(self.llc_draws, evidence)
 

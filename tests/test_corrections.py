@@ -9,7 +9,8 @@ import pytest
 
 import slt_jax as slt
 from slt_jax.corrections import Bias, bias_of, heating, thermometer
-from slt_jax.diagnostics import Evidence, Slope, assess, covariance_with_loss, degree_of, extrapolate, slopes
+from slt_jax.diagnostics import Evidence, Slope, assess, covariance_with_loss, degree_of, slopes
+from slt_jax.series import extrapolate
 
 NAN2 = (math.nan, math.nan)
 SETTINGS = {"step_size": 0.01, "friction": 0.2}
@@ -210,7 +211,7 @@ def result_of(draws, nbeta=100.0, gap_var=None, **settings):
     one = np.ones_like(loss)
     given = {
         "nbeta": nbeta, "num_data": 1000, "num_free": 10, "localization": 1.0, "step_size": 1e-3, "friction": 0.1,
-        "family": "exact", "sampler": "hmc", **settings,
+        "family": "exact", "sampler": "hmc", "thinning": 1, **settings,
     }  # fmt: skip
     var = 0 * one if gap_var is None else gap_var
     return slt.LLCResult(loss, one, var, one, 10 * one, one, *3 * [np.nan * one], one[:, :1], {}, given)

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from slt_jax.diagnostics import Evidence, assess, ess_and_rhat, standard_error, trend_of
+from slt_jax.diagnostics import Evidence, assess
+from slt_jax.series import ess_and_rhat, standard_error, trend_of
 
 RHO = 0.8
 SHRINK = (1 - RHO) / (1 + RHO)  # effective draws per draw of an AR(1) series

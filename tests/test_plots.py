@@ -10,7 +10,7 @@ from matplotlib.colors import LogNorm, to_hex
 from matplotlib.patches import Rectangle
 
 import slt_jax as slt
-from slt_jax import diagnostics, heatmaps, plots
+from slt_jax import heatmaps, plots, series
 
 SETTINGS = {
     "num_warmup": 10, "thinning": 3, "nbeta": 10.0, "step_size": 1e-3, "localization": 2.0, "num_data": 100,
@@ -21,7 +21,7 @@ SETTINGS = {
 @pytest.fixture(autouse=True)
 def _known_health(monkeypatch):
     """ESS 50 and R-hat 1.01 of any draws, without a compilation for each shape."""
-    monkeypatch.setattr(diagnostics, "_ess_and_rhat", lambda: lambda halves: (50.0, 1.01))
+    monkeypatch.setattr(series, "_ess_and_rhat", lambda: lambda halves: (50.0, 1.01))
 
 
 def run(chains=3, draws=40, stopped=None, warm=10, **settings):

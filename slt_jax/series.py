@@ -1,0 +1,113 @@
+"""Numbers of draws in their order: effective sample size, R-hat, standard error, trend, rise since the start."""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+
+class Rise(NamedTuple):
+    """Of the mean over windows that double, [1/8, 1/4], [1/4, 1/2] and [1/2, 1] of a run: ``before``, from the first to
+    the second; ``value``, from the second to the third; ``stderr``, of the mean of the two. NaN where unknown.
+    """
+
+    before: float = math.nan
+    value: float = math.nan
+    stderr: float = math.nan
+
+    @property
+    def mean(self) -> float:
+        return (self.before + self.value) / 2
+
+    @property
+    def next(self) -> float:
+        """What doubling the run would add, if it goes on as it did: never more than the last doubling did."""
+        return self.value * min(1.0, self.value / self.before) if self.before > 0 else self.value
+
+
+def split_chains(draws: np.ndarray) -> np.ndarray:
+    """(chain, draw) -> (2 chain, draw // 2): each chain's halves as chains of their own."""
+    half = draws.shape[1] // 2
+    return np.concatenate([draws[:, :half], draws[:, draws.shape[1] - half :]])
+
+
+def ess_and_rhat(draws: np.ndarray) -> tuple[float, float]:
+    """Effective sample size and split R-hat of ``draws`` (chain, draw); NaN with fewer than 4 draws a chain.
+
+    Source: Vehtari, Gelman, Simpson, Carpenter, Buerkner, arXiv:1903.08008, as implemented in BlackJAX.
+    """
+    if draws.shape[0] == 0 or draws.shape[1] < 4:
+        return math.nan, math.nan
+    halves = split_chains(draws - draws.mean())
+    if halves.std() == 0:
+        return math.nan, math.nan
+    ess, rhat = (float(x) for x in _ess_and_rhat()(halves.astype(np.float32)))
+    return min(max(ess, 1.0), float(draws.size)), rhat
+
+
+@functools.cache
+def _ess_and_rhat():
+    # blackjax runs JAX at its import, which would fix the number of devices before the user can.
+    from blackjax.diagnostics import effective_sample_size, potential_scale_reduction
+
+    return jax.jit(lambda x: (effective_sample_size(x, 0, 1), potential_scale_reduction(x, 0, 1)))
+
+
+def standard_error(draws: np.ndarray, ess: float) -> float:
+    """Standard error of the mean over all chains and draws."""
+    return float(draws.std(ddof=1) / math.sqrt(ess)) if draws.size > 1 else math.nan
+
+
+def trend_of(draws: np.ndarray) -> tuple[float, float]:
+    """Mean of the second half of the draws less that of the first, and the same over its standard error."""
+    half = draws.shape[1] // 2
+    if half < 4 or draws.shape[0] == 0:
+        return math.nan, math.nan
+    first, second = draws[:, :half], draws[:, -half:]
+    errors = [standard_error(part, ess_and_rhat(part)[0]) for part in (first, second)]
+    change = float(second.mean() - first.mean())
+    return change, change / max(math.hypot(*errors), 1e-30)
+
+
+def extrapolate(draws: np.ndarray, blocks: int = 12) -> float:
+    """Where the draws would end: the a of a + b exp(-t / tau), by least squares over block means.
+
+    NaN when no tau up to twice the run explains them, that is when they go on in a straight line or faster.
+    """
+    length = draws.shape[1] // blocks
+    if length < 1 or draws.shape[0] == 0:
+        return math.nan
+    means = draws[:, : blocks * length].reshape(len(draws), blocks, length).mean((0, 2), dtype=np.float64)
+    t, fits = np.arange(blocks) + 0.5, []
+    for tau in np.geomspace(1.0, 2.0 * blocks, 25):
+        basis = np.stack([np.ones(blocks), np.exp(-t / tau)], 1)
+        (end, _), *_ = np.linalg.lstsq(basis, means, rcond=None)
+        fits.append((float(np.sum((basis @ np.linalg.lstsq(basis, means, rcond=None)[0] - means) ** 2)), tau, end))
+    _, tau, end = min(fits)
+    return float(end) if tau < 1.9 * blocks else math.nan
+
+
+def rise_of(warmup: np.ndarray, draws: np.ndarray, thinning: int, offset_stderr: float = 0.0) -> Rise:
+    """How the mean grew in the last two doublings of the run, of chains that started at w*.
+
+    A chain that starts at w* has relaxed, after t steps, in the directions of a curvature above some c / t. Where
+    directions of all curvatures are left, each doubling of the run adds as much as the last, and no trend over the
+    draws alone need show it.
+
+    Args:
+        warmup: nbeta (L_m(w) - L(w*)), (chain, step), of all warm-up steps. draws: the same of the kept draws.
+        thinning: steps from one draw to the next. offset_stderr: of what was subtracted in ``warmup``.
+    """
+    count = warmup.shape[1] // thinning
+    skipped = warmup.shape[1] - count * thinning
+    early = warmup[:, skipped:].reshape(len(warmup), count, thinning).mean(2, dtype=np.float64)
+    values = np.concatenate([early, draws], axis=1)
+    total = values.shape[1]
+    windows = [values[:, total // 8 : total // 4], values[:, total // 4 : total // 2], values[:, total // 2 :]]
+    if len(values) == 0 or windows[0].shape[1] < 8 or not np.isfinite(values).all():
+        return Rise()
+    first, second, third = (float(w.mean()) for w in windows)
+    ends = [standard_error(w, ess_and_rhat(w)[0]) for w in (windows[0], windows[2])]
+    return Rise(second - first, third - second, math.hypot(*ends, offset_stderr) / 2)
