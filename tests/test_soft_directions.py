@@ -83,13 +83,13 @@ def linear(p, xy):
     return 0.5 * (xy[0] @ p["w"] - xy[1]) ** 2
 
 
-def engine_of(batch_size=NUM_DATA, sampler=None, **plan):
-    """Of a linear model with label noise at its minimum; curvatures NBETA WIDTHS^2, up to the draw of the data."""
+def engine_of(batch_size=NUM_DATA, sampler=None, off=0.0, **plan):
+    """Of a linear model with label noise, ``off`` from its minimum; curvatures near NBETA WIDTHS^2."""
     rng = np.random.default_rng(1)
     x = rng.normal(size=(NUM_DATA, 6)).astype(np.float32) * WIDTHS
     y = rng.normal(size=NUM_DATA).astype(np.float32)
     center = np.linalg.lstsq(x, y, rcond=None)[0]
-    posterior = slt.LocalPosterior(linear, {"w": jnp.asarray(center)}, NUM_DATA, nbeta=NBETA, localization=0.1)
+    posterior = slt.LocalPosterior(linear, {"w": jnp.asarray(center + off)}, NUM_DATA, nbeta=NBETA, localization=0.1)
     lengths = {"num_warmup": 10, "num_draws": 10, **plan}
     schedule = Schedule(4, lengths["num_draws"], lengths["num_warmup"], 1, batch_size, 1, "paired", 1, 8)
     engine = Engine(posterior, as_source((x, y)), sampler or slt.sgld(1e-3), schedule, jax.random.key(0), chain_mesh(4))
@@ -124,8 +124,8 @@ def test_on_minibatches_it_is_right_within_its_error():
 
 
 @pytest.mark.quick
-def test_a_small_data_set_is_looked_at_whole():
-    engine, hessian = engine_of(batch_size=16)
+def test_a_small_data_set_is_looked_at_whole_and_the_slope_at_the_center_does_not_count():
+    engine, hessian = engine_of(batch_size=16, off=0.3)
     away = (RNG.normal(size=6) / WIDTHS).astype(np.float32)
     probe = Probe(engine, 1, jax.random.key(1))
     left, error = probe.quench((probe.center[0] + away,), 1e-9, 0.5, 1)
@@ -140,11 +140,11 @@ def test_the_softest_direction_of_a_run_comes_from_the_law_of_its_variance(sampl
 
     Kills: a factor in the rate of a family; the friction's own e^-f in place of coth(f / 2).
     """
-    total, curvature = 20_000, 0.05
+    total = 20_000
     engine, _ = engine_of(sampler=sampler, num_warmup=total // 2, num_draws=total // 2)
     choice = Choice(1e-3, sampler.friction, 0.1, False, curvature=25.0)
     size, friction, steps, ratio = _descent(engine, 4, 1e-3, sampler.friction, choice)
-    softest = math.tanh(friction / 2) / (size * steps) / ratio  # what the run has just settled in, by _descent
+    curvature = math.tanh(friction / 2) / (size * steps) / ratio  # what the run has just settled in, by _descent
     eps = 1e-3
     if sampler.family == "euler":
         step, noise = np.array([[1 - eps * curvature / 2]]), np.array([[eps]])
@@ -155,17 +155,17 @@ def test_the_softest_direction_of_a_run_comes_from_the_law_of_its_variance(sampl
         step = half @ damp @ half @ kick
         noise = (1 - keep**2) * half @ np.diag([0.0, 1.0]) @ half.T
     else:
-        keep, h = 1 - sampler.friction, eps
-        step = np.array([[1 - h / 2 * curvature, keep], [-h / 2 * curvature, keep]])
-        noise = h * sampler.friction * np.ones((2, 2))
+        keep, h = 1 - sampler.friction, math.sqrt(eps)
+        step = np.array([[1 - eps * curvature, h * keep], [-h * curvature, keep]])
+        noise = 2 * sampler.friction * np.outer([h, 1], [h, 1])
     law, variances = np.zeros_like(step), []
     for _ in range(total):
         law = step @ law @ step.T + noise
         variances.append(law[0, 0])
-    for _ in range(200_000):
+    for _ in range(400_000):
         law = step @ law @ step.T + noise
     share = variances[-1] / law[0, 0]
-    assert share == pytest.approx(1 - math.exp(-curvature / softest), rel=0.02)
+    assert share == pytest.approx(1 - math.exp(-1), rel=0.05)
 
 
 def regression(decades, seed=0, num_data=4000, size=60):
