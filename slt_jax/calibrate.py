@@ -32,6 +32,7 @@ MOST_FRICTION = 0.7
 HEAT = 0.03  # of the estimate, that minibatch noise may add before friction rises
 HEAT_CONTROLLED = 0.01  # with control variates, whose noise is not confined to directions that count
 VARIED = 1.5  # curvature met over that at w*, from which on the chains will meet yet more
+THROWN = 250.0  # step_size times curvature, 4 being stable, where a pilot's chain has not come by honest steps
 GROWTH = 4.0  # of the curvature met, from which on steps shorten
 _SHARE = 0.15  # of the gradients, for all of this
 _SHORT = 4000  # steps of a chain, up to which it is short
@@ -222,7 +223,7 @@ class _Pilot:
     def explore(self, curvature: float, step_size: float | None) -> tuple[float, Iterator[Position]]:
         """(largest curvature met, final positions, made one at a time).
 
-        A chain that goes non-finite starts it anew, with 1/8 the step.
+        A chain that goes non-finite, or to where the step was far from stable, starts it anew with 1/8 the step.
         """
         engine, floor = self.engine, curvature
         for _ in range(5):
@@ -237,7 +238,10 @@ class _Pilot:
                 if not engine.all_alive(run):
                     break
                 positions = (engine.position(run, c) for c in range(min(2, engine.plan.num_chains)))
-                curvature = max(curvature, *(self.probe.sharpness(p, self.rounds) for p in positions))
+                met = max(self.probe.sharpness(p, self.rounds) for p in positions)
+                if step_size is None and met * size > THROWN:
+                    break
+                curvature = max(curvature, met)
             else:
                 half = run.step // 2
                 fall = run.trace.virial[:, half : run.step].mean(dtype=float)

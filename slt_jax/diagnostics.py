@@ -202,6 +202,11 @@ def _diverged(draws, facts):
 
 
 def _too_short(draws, facts):
+    if math.isnan(facts.ess) and draws.shape[1] >= 4:
+        return "too few draws", (
+            "the loss is the same at every draw: the chains did not move, or nothing that is free changes it. Take a "
+            "larger step_size, or leave it out; see that the mask leaves free what the loss depends on."
+        )
     if math.isnan(facts.ess):
         return "too few draws", "an error bar needs at least 4 draws a chain."
 

@@ -66,14 +66,9 @@ def _looks(
     values *= run.trace.time[kept, run.step - 1].astype(np.float64) ** 2 / np.nanmean(shares)
     error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else values.mean()
     accepted = [probe.acceptance(engine.position(run, c), step_size) for c in kept[:2]]
-    soft = {}
     descent = _descent(engine, len(chains), step_size * float(np.nanmean(shares)) ** 2, friction, choice)
-    if descent:
-        left = np.array([probe.quench(engine.position(run, c), *descent[:3]) for c in kept[::2]])
-        error = math.hypot(*left[:, 1]) / len(left)
-        soft = {"soft": float(left[:, 0].mean()), "soft_stderr": error, "softest": descent[3]}
     return {
-        **soft,
+        **_softness(engine, run, probe, kept[::2], descent),
         "noise": float(values.mean()),
         "noise_stderr": float(error),
         "acceptance": float(np.mean(accepted)),
@@ -107,6 +102,14 @@ def _descent(
     damping = 6 / steps
     ratio = longest * math.tanh(damping / 2) / (size * steps)
     return (size, damping, steps, ratio) if ratio <= _NOT_SOFT else None
+
+
+def _softness(engine: Engine, run: Run, probe: Probe, ends: list[int], descent: tuple | None) -> dict[str, float]:
+    """What a descent from the ends of these chains leaves, as an LLC."""
+    if descent is None:
+        return {}
+    left, errors = zip(*(probe.quench(engine.position(run, c), *descent[:3]) for c in ends), strict=True)
+    return {"soft": float(np.mean(left)), "soft_stderr": math.hypot(*errors) / len(left), "softest": descent[3]}
 
 
 def result_of(

@@ -9,6 +9,7 @@ import pytest
 import slt_jax as slt
 from slt_jax import memory
 from slt_jax.corrections import heating
+from tests.targets import by_name
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(4000, 8)).astype(np.float32)
@@ -222,3 +223,22 @@ def test_batches_from_the_host_are_calibrated_too(tmp_path):
     target = slt.LocalPosterior(lambda p, x: 0.5 * ((x - 2) @ p["w"]) ** 2, {"w": jnp.zeros(4)}, data.num_data)
     result = slt.estimate_llc(target, data, budget=4_000, batch_size=50)
     assert abs(result.llc - 2) < 5 * result.llc_stderr
+
+
+def test_a_pilots_chain_that_was_thrown_off_does_not_set_the_step():
+    """With this key the pilot of x^2 y^2 ends where the curvature is 1e24; it starts anew, with a shorter step."""
+    target = by_name("x^2 y^2")
+    result = slt.estimate_llc(
+        slt.LocalPosterior(target.loss_fn, target.center, target.num_data, localization=1.0), target.data,
+        budget=10_000, key=99,
+    )  # fmt: skip
+    assert result.settings["calibration"]["curvature"] < 1e5
+    assert abs(result.llc - target.exact(result.settings["nbeta"], 1.0)) < 4 * result.llc_stderr
+
+
+def test_a_loss_that_never_moves_says_so():
+    """Kills: the advice to draw more, where each of hundreds of draws is the same."""
+    flat = slt.LocalPosterior(lambda p, xy: 1.0 + 0 * p["w"][0] * xy[1], {"w": jnp.ones(8)}, 4000, localization=1.0)
+    result = slt.estimate_llc(flat, (X, NOISE), sampler=slt.sgld(1e-3), num_draws=40, num_warmup=4)
+    assert result.verdict == "too few draws"
+    assert "did not move" in result.health.reason

@@ -188,7 +188,9 @@ def test_an_estimate_that_stopped_on_its_way_is_not_called_converged(decades, do
     for key in range(2):
         result = slt.estimate_llc(posterior, data, budget=10_000, key=key)
         error = result.llc / exact(result.settings["localization"]) - 1
-        soft = result.health.evidence.soft
+        soft, probe = result.health.evidence.soft, result.settings["probe"]
+        assert probe["noise_stderr"] > 0
+        assert 2 < probe["softest"] <= 6
         assert ("still rising" in result.health.flags) is not done
         if done:
             assert abs(error) < 0.06
