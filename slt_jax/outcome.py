@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -12,14 +13,13 @@ from slt_jax.engine import Engine, Run, Schedule
 from slt_jax.memory import Need
 from slt_jax.mesh import gathered, to_host
 from slt_jax.posterior import LocalPosterior
-from slt_jax.probe import Probe
+from slt_jax.probe import QUENCH_BLOCKS, Probe
 from slt_jax.results import LLCResult
 
 _PROBE_SHARE = 0.02  # of the steps' gradients, for looks at the chains' ends
-_QUENCH_SHARE = 0.04  # the same, for descents from there
+_QUENCH_SHARE = 0.01  # the same, for descents from there
 _LEAST_QUENCH = 60  # steps; below, momentum does not bring down what is stiff
-_SOFTEST = 3.0  # curvature a descent leaves, over that in which the run has settled
-_NOT_SOFT = 6.0  # the same, from which on a descent says nothing
+_NOT_SOFT = {2: 2.0, 1: 6.0}  # curvature that descents from so many ends may leave, over that in which the run settled
 
 
 def _looks_at_end(engine: Engine, num_chains: int) -> bool:
@@ -38,11 +38,18 @@ def last_probe(engine: Engine, num_chains: int, key: jax.Array, posterior: Local
     return Probe(engine, blocks, jax.random.fold_in(key, 2**31 - 9), posterior)
 
 
-def look_bytes(engine: Engine, num_chains: int) -> list[int]:
+def look_bytes(engine: Engine, num_chains: int, *, calibrated: bool = False) -> list[int]:
     """Temporary bytes of the looks at the ends of an estimate of this many chains."""
     if not _looks_at_end(engine, num_chains):
         return []
-    return last_probe(engine, num_chains, engine.key).temporaries(calibrates=False)
+    descends = calibrated and not engine.sampler.metric and _longest_descent(num_chains, engine.plan, 2, 1) > 0
+    return last_probe(engine, num_chains, engine.key).temporaries(calibrates=False, descends=descends)
+
+
+def _longest_descent(num_chains: int, plan: Schedule, cost: int, ends: int) -> int:
+    """Steps that descents from ``ends`` may have; 0 if they are too few to be of use."""
+    steps = int(_QUENCH_SHARE * num_chains * plan.total_steps * cost / (2 * ends)) - QUENCH_BLOCKS // 2
+    return steps if steps >= _LEAST_QUENCH else 0
 
 
 def _looks(
@@ -76,14 +83,23 @@ def _looks(
     }
 
 
+class _Descent(NamedTuple):
+    """``ratio``: softest curvature that it brings to rest, over that in which the run has settled."""
+
+    step_size: float
+    friction: float
+    steps: int
+    ratio: float
+    ends: int
+
+
 def _descent(
     engine: Engine, num_chains: int, step_size: float, friction: float | None, choice: Choice | None
-) -> tuple[float, float, int, float] | None:
-    """(step_size, friction, steps, ratio) of a descent that leaves what is too soft for the run to have settled in.
+) -> _Descent | None:
+    """Of descents that leave what is too soft for the run to have settled in: two, or one where two would be short.
 
     The variance in a direction of curvature x comes to rest like exp(-x step_size coth(friction / 2) t) over t steps,
-    with 1 for the coth where there is no momentum. ``ratio``: softest curvature that the descent brings to rest, over
-    that of the run. None where the curvature is not known, or the descent would be too long.
+    with 1 for the coth where there is no momentum. None where the curvature is not known, or a descent costs too much.
     """
     rates = {"euler": 1.0, "matthews": 1.0}
     if friction is not None:
@@ -93,23 +109,24 @@ def _descent(
         return None
     longest = step_size * rates[family] * engine.plan.total_steps
     size = STEP_SHARE / (choice.curvature + choice.localization)
-    # with friction 6 / steps, steps coth(friction / 2) is about steps^2 / 3
-    wanted = math.sqrt(3 * longest / (_SOFTEST * size))
-    most = _QUENCH_SHARE * num_chains * engine.plan.total_steps * (2 if engine.plan.control_variate else 1) / 4
-    steps = int(min(max(wanted, _LEAST_QUENCH), most))
-    if steps < _LEAST_QUENCH:
-        return None
-    damping = 6 / steps
-    ratio = longest * math.tanh(damping / 2) / (size * steps)
-    return (size, damping, steps, ratio) if ratio <= _NOT_SOFT else None
+    wanted = math.sqrt(3 * longest / size)  # with friction 6 / steps, steps coth(friction / 2) is about steps^2 / 3
+    for ends, most_ratio in _NOT_SOFT.items():
+        cost = 2 if engine.plan.control_variate else 1
+        if most := _longest_descent(num_chains, engine.plan, cost, ends):
+            steps = int(min(max(wanted, _LEAST_QUENCH), most))
+            ratio = longest * math.tanh(3 / steps) / (size * steps)
+            if ratio <= most_ratio:
+                return _Descent(size, 6 / steps, steps, ratio, ends)
+    return None
 
 
-def _softness(engine: Engine, run: Run, probe: Probe, ends: list[int], descent: tuple | None) -> dict[str, float]:
-    """What a descent from the ends of these chains leaves, as an LLC."""
+def _softness(engine: Engine, run: Run, probe: Probe, chains: list[int], descent: _Descent | None) -> dict[str, float]:
+    """What descents from the ends of these chains leave, as an LLC."""
     if descent is None:
         return {}
-    left, errors = zip(*(probe.quench(engine.position(run, c), *descent[:3]) for c in ends), strict=True)
-    return {"soft": float(np.mean(left)), "soft_stderr": math.hypot(*errors) / len(left), "softest": descent[3]}
+    ends = (engine.position(run, c) for c in chains[: descent.ends])
+    left, errors = zip(*(probe.quench(end, *descent[:3]) for end in ends), strict=True)
+    return {"soft": float(np.mean(left)), "soft_stderr": math.hypot(*errors) / len(left), "softest": descent.ratio}
 
 
 def result_of(

@@ -11,7 +11,7 @@ import numpy as np
 from slt_jax.posterior import LocalPosterior, LossProgram
 from slt_jax.samplers.base import Position, displacement, inner, noise_like, pull_back, root
 
-_QUENCH_BLOCKS = 32  # minibatches, half of them to go down on: a few have soft directions of their own
+QUENCH_BLOCKS = 32  # minibatches, half of them to go down on: a few have soft directions of their own
 
 _QUENCH_BYTES = 2**26  # that they may take
 
@@ -221,11 +221,11 @@ class Probe:
         self._key, out = jax.random.split(self._key)
         return out
 
-    def temporaries(self, *, calibrates: bool) -> list[int]:
+    def temporaries(self, *, calibrates: bool, descends: bool = False) -> list[int]:
         """Bytes that its looks take beside their arguments, on one device; compiled here, and not again for them.
 
         Args:
-            calibrates: those that a calibration takes; else those at a run's end.
+            calibrates: those that a calibration takes; else those at a run's end. descends: with ``quench``.
         """
         looks = [(_noise, self._for_noise(self.center))]
         if calibrates:
@@ -233,7 +233,8 @@ class Probe:
             looks.append((_grad_blocks, self._for_gradient(self.center)))
         else:
             looks.append((_acceptance, self._for_acceptance(self.center, 1.0, self.center)))
-            looks.append((_quench, self._for_quench(self.center, 1.0, 1.0, 1)[:-1]))
+        if descends:
+            looks.append((_quench, self._for_quench(self.center, 1.0, 1.0, 1)))
         analyses = [program.lower(*given).compile().memory_analysis() for program, given in looks]
         return [0 if a is None else a.temp_size_in_bytes + a.output_size_in_bytes for a in analyses]
 
@@ -307,23 +308,20 @@ class Probe:
         Directions of curvature x above tanh(friction / 2) / (step_size steps) are at rest then: what is left is that of
         the softer ones. Costs two gradients a step, and some for the examples that it is read on.
         """
-        *given, whole = self._for_quench(position, step_size, friction, steps)
-        left = np.asarray(_quench(*given), np.float64)
+        left = np.asarray(_quench(*self._for_quench(position, step_size, friction, steps)), np.float64)
         self.gradients += 2 * (steps + len(left))
-        return float(left.mean()), 0.0 if whole else float(left.std(ddof=1) / math.sqrt(len(left)))
+        return float(left.mean()), float(left.std(ddof=1) / math.sqrt(len(left))) if len(left) > 1 else 0.0
 
     def _for_quench(self, position: Position, step_size: float, friction: float, steps: int) -> tuple:
         engine, batch = self._engine, self._batch
-        num = engine.source.num_data
-        size = sum(x.nbytes for x in jax.tree.leaves(engine.fetch(np.arange(1)))) * batch
-        half = min(_QUENCH_BLOCKS, max(2, _QUENCH_BYTES // size)) // 2
-        whole = num < (half + 1) * batch
-        if whole:  # but for what does not fill a minibatch
-            drawn = self._random.permutation(num)[: num // batch * batch]
+        if engine.takes_all:
+            drawn = np.tile(np.arange(batch), 2)
         else:
-            drawn = self._random.integers(0, num, 2 * half * batch)
+            size = sum(x.nbytes for x in jax.tree.leaves(engine.fetch(np.arange(1)))) * batch
+            half = max(4, min(QUENCH_BLOCKS, _QUENCH_BYTES // size)) // 2
+            drawn = self._random.integers(0, engine.source.num_data, 2 * half * batch)
         blocks = jax.tree.map(lambda x: x.reshape(-1, batch, *x.shape[1:]), engine.fetch(drawn))
-        apart = (blocks, blocks) if whole else (jax.tree.map(lambda x, k=k: x[k::2], blocks) for k in (0, 1))
+        down, read = (jax.tree.map(lambda x, k=k: x[k::2], blocks) for k in (0, 1))
         numbers = (jnp.float32(x) for x in (self._posterior.nbeta or 0, step_size, friction))
-        given = self._posterior.program, position, self.center, self._frozen, *apart, *numbers, jnp.int32(steps)
-        return *given, whole
+        around = (self._posterior.program, position, self.center, self._frozen, down, read)
+        return *around, *numbers, jnp.int32(steps)

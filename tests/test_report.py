@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-from slt_jax import diagnostics
+from slt_jax import series
 from slt_jax.report import Picture, page_of, render, report
 from slt_jax.report_many import sweep_page
 from tests.test_plots import grid, run
@@ -63,7 +63,7 @@ class Reader(HTMLParser):
 def rhat(monkeypatch):
     """R-hat of any draws, to be set; ESS 400."""
     found = SimpleNamespace(value=1.01)
-    monkeypatch.setattr(diagnostics, "_ess_and_rhat", lambda: lambda halves: (400.0, found.value))
+    monkeypatch.setattr(series, "_ess_and_rhat", lambda: lambda halves: (400.0, found.value))
     return found
 
 
@@ -186,7 +186,8 @@ def test_what_the_verdict_is_about_is_marked(name, rhat):
     result, rhat.value = fault(name)
     assert result.verdict == FAULTS[name]
     found = page(result)
-    assert {row for row, mark in found.marks.items() if mark == "✗"} == {name}
+    together = {"Trend": {"Rise in one more doubling of the run"}}  # a trend is a rise as well
+    assert {row for row, mark in found.marks.items() if mark == "✗"} == {name} | together.get(name, set())
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -194,7 +195,7 @@ def test_a_sound_run_has_no_cross():
     marks = page(sound()).marks
     assert "✗" not in marks.values()
     unknown = {row for row, mark in marks.items() if mark == "–"}
-    assert unknown == {"From w*, from hot starts", "Bias of minibatch noise"}
+    assert unknown == {"From w*, from hot starts", "Bias of minibatch noise", "Left in soft directions"}
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -208,8 +209,18 @@ def test_slopes_are_marked_together():
 
 
 @pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(("soft", "mark"), [(0.1, "✓"), (1.0, "✗")])
+def test_soft_directions_are_marked(soft, mark):
+    result = sound(probe={"soft": soft, "soft_stderr": 0.0})
+    assert result.verdict == ("converged" if mark == "✓" else "still rising")
+    found = page(result)
+    assert found.marks["Left in soft directions"] == mark
+    assert found.marks["Rise in one more doubling of the run"] == "✓"
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_too_few_draws_are_marked(monkeypatch):
-    monkeypatch.setattr(diagnostics, "_ess_and_rhat", lambda: lambda halves: (5.0, 1.01))
+    monkeypatch.setattr(series, "_ess_and_rhat", lambda: lambda halves: (5.0, 1.01))
     result = sound()
     assert result.verdict == "too few draws"
     marks = page(result).marks

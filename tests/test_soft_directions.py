@@ -73,6 +73,7 @@ def test_of_short_runs_nothing_is_known(length):
         ({"soft": Slope(1.2 * SOFT_LIMIT * 50, 0.1)}, "still rising"),
         ({"soft": Slope(1.2 * SOFT_LIMIT * 50, 1.0)}, "converged"),
         ({"soft": Slope(0.9 * SOFT_LIMIT * 50, 0.0)}, "converged"),
+        ({"soft": Slope(1.2 * SOFT_LIMIT * 50, 0.1), "softest": 2.0}, "converged"),
     ],
 )
 def test_the_verdict_needs_a_large_and_sure_sign(evidence, verdict):
@@ -124,13 +125,13 @@ def test_on_minibatches_it_is_right_within_its_error():
 
 
 @pytest.mark.quick
-def test_a_small_data_set_is_looked_at_whole_and_the_slope_at_the_center_does_not_count():
-    engine, hessian = engine_of(batch_size=16, off=0.3)
+def test_the_slope_at_the_center_does_not_count():
+    """Kills: grad L(w*) left in, where w* is 0.3 from the minimum."""
+    engine, hessian = engine_of(off=0.3)
     away = (RNG.normal(size=6) / WIDTHS).astype(np.float32)
     probe = Probe(engine, 1, jax.random.key(1))
-    left, error = probe.quench((probe.center[0] + away,), 1e-9, 0.5, 1)
+    left, _ = probe.quench((probe.center[0] + away,), 1e-9, 0.5, 1)
     assert left == pytest.approx(0.5 * away @ hessian @ away, rel=1e-3)
-    assert error == 0.0
 
 
 @pytest.mark.quick
@@ -143,7 +144,7 @@ def test_the_softest_direction_of_a_run_comes_from_the_law_of_its_variance(sampl
     total = 20_000
     engine, _ = engine_of(sampler=sampler, num_warmup=total // 2, num_draws=total // 2)
     choice = Choice(1e-3, sampler.friction, 0.1, False, curvature=25.0)
-    size, friction, steps, ratio = _descent(engine, 4, 1e-3, sampler.friction, choice)
+    size, friction, steps, ratio, _ = _descent(engine, 4, 1e-3, sampler.friction, choice)
     curvature = math.tanh(friction / 2) / (size * steps) / ratio  # what the run has just settled in, by _descent
     eps = 1e-3
     if sampler.family == "euler":
@@ -183,18 +184,18 @@ def regression(decades, seed=0, num_data=4000, size=60):
 
 @pytest.mark.parametrize(("decades", "done"), [(1, True), (2.5, False)])
 def test_an_estimate_that_stopped_on_its_way_is_not_called_converged(decades, done):
-    """Ten thousand gradients do for two decades of curvature and not for five; the draws alone look still."""
+    """Thirty thousand gradients do for two decades of curvature and not for five; the draws alone look still."""
     posterior, data, exact = regression(decades)
     for key in range(2):
-        result = slt.estimate_llc(posterior, data, budget=10_000, key=key)
+        result = slt.estimate_llc(posterior, data, budget=30_000, key=key)
         error = result.llc / exact(result.settings["localization"]) - 1
         soft, probe = result.health.evidence.soft, result.settings["probe"]
-        assert probe["noise_stderr"] > 0
-        assert 2 < probe["softest"] <= 6
+        assert probe["noise_stderr"] > 0  # its own, beside that of what is left
+        assert 0.9 < probe["softest"] <= 6
         assert ("still rising" in result.health.flags) is not done
         if done:
             assert abs(error) < 0.06
             assert soft.value < 0.01 * result.llc
         else:
-            assert error < -0.15
-            assert soft.value > 0.1 * result.llc
+            assert error < -0.1
+            assert soft.value > 0.06 * result.llc
