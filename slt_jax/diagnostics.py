@@ -12,7 +12,6 @@ from slt_jax.series import Rise, ess_and_rhat, extrapolate, standard_error, tren
 RHAT_LIMIT = 1.05
 TREND_SIGMA = 3.0
 RISE_LIMIT = 0.03  # of the estimate, in one more doubling of the run
-SOFT_LIMIT = 0.06  # of the estimate, in directions in which the run has not settled
 BIAS_LIMIT = 0.15
 SLOPE_LIMIT = 0.05
 KINETIC_LIMIT = 0.15
@@ -48,9 +47,7 @@ class Evidence:
     localization. ``degree``: see ``degree_of``. ``held``: 1 - mean <w - w*, nbeta grad L> / d, the share of the
     directions that the localization holds and not the loss. ``hot``: which of the chains started hot. ``num_free``: d.
     ``metric``: whether the chains moved in a metric's coordinates. ``heat``: what ``thermometer`` found, as an LLC.
-    ``rise``: of the chains started at w*, from doubling to doubling of the run. ``soft``: the part of the LLC that lies
-    in directions too soft for the run to have settled in, as far as the chains have got there. ``softest``: the
-    curvature up to which that is, over the one in which the run has just settled.
+    ``rise``: of the chains started at w*, from doubling to doubling of the run.
     """
 
     virial: float = math.nan
@@ -67,8 +64,6 @@ class Evidence:
     metric: bool = False
     heat: Slope = _UNKNOWN
     rise: Rise = _UNSEEN
-    soft: Slope = _UNKNOWN
-    softest: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -222,11 +217,6 @@ def _no_minimum(draws, facts):
         return "not a minimum", "the chains found lower loss than w*; train further, or raise localization."
 
 
-def soft_limit(evidence: Evidence) -> float:
-    """Of the estimate. Where curvatures are spread evenly over a logarithmic scale, each factor e counts alike."""
-    return SOFT_LIMIT * (1 + math.log(max(1.0, evidence.softest)))
-
-
 def _moving(draws, facts):
     mean = draws.mean()
     if abs(facts.trend_z) > TREND_SIGMA and abs(facts.trend) > 0.02 * abs(mean):
@@ -242,13 +232,6 @@ def _moving(draws, facts):
         return "still rising", (
             f"of the chains started at w*, the last two doublings of the run added {rise.before:+.3g} and "
             f"{rise.value:+.3g}: they are still spreading in soft directions. Raise the budget, or localization."
-        )
-    soft = facts.evidence.soft
-    if soft.value - SLOPE_SIGMA * soft.stderr > soft_limit(facts.evidence) * abs(mean):
-        return "still rising", (
-            f"{soft.value:.3g} of the estimate is left after a descent that brings all but the softest directions to "
-            "rest: in these the run has not settled, and in softer ones it has hardly begun. Raise the budget, or "
-            "localization, which then holds them."
         )
 
 

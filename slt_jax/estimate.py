@@ -252,7 +252,7 @@ def _choice_of(found: dict[str, Any]) -> Choice:
 
 
 def _need(engine: Engine, is_open: bool, request: _Request, saves: bool) -> Need:
-    looks = look_bytes(engine, engine.plan.num_chains, calibrated=is_open)
+    looks = look_bytes(engine, engine.plan.num_chains)
     if is_open:
         looks += probe_of(engine, _total(engine, request)).temporaries(calibrates=True)
     return need_of(engine, looks, saves=saves, control=bool(request.control_variate))

@@ -2,24 +2,20 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from slt_jax.calibrate import STEP_SHARE, Choice
+from slt_jax.calibrate import Choice
 from slt_jax.checkpoint import versions
 from slt_jax.engine import Engine, Run, Schedule
 from slt_jax.memory import Need
 from slt_jax.mesh import gathered, to_host
 from slt_jax.posterior import LocalPosterior
-from slt_jax.probe import QUENCH_BLOCKS, Probe
+from slt_jax.probe import Probe
 from slt_jax.results import LLCResult
 
 _PROBE_SHARE = 0.02  # of the steps' gradients, for looks at the chains' ends
-_QUENCH_SHARE = 0.01  # the same, for descents from there
-_LEAST_QUENCH = 60  # steps; below, momentum does not bring down what is stiff
-_NOT_SOFT = {2: 2.0, 1: 6.0}  # curvature that descents from so many ends may leave, over that in which the run settled
 
 
 def _looks_at_end(engine: Engine, num_chains: int) -> bool:
@@ -38,25 +34,17 @@ def last_probe(engine: Engine, num_chains: int, key: jax.Array, posterior: Local
     return Probe(engine, blocks, jax.random.fold_in(key, 2**31 - 9), posterior)
 
 
-def look_bytes(engine: Engine, num_chains: int, *, calibrated: bool = False) -> list[int]:
+def look_bytes(engine: Engine, num_chains: int) -> list[int]:
     """Temporary bytes of the looks at the ends of an estimate of this many chains."""
     if not _looks_at_end(engine, num_chains):
         return []
-    descends = calibrated and not engine.sampler.metric and _longest_descent(num_chains, engine.plan, 2, 1) > 0
-    return last_probe(engine, num_chains, engine.key).temporaries(calibrates=False, descends=descends)
-
-
-def _longest_descent(num_chains: int, plan: Schedule, cost: int, ends: int) -> int:
-    """Steps that descents from ``ends`` may have; 0 if they are too few to be of use."""
-    steps = int(_QUENCH_SHARE * num_chains * plan.total_steps * cost / (2 * ends)) - QUENCH_BLOCKS // 2
-    return steps if steps >= _LEAST_QUENCH else 0
+    return last_probe(engine, num_chains, engine.key).temporaries(calibrates=False)
 
 
 def _looks(
-    engine: Engine, run: Run, posterior: LocalPosterior, chains: range, step_size: float, friction: float | None,
-    choice: Choice | None, key: jax.Array,
-) -> dict[str, float]:  # fmt: skip
-    """Gradient noise, acceptance and softness where the chains ended; nothing when a run is too short to pay for it.
+    engine: Engine, run: Run, posterior: LocalPosterior, chains: range, step_size: float, key: jax.Array
+) -> dict[str, float]:
+    """Gradient noise and acceptance where the chains ended; nothing when the run is too short to pay for it.
 
     Noise S in a step that takes the share t of the full time heats t times less: what counts is the mean of t S over
     time, E[t^2 S] / E[t] over steps. The chains end at equal steps.
@@ -73,60 +61,12 @@ def _looks(
     values *= run.trace.time[kept, run.step - 1].astype(np.float64) ** 2 / np.nanmean(shares)
     error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else values.mean()
     accepted = [probe.acceptance(engine.position(run, c), step_size) for c in kept[:2]]
-    descent = _descent(engine, len(chains), step_size * float(np.nanmean(shares)) ** 2, friction, choice)
     return {
-        **_softness(engine, run, probe, kept[::2], descent),
         "noise": float(values.mean()),
         "noise_stderr": float(error),
         "acceptance": float(np.mean(accepted)),
         "gradients": probe.gradients,
     }
-
-
-class _Descent(NamedTuple):
-    """``ratio``: softest curvature that it brings to rest, over that in which the run has settled."""
-
-    step_size: float
-    friction: float
-    steps: int
-    ratio: float
-    ends: int
-
-
-def _descent(
-    engine: Engine, num_chains: int, step_size: float, friction: float | None, choice: Choice | None
-) -> _Descent | None:
-    """Of descents that leave what is too soft for the run to have settled in: two, or one where two would be short.
-
-    The variance in a direction of curvature x comes to rest like exp(-x step_size coth(friction / 2) t) over t steps,
-    with 1 for the coth where there is no momentum. None where the curvature is not known, or a descent costs too much.
-    """
-    rates = {"euler": 1.0, "matthews": 1.0}
-    if friction is not None:
-        rates |= {"baoab": 1 / math.tanh(friction / 2), "sghmc": 2 / friction}
-    family = engine.sampler.family
-    if choice is None or engine.sampler.metric or family not in rates or not choice.curvature > 0:
-        return None
-    longest = step_size * rates[family] * engine.plan.total_steps
-    size = STEP_SHARE / (choice.curvature + choice.localization)
-    wanted = math.sqrt(3 * longest / size)  # with friction 6 / steps, steps coth(friction / 2) is about steps^2 / 3
-    for ends, most_ratio in _NOT_SOFT.items():
-        cost = 2 if engine.plan.control_variate else 1
-        if most := _longest_descent(num_chains, engine.plan, cost, ends):
-            steps = int(min(max(wanted, _LEAST_QUENCH), most))
-            ratio = longest * math.tanh(3 / steps) / (size * steps)
-            if ratio <= most_ratio:
-                return _Descent(size, 6 / steps, steps, ratio, ends)
-    return None
-
-
-def _softness(engine: Engine, run: Run, probe: Probe, chains: list[int], descent: _Descent | None) -> dict[str, float]:
-    """What descents from the ends of these chains leave, as an LLC."""
-    if descent is None:
-        return {}
-    ends = (engine.position(run, c) for c in chains[: descent.ends])
-    left, errors = zip(*(probe.quench(end, *descent[:3]) for end in ends), strict=True)
-    return {"soft": float(np.mean(left)), "soft_stderr": math.hypot(*errors) / len(left), "softest": descent.ratio}
 
 
 def result_of(
@@ -144,7 +84,7 @@ def result_of(
     plan = engine.plan
     chains = range(plan.num_chains) if chains is None else chains
     mine = slice(chains.start, chains.stop)
-    seen = _looks(engine, run, posterior, chains, step_size, friction, choice, engine.key if key is None else key)
+    seen = _looks(engine, run, posterior, chains, step_size, engine.key if key is None else key)
     probe = gathered(seen, engine.mesh)[0]
     steps = len(chains) * plan.total_steps * (2 if plan.control_variate else 1)
     passes = -(-engine.source.num_data // plan.batch_size) if plan.control_variate else 0

@@ -11,10 +11,6 @@ import numpy as np
 from slt_jax.posterior import LocalPosterior, LossProgram
 from slt_jax.samplers.base import Position, displacement, inner, noise_like, pull_back, root
 
-QUENCH_BLOCKS = 32  # minibatches, half of them to go down on: a few have soft directions of their own
-
-_QUENCH_BYTES = 2**26  # that they may take
-
 
 class Noise(NamedTuple):
     """Trace of the covariance of nbeta grad L_m(w): of the plain gradient, and with control variates at w*.
@@ -159,37 +155,6 @@ def _acceptance(program: LossProgram, position, center, frozen, blocks, nbeta, l
     return jnp.where(jnp.isfinite(change), jnp.exp(jnp.minimum(0.0, -change)), 0.0)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _quench(program: LossProgram, position, center, frozen, blocks, read, nbeta, step_size, friction, steps):
-    """nbeta (L(w) - L(w*) - <grad L(w*), w - w*>) of each block of ``read``, after a damped descent on ``blocks``.
-
-    The gradient is g_m(w) - g_m(w*), one block a step in turn: no minibatch noise at w*, which is its minimum.
-    """
-    count = jax.tree.leaves(blocks)[0].shape[0]
-    time, keep = jnp.sqrt(step_size), jnp.exp(-friction)
-
-    def both(w, block):
-        at = tuple(x.astype(c.dtype) for x, c in zip(w, center, strict=True))
-        return (jax.value_and_grad(program.mean_loss)(x, frozen, block) for x in (at, center))
-
-    def move(i, carry):
-        w, momentum = carry
-        (_, here), (_, there) = both(w, jax.tree.map(lambda x: x[i % count], blocks))
-        change = (nbeta * (a - b).astype(jnp.float32) for a, b in zip(here, there, strict=True))
-        momentum = tuple(keep * p - time * g for p, g in zip(momentum, change, strict=True))
-        return _plus(w, _scaled(time, momentum)), momentum
-
-    start = tuple(w.astype(jnp.float32) for w in position)
-    w, _ = jax.lax.fori_loop(0, steps, move, (start, tuple(jnp.zeros_like(x) for x in start)))
-    away = tuple(x - c.astype(x.dtype) for x, c in zip(w, center, strict=True))
-
-    def above(block):
-        (here, _), (there, slope) = both(w, block)
-        return nbeta * (here - there - inner(slope, away))
-
-    return jax.lax.map(above, read)
-
-
 class Probe:
     """Compiled looks at positions of one engine's posterior; ``gradients`` counts their cost in minibatch gradients.
 
@@ -221,11 +186,11 @@ class Probe:
         self._key, out = jax.random.split(self._key)
         return out
 
-    def temporaries(self, *, calibrates: bool, descends: bool = False) -> list[int]:
+    def temporaries(self, *, calibrates: bool) -> list[int]:
         """Bytes that its looks take beside their arguments, on one device; compiled here, and not again for them.
 
         Args:
-            calibrates: those that a calibration takes; else those at a run's end. descends: with ``quench``.
+            calibrates: those that a calibration takes; else those at a run's end.
         """
         looks = [(_noise, self._for_noise(self.center))]
         if calibrates:
@@ -233,8 +198,6 @@ class Probe:
             looks.append((_grad_blocks, self._for_gradient(self.center)))
         else:
             looks.append((_acceptance, self._for_acceptance(self.center, 1.0, self.center)))
-        if descends:
-            looks.append((_quench, self._for_quench(self.center, 1.0, 1.0, 1)))
         analyses = [program.lower(*given).compile().memory_analysis() for program, given in looks]
         return [0 if a is None else a.temp_size_in_bytes + a.output_size_in_bytes for a in analyses]
 
@@ -301,27 +264,3 @@ class Probe:
         numbers = (jnp.float32(x) for x in (posterior.nbeta, gamma, step_size))
         around = (posterior.program, position, self.center, self._frozen, self._blocks)
         return *around, *numbers, engine.alone(engine.metric), momentum
-
-    def quench(self, position: Position, step_size: float, friction: float, steps: int) -> tuple[float, float]:
-        """What is left of nbeta (L - L(w*)) after ``steps`` steps of descent with momentum, and its standard error.
-
-        Directions of curvature x above tanh(friction / 2) / (step_size steps) are at rest then: what is left is that of
-        the softer ones. Costs two gradients a step, and some for the examples that it is read on.
-        """
-        left = np.asarray(_quench(*self._for_quench(position, step_size, friction, steps)), np.float64)
-        self.gradients += 2 * (steps + len(left))
-        return float(left.mean()), float(left.std(ddof=1) / math.sqrt(len(left))) if len(left) > 1 else 0.0
-
-    def _for_quench(self, position: Position, step_size: float, friction: float, steps: int) -> tuple:
-        engine, batch = self._engine, self._batch
-        if engine.takes_all:
-            drawn = np.tile(np.arange(batch), 2)
-        else:
-            size = sum(x.nbytes for x in jax.tree.leaves(engine.fetch(np.arange(1)))) * batch
-            half = max(4, min(QUENCH_BLOCKS, _QUENCH_BYTES // size)) // 2
-            drawn = self._random.integers(0, engine.source.num_data, 2 * half * batch)
-        blocks = jax.tree.map(lambda x: x.reshape(-1, batch, *x.shape[1:]), engine.fetch(drawn))
-        down, read = (jax.tree.map(lambda x, k=k: x[k::2], blocks) for k in (0, 1))
-        numbers = (jnp.float32(x) for x in (self._posterior.nbeta or 0, step_size, friction))
-        around = (self._posterior.program, position, self.center, self._frozen, down, read)
-        return *around, *numbers, jnp.int32(steps)

@@ -220,7 +220,7 @@ def _health_section(result: LLCResult) -> Section:
     slope = lambda s: f"{_num(s.value, '+.3g')} ± {_num(s.stderr, '.2g')}" if s.stderr > 0 else _UNKNOWN  # noqa: E731
     trend = f"{_num(h.trend, '+.2g')} ({_num(h.trend_z, '+.1f')} standard errors)"
     pair = " and ".join(_num(x) for x in h.bracket)
-    rise, soft = e.rise, e.soft
+    rise = e.rise
     rises = rise.mean > d.TREND_SIGMA * rise.stderr and rise.next > d.RISE_LIMIT * raw
     rose = f"{_num(rise.next, '+.2g')}, after {_num(rise.before, '+.2g')} and {_num(rise.value, '+.2g')}"
     rows = (
@@ -238,9 +238,6 @@ def _health_section(result: LLCResult) -> Section:
          f"at most {d.RISE_LIMIT:.0%} of the LLC, or not sure",
          UNMEASURED if math.isnan(rise.stderr) else BAD if rises else GOOD,
          "Chains that start at w* spread into ever softer directions; this is what more steps would add."),
-        ("Left in soft directions", _num(soft.value), f"at most {d.soft_limit(e):.0%} of the LLC",
-         _within(soft.value - d.SLOPE_SIGMA * soft.stderr, -math.inf, d.soft_limit(e) * raw),
-         "Part of the estimate in directions too soft for the run to have settled in."),
         ("From w*, from hot starts", _UNKNOWN if math.isnan(gap) else pair, "within 5 %, or 4 standard errors", met,
          "Chains started cold and hot come to the answer from both sides, and should meet."),
         ("Virial ratio", _num(h.virial, ".3f"), f"at least {d.VIRIAL_LIMIT}",

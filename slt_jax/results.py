@@ -157,8 +157,6 @@ class LLCResult:
             s.get("metric", False),
             self._heat,
             self._rise,
-            Slope(*(s.get("probe", {}).get(name, math.nan) for name in ("soft", "soft_stderr"))),
-            s.get("probe", {}).get("softest", 1.0),
         )
         return assess(self.llc_draws, evidence)
 

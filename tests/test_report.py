@@ -195,7 +195,7 @@ def test_a_sound_run_has_no_cross():
     marks = page(sound()).marks
     assert "✗" not in marks.values()
     unknown = {row for row, mark in marks.items() if mark == "–"}
-    assert unknown == {"From w*, from hot starts", "Bias of minibatch noise", "Left in soft directions"}
+    assert unknown == {"From w*, from hot starts", "Bias of minibatch noise"}
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -206,16 +206,6 @@ def test_slopes_are_marked_together():
     found = page(dataclasses.replace(result, loss_trace=narrow, distance_sq=10 * (narrow - 0.2)))
     crossed = {row for row, mark in found.marks.items() if mark == "✗"}
     assert crossed == {"Slope in log nbeta", "Slope in log localization"}
-
-
-@pytest.mark.usefixtures("undrawn")
-@pytest.mark.parametrize(("soft", "mark"), [(0.1, "✓"), (1.0, "✗")])
-def test_soft_directions_are_marked(soft, mark):
-    result = sound(probe={"soft": soft, "soft_stderr": 0.0})
-    assert result.verdict == ("converged" if mark == "✓" else "still rising")
-    found = page(result)
-    assert found.marks["Left in soft directions"] == mark
-    assert found.marks["Rise in one more doubling of the run"] == "✓"
 
 
 @pytest.mark.usefixtures("undrawn")
