@@ -24,7 +24,7 @@ class Rise(NamedTuple):
     @property
     def next(self) -> float:
         """What doubling the run would add, if it goes on as it did: never more than the last doubling did."""
-        return self.value * min(1.0, self.value / self.before) if self.before > 0 else self.value
+        return self.value * min(1.0, abs(self.value) / self.before) if self.before > 0 else self.value
 
 
 def split_chains(draws: np.ndarray) -> np.ndarray:
@@ -83,8 +83,8 @@ def extrapolate(draws: np.ndarray, blocks: int = 12) -> float:
     t, fits = np.arange(blocks) + 0.5, []
     for tau in np.geomspace(1.0, 2.0 * blocks, 25):
         basis = np.stack([np.ones(blocks), np.exp(-t / tau)], 1)
-        (end, _), *_ = np.linalg.lstsq(basis, means, rcond=None)
-        fits.append((float(np.sum((basis @ np.linalg.lstsq(basis, means, rcond=None)[0] - means) ** 2)), tau, end))
+        found, *_ = np.linalg.lstsq(basis, means, rcond=None)
+        fits.append((float(np.sum((basis @ found - means) ** 2)), tau, found[0]))
     _, tau, end = min(fits)
     return float(end) if tau < 1.9 * blocks else math.nan
 

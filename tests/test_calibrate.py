@@ -8,6 +8,7 @@ import pytest
 
 import slt_jax as slt
 from slt_jax import memory
+from slt_jax.calibrate import default_budget
 from slt_jax.corrections import heating
 from tests.targets import by_name
 
@@ -242,3 +243,12 @@ def test_a_loss_that_never_moves_says_so():
     result = slt.estimate_llc(flat, (X, NOISE), sampler=slt.sgld(1e-3), num_draws=40, num_warmup=4)
     assert result.verdict == "too few draws"
     assert "did not move" in result.health.reason
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("num_free", "budget"),
+    [(1, 2_000_000), (4, 1_000_000), (10, 400_000), (250, 400_000), (1000, 100_000), (10_000, 10_000), (10**8, 10_000)],
+)
+def test_the_default_budget_is_about_the_same_time_for_all_but_the_smallest_and_largest(num_free, budget):
+    assert default_budget(num_free) == budget

@@ -61,6 +61,7 @@ def test_of_short_runs_nothing_is_known(length):
         ({"rise": Rise(9.0, 1.5, 0.5)}, "converged"),  # nearly done
         ({"rise": Rise(0.9 * RISE_LIMIT * 50, 0.9 * RISE_LIMIT * 50, 0.01)}, "converged"),
         ({"rise": Rise(-3.0, -3.0, 0.5)}, "converged"),
+        ({"rise": Rise(9.0, -4.0, 0.5)}, "converged"),  # up, and down again
     ],
 )
 def test_the_verdict_needs_a_large_and_sure_sign(evidence, verdict):
