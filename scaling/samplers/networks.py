@@ -117,11 +117,14 @@ def row_of(asked: dict, result: slt.LLCResult, seconds: float, **more: float) ->
 
 
 def measure(store: Store, kind: str, seed: int) -> None:
+    names = [*(f"budget {budget}" if budget else "default" for budget in BUDGETS), "reference"]
+    if all({"kind": kind, "seed": seed, "run": name} in store for name in names):
+        return
     params, data = make_network(kind, seed)
     spectrum = eigenvalues(kind, params, data)
     localization = None
-    for budget in BUDGETS:
-        asked = {"kind": kind, "seed": seed, "run": f"budget {budget}" if budget else "default"}
+    for name, budget in zip(names, BUDGETS, strict=False):
+        asked = {"kind": kind, "seed": seed, "run": name}
         if asked not in store:
             began = time.monotonic()
             posterior = slt.LocalPosterior(loss_of(kind), params, NUM_DATA, localization=localization)
