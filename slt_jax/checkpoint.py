@@ -22,7 +22,7 @@ from slt_jax.mesh import gathered, leads, spans_processes
 from slt_jax.storage import write_file
 
 MANIFEST = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 PATIENCE = 20  # seconds until a file that another machine wrote is seen here
 
 

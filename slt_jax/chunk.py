@@ -15,7 +15,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from slt_jax.batches import draw_indices, gather
 from slt_jax.posterior import LossProgram
-from slt_jax.samplers.base import Hyper, Metric
+from slt_jax.samplers.base import Hyper, Metric, displacement, inner
 
 PyTree = Any
 BATCH, _NOISE, _ALSO = 0, 1, 2  # what a step's key is folded with; from _ALSO on, one for each further data set
@@ -25,7 +25,7 @@ class Trace(NamedTuple):
     """Per chain and step, float32 ``(num_chains, total_steps)``; NaN where nothing was recorded.
 
     ``gap_var``: variance of the batch mean of the per-example losses less their baseline, by their spread in the batch;
-    0 where the batch is the whole data set.
+    0 where the batch is the whole data set. ``tilt``: <grad L_m(w*), w - w*>, at every ``Static.tilt_every``-th draw.
     ``also``: with K further data sets, ``(num_chains, total_steps, K, 3)``: loss, baseline and gap_var on each; () with
     none. The other names are those of ``Info``.
     """
@@ -33,6 +33,7 @@ class Trace(NamedTuple):
     loss: Any
     baseline: Any
     gap_var: Any
+    tilt: Any
     drift_sq: Any
     virial: Any
     distance_sq: Any
@@ -64,6 +65,7 @@ class Static(NamedTuple):
     control_variate: bool = False
     exact: bool = False
     also_data: tuple[int, ...] = ()  # examples of each further data set
+    tilt_every: int = 0  # draws from one look at the slope at w* to the next; 0 for none
 
 
 class Window(NamedTuple):
@@ -162,6 +164,26 @@ def _read_also(static: Static, frozen: PyTree, also: tuple, key: jax.Array, posi
     return jnp.stack(rows)
 
 
+def _read_center(static: Static, kept, looked, position: PyTree, center: PyTree, frozen: PyTree, batch: PyTree):
+    """(L_m(w*) of each example, <grad L_m(w*), w - w*>), NaN where they are not asked for.
+
+    The product is taken forward, with the losses: no gradient is held.
+    """
+
+    def losses_at(at):
+        return _losses_at(static, at, frozen, batch)
+
+    def both():
+        losses, slopes = jax.jvp(losses_at, (center,), (displacement(position, center),))
+        return losses, jnp.mean(slopes).astype(jnp.float32)
+
+    unknown = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(losses_at, center))
+    nothing = lambda: (unknown, jnp.float32(jnp.nan))  # noqa: E731
+    alone = (lambda: (losses_at(center), jnp.float32(jnp.nan))) if static.paired else nothing
+    branches = [nothing, alone, both][: 3 if static.tilt_every else 2]
+    return jax.lax.switch(kept.astype(jnp.int32) + looked.astype(jnp.int32), branches)
+
+
 def _at_step(window: Window, step: jax.Array, row: Row, metric: Metric) -> Hyper:
     """The step's own numbers: statistics adapt, and the odd chains cool, over the first half of the warm-up.
 
@@ -201,19 +223,19 @@ def _one_chain(static: Static, shared: tuple, window: Window, state, key, row, a
                 losses, grad = plain(position)
                 return losses, jax.tree.map(lambda g, n, full: g - n + full, grad, noise, center_grad)
 
-        mine, before = _at_step(window, step, row, metric), state.position
-        state, info = static.sampler_step(jax.random.fold_in(step_key, _NOISE), state, at, center, mine)
         kept = (step >= window.num_warmup) & ((step - window.num_warmup) % window.thinning == window.thinning - 1)
-        unknown = jnp.full(info.loss.shape, jnp.nan, info.loss.dtype)
-        if not static.paired:
-            baseline, gap = unknown, info.loss
-        else:
-            at_center = (
-                at_center
-                if static.control_variate
-                else jax.lax.cond(kept, lambda: _losses_at(static, center, frozen, batch), lambda: unknown)
+        draw, before = (step - window.num_warmup) // window.thinning, state.position
+        looked = kept & (draw % static.tilt_every == 0) if static.tilt_every else jnp.bool(False)
+        if static.control_variate:
+            baseline = at_center
+            tilt = jax.lax.cond(
+                looked, lambda: inner(center_grad, displacement(before, center)), lambda: jnp.float32(jnp.nan)
             )
-            baseline, gap = jnp.where(kept, at_center, unknown), info.loss - at_center
+        else:
+            baseline, tilt = _read_center(static, kept, looked, before, center, frozen, batch)
+        mine = _at_step(window, step, row, metric)
+        state, info = static.sampler_step(jax.random.fold_in(step_key, _NOISE), state, at, center, mine)
+        gap = info.loss - baseline if static.paired else info.loss
         spread = _spread(static, gap, static.num_data)
         others: Any = ()
         if also:
@@ -222,7 +244,11 @@ def _one_chain(static: Static, shared: tuple, window: Window, state, key, row, a
                 lambda: _read_also(static, frozen, also, step_key, before, center),
                 lambda: jnp.full((len(also), 3), jnp.nan, jnp.float32),
             )
-        now = Trace(jnp.mean(info.loss), jnp.mean(baseline), jnp.where(kept, spread, jnp.nan), *info[1:], others)
+        here = kept if static.paired else jnp.bool(False)
+        now = Trace(
+            jnp.mean(info.loss), jnp.where(here, jnp.mean(baseline), jnp.nan), jnp.where(kept, spread, jnp.nan), tilt,
+            *info[1:], others,
+        )  # fmt: skip
         trace = jax.tree.map(lambda t, x: t.at[i].set(jnp.where(still, x, jnp.nan).astype(t.dtype)), trace, now)
         return i + 1, state, still & jnp.isfinite(now.loss) & jnp.isfinite(info.drift_sq), trace
 

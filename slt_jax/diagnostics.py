@@ -14,6 +14,8 @@ TREND_SIGMA = 3.0
 RISE_LIMIT = 0.03  # of the estimate, in one more doubling of the run
 BIAS_LIMIT = 0.15
 SLOPE_LIMIT = 0.05
+TILT_LIMIT = 0.03  # of the estimate, that chains may gain by running downhill from w*
+TILT_SIGMA = 4.0
 KINETIC_LIMIT = 0.15
 KINETIC_LIMIT_METRIC = 0.05  # where all directions are about as stiff as the stiffest
 HEAT_SIGMA = 4.0
@@ -47,7 +49,7 @@ class Evidence:
     localization. ``degree``: see ``degree_of``. ``held``: 1 - mean <w - w*, nbeta grad L> / d, the share of the
     directions that the localization holds and not the loss. ``hot``: which of the chains started hot. ``num_free``: d.
     ``metric``: whether the chains moved in a metric's coordinates. ``heat``: what ``thermometer`` found, as an LLC.
-    ``rise``: of the chains started at w*, from doubling to doubling of the run.
+    ``rise``: of the chains started at w*, from doubling to doubling of the run. ``tilt``: see ``tilt_of``.
     """
 
     virial: float = math.nan
@@ -64,6 +66,7 @@ class Evidence:
     metric: bool = False
     heat: Slope = _UNKNOWN
     rise: Rise = _UNSEEN
+    tilt: Slope = _UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,35 @@ def covariance_with_loss(draws: np.ndarray, gap_var: np.ndarray, drift_sq: np.nd
     if parts is None or not nbeta**2 * gap_var.mean(dtype=np.float64) <= _NOISE_SHARE * draws.var():
         return _UNKNOWN
     return _mean_of(_product(*parts))
+
+
+def tilt_of(tilt: np.ndarray, nbeta: float) -> Slope:
+    """nbeta <grad L(w*), E[w] - w*> / 2: what lies on a slope at w* takes from the estimate; 0 at a minimum.
+
+    Derivation, on a quadratic of Hessian H with gradient g at w*: the chains are centered on the minimum, w* less
+    g / H, which lies nbeta g'g / (2 H) lower than w*, in units of the LLC. The estimate is by as much less than it
+    would be around that minimum; and nbeta <g, E[w] - w*> is minus twice that, with the localization in H as well.
+
+    Args:
+        tilt: <grad L_m(w*), w - w*>, (chain, draw), NaN where it was not looked at.
+
+    Error: from the spread over quarters of the chains and that over chains, whichever is larger.
+    """
+    if tilt.shape[0] == 0 or tilt.shape[1] < 4:
+        return _UNKNOWN
+    values = nbeta / 2 * tilt.astype(np.float64)
+    parts = [part[np.isfinite(part)] for chain in values for part in np.array_split(chain, 4)]
+    if not all(len(part) for part in parts):
+        return _UNKNOWN
+    means = np.array([part.mean() for part in parts])
+    each = means.reshape(-1, 4).mean(1)
+    errors = [x.std(ddof=1) / math.sqrt(len(x)) for x in (means, each) if len(x) > 1]
+    return Slope(float(means.mean()), float(max(errors)))
+
+
+def is_tilted(tilt: Slope, size: float) -> bool:
+    """Whether an estimate of this size lacks too much because w* lies on a slope."""
+    return -tilt.value > max(TILT_LIMIT * size, TILT_SIGMA * tilt.stderr)
 
 
 def _quarters(*traces: np.ndarray) -> list[np.ndarray] | None:
@@ -215,6 +247,12 @@ def _no_minimum(draws, facts):
     part_error = error * math.sqrt(len(lows))
     if mean < -2 * error or lows.min() < -5 * part_error:
         return "not a minimum", "the chains found lower loss than w*; train further, or raise localization."
+    tilt = facts.evidence.tilt
+    if is_tilted(tilt, abs(mean)):
+        return "not a minimum", (
+            f"the loss slopes at w*, and the chains gain {-tilt.value:.3g} by going down: around the minimum nearby "
+            f"the estimate would be about {mean - tilt.value:.4g}. Train further, or raise localization."
+        )
 
 
 def _moving(draws, facts):

@@ -17,6 +17,7 @@ from slt_jax.mesh import chain_sharding, gathered, own_rows, place, place_rows, 
 from slt_jax.metric import blank_factor
 from slt_jax.posterior import LocalPosterior, LossProgram
 from slt_jax.samplers.base import Hyper, Metric, Position, Sampler
+from slt_jax.tilt import tilt_every
 
 PyTree = Any
 _HOST_BATCH_BYTES = 2**28
@@ -147,6 +148,7 @@ class Engine:
             plan.control_variate,
             sampler.family == "exact",
             self._also_data,
+            tilt_every(plan, sampler, posterior.program, self.center, self.frozen, source),
         )
         if plan.control_variate:
             self.center_grad = self.put(self.full_grad())

@@ -222,6 +222,7 @@ def _health_section(result: LLCResult) -> Section:
     pair = " and ".join(_num(x) for x in h.bracket)
     rise = e.rise
     rises = rise.mean > d.TREND_SIGMA * rise.stderr and rise.next > d.RISE_LIMIT * raw
+    tilted = UNMEASURED if math.isnan(e.tilt.stderr) else BAD if d.is_tilted(e.tilt, raw) else GOOD
     rose = f"{_num(rise.next, '+.2g')}, after {_num(rise.before, '+.2g')} and {_num(rise.value, '+.2g')}"
     rows = (
         ("R-hat", _num(h.rhat, ".3f"), f"at most {d.RHAT_LIMIT}", _within(h.rhat, 0, d.RHAT_LIMIT),
@@ -254,6 +255,9 @@ def _health_section(result: LLCResult) -> Section:
         ("Slope in log nbeta", slope(up), both, stands, "How far the estimate rises when nbeta grows by a factor e."),
         ("Slope in log localization", slope(down), "weighed with the one above", stands,
          "The same for the localization, which pulls the estimate down where it holds flat directions."),
+        ("Slope at w*", slope(e.tilt), f"under {d.TILT_LIMIT:.0%} of the LLC, or {d.TILT_SIGMA:g} standard errors",
+         tilted,
+         "What the chains gain by going down from w*, which the estimate lacks: 0 at a minimum."),
         ("Degree of the loss", slope(e.degree).lstrip("+"), f"at most {most:g}",
          _within(e.degree.value - d.SLOPE_SIGMA * e.degree.stderr, -math.inf, most),
          "Power with which the loss grows with the distance from w*: 2 at a regular minimum."),

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from slt_jax.diagnostics import (
     covariance_with_loss,
     degree_of,
     slopes,
+    tilt_of,
 )
 from slt_jax.reading import READINGS, Reading, estimate_text
 from slt_jax.series import Rise, ess_and_rhat, rise_of, standard_error
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 
 TRACES = (
-    "loss_trace", "baseline_trace", "gap_var", "drift_sq", "virial", "distance_sq", "kinetic", "acceptance",
+    "loss_trace", "baseline_trace", "gap_var", "tilt", "drift_sq", "virial", "distance_sq", "kinetic", "acceptance",
     "pull",
 )  # fmt: skip
 
@@ -39,9 +41,9 @@ class LLCResult:
     """A local learning coefficient with its error bar. All axes are (chain, draw).
 
     ``loss_trace`` and ``baseline_trace``: L_m(w_t) and the loss at w* that is subtracted from it, nats per example.
-    ``gap_var``: variance of the difference of the two, by the spread of the batch. ``drift_sq``, ``virial``,
-    ``distance_sq``, ``kinetic``, ``acceptance``, ``pull``: the sampler's ``Info`` at the same draws. ``warmup_loss``:
-    L_m(w_t) before the draws.
+    ``gap_var``: variance of the difference of the two, by the spread of the batch. ``tilt``: <grad L_m(w*), w_t - w*>
+    at some of the draws, NaN at the others. ``drift_sq``, ``virial``, ``distance_sq``, ``kinetic``, ``acceptance``,
+    ``pull``: the sampler's ``Info`` at the same draws. ``warmup_loss``: L_m(w_t) before the draws.
     ``stopped``: chain -> step at which it went non-finite; those chains are in the traces but not in the estimate.
     ``settings``: everything the run was given, and the versions it ran with. ``notes``: what went wrong without
     touching the numbers. ``also_traces``: by name of a further data set, its loss, baseline and gap_var at the draws,
@@ -51,6 +53,7 @@ class LLCResult:
     loss_trace: np.ndarray
     baseline_trace: np.ndarray
     gap_var: np.ndarray
+    tilt: np.ndarray
     drift_sq: np.ndarray
     virial: np.ndarray
     distance_sq: np.ndarray
@@ -157,6 +160,7 @@ class LLCResult:
             s.get("metric", False),
             self._heat,
             self._rise,
+            tilt_of(self.tilt[kept], s["nbeta"]),
         )
         return assess(self.llc_draws, evidence)
 
@@ -264,7 +268,8 @@ class LLCResult:
             "nbeta_slope_stderr": h.evidence.nbeta_slope.stderr,
             "localization_slope": h.evidence.localization_slope.value,
             "localization_slope_stderr": h.evidence.localization_slope.stderr, "degree": h.evidence.degree.value,
-            "degree_stderr": h.evidence.degree.stderr, "held": h.evidence.held,
+            "degree_stderr": h.evidence.degree.stderr, "held": h.evidence.held, "tilt": h.evidence.tilt.value,
+            "tilt_stderr": h.evidence.tilt.stderr,
         }  # fmt: skip
         plain = {k: (v if math.isfinite(v) else None) for k, v in numbers.items()}
         stopped = {str(k): v for k, v in self.stopped.items()}
@@ -339,16 +344,24 @@ def load_result(path: str | os.PathLike) -> LLCResult:
     return load(path, RESULT, _of_tree)
 
 
+def read_traces(sample: Any, rest: Iterable[np.ndarray], expected: str) -> list[np.ndarray]:
+    """``TRACES`` out of a saved group; NaN for ``tilt``, which files of before do not have.
+
+    Raises ValueError unless they and ``rest`` have this digest.
+    """
+    found = {name: sample[name].values for name in TRACES if name != "tilt" or name in sample}
+    if digest([*found.values(), *rest]) != expected:
+        raise ValueError("its traces are not those that were saved")
+    return [found[name] if name in found else np.full_like(found["loss_trace"], np.nan) for name in TRACES]
+
+
 def _of_tree(tree: "xr.DataTree") -> LLCResult:
     settings, stopped, notes = (json.loads(tree.attrs[name]) for name in ("settings", "stopped", "notes"))
-    sample = tree["sample_stats"]
-    traces = [sample[name].values for name in TRACES]
     warm = tree["warmup_sample_stats"]["loss"].values
     also = {}
     if "also_sample_stats" in tree:
         group = tree["also_sample_stats"]
         each = np.stack([group[name].values for name in READINGS], axis=-1)
         also = {str(name): each[i] for i, name in enumerate(group["data_set"].values)}
-    if digest([*traces, warm, *also.values()]) != tree.attrs["sha256"]:
-        raise ValueError("its traces are not those that were saved")
+    traces = read_traces(tree["sample_stats"], [warm, *also.values()], tree.attrs["sha256"])
     return LLCResult(*traces, warm, {int(k): v for k, v in stopped.items()}, settings, tuple(notes), also)

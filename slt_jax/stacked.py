@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slt_jax.results import TRACES, LLCResult
+from slt_jax.results import TRACES, LLCResult, read_traces
 from slt_jax.storage import digest
 
 if TYPE_CHECKING:
@@ -35,9 +35,8 @@ def stack(
 
 def unstack(tree: "xr.DataTree", num_dims: int) -> tuple[LLCResult, ...]:
     """What ``stack`` took. Raises ValueError when the traces are not those that were saved."""
-    arrays = [*(tree["sample_stats"][name].values for name in TRACES), tree["warmup_sample_stats"]["loss"].values]
-    if digest(arrays) != tree.attrs["sha256"]:
-        raise ValueError("its traces are not those that were saved")
+    warm = tree["warmup_sample_stats"]["loss"].values
+    arrays = [*read_traces(tree["sample_stats"], [warm], tree.attrs["sha256"]), warm]
     rows = [x.reshape(-1, *x.shape[num_dims:]) for x in arrays]
     found = []
     for i, (settings, stopped, notes) in enumerate(json.loads(tree.attrs["results"])):

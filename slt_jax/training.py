@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 WHOLE = "all"
 _DIMS = ("part", "training_step")
-_NUMBERS = ("llc", "llc_stderr", "llc_raw", "rhat", "ess", "init_loss", "trend", "acceptance")
+_NUMBERS = ("llc", "llc_stderr", "llc_raw", "rhat", "ess", "init_loss", "trend", "acceptance", "tilt", "tilt_stderr")
 
 
 @dataclass(frozen=True, eq=False)

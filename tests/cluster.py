@@ -25,7 +25,7 @@ def result(seed):
     loss = np.random.default_rng(seed).normal(1 + seed, 0.1, size=(2, 40)).astype(np.float32)
     ones = np.ones_like(loss)
     return slt.LLCResult(
-        loss, 0.25 * ones, 1e-6 * ones, ones, 6 * ones, ones, ones, ones, ones, loss[:, :5], {}, dict(SETTINGS)
+        loss, 0.25 * ones, 1e-6 * ones, 0 * ones, ones, 6 * ones, *4 * [ones], loss[:, :5], {}, dict(SETTINGS)
     )
 
 

@@ -31,7 +31,7 @@ def made(llc, loss, *, noise=1e-6, loss_noise=0.0, draws=200, seed=0, stopped=No
     ones, unknown = np.ones((4, draws)), np.full((4, draws), np.nan)
     virial = settings["num_free"] * ones
     return slt.LLCResult(
-        baseline + gap, baseline, 1e-9 * ones, ones, virial, ones, unknown, unknown, unknown, np.ones((4, 5)),
+        baseline + gap, baseline, 1e-9 * ones, unknown, ones, virial, ones, unknown, unknown, unknown, np.ones((4, 5)),
         stopped or {}, settings,
     )  # fmt: skip
 

@@ -214,7 +214,7 @@ def result_of(draws, nbeta=100.0, gap_var=None, **settings):
         "family": "exact", "sampler": "hmc", "thinning": 1, **settings,
     }  # fmt: skip
     var = 0 * one if gap_var is None else gap_var
-    return slt.LLCResult(loss, one, var, one, 10 * one, one, *3 * [np.nan * one], one[:, :1], {}, given)
+    return slt.LLCResult(loss, one, var, np.nan * one, one, 10 * one, one, *3 * [np.nan * one], one[:, :1], {}, given)
 
 
 def test_variance_estimator_subtracts_the_spread_in_the_batch():

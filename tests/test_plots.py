@@ -34,7 +34,7 @@ def run(chains=3, draws=40, stopped=None, warm=10, **settings):
         warmup[chain, step:] = np.nan
     ones, unknown = np.ones_like(loss), np.full_like(loss, np.nan)
     return slt.LLCResult(
-        loss, 0.2 * ones, 1e-6 * ones, 2000 * ones, 6 * ones, ones, unknown, unknown, unknown, warmup, stopped or {},
+        loss, 0.2 * ones, 1e-6 * ones, unknown, 2000 * ones, 6 * ones, ones, *3 * [unknown], warmup, stopped or {},
         {**SETTINGS, "num_warmup": warm, **settings},
     )  # fmt: skip
 

@@ -27,7 +27,7 @@ def result(stopped=None, draws=40, **settings):
         loss[chain, max(step - 5, 0) // 2 :] = np.nan
     ones, unknown = np.ones_like(loss), np.full_like(loss, np.nan)
     return slt.LLCResult(
-        loss, baseline, 1e-6 * ones, ones, virial, ones, unknown, unknown, unknown, warmup, stopped or {},
+        loss, baseline, 1e-6 * ones, unknown, ones, virial, ones, unknown, unknown, unknown, warmup, stopped or {},
         {**SETTINGS, **settings}, ("a note",),
     )  # fmt: skip
 

@@ -1,0 +1,180 @@
+"""Weights on a slope: what the chains gain by going down, against its exact value, and what the verdict says."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import slt_jax as slt
+from slt_jax.batches import as_source
+from slt_jax.diagnostics import TILT_LIMIT, TILT_SIGMA, Evidence, Slope, assess, tilt_of
+from slt_jax.engine import Schedule
+from slt_jax.mesh import chain_mesh
+from slt_jax.storage import digest
+from slt_jax.tilt import tilt_every
+from tests.small import DATA, estimate, refuses, square
+from tests.sources import Rows
+
+NUM, DIMENSION, NBETA, GAMMA = 64, 6, 60.0, 2.0
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(NUM, DIMENSION)).astype(np.float32)
+Y = (X @ np.ones(DIMENSION) + RNG.normal(size=NUM)).astype(np.float32)
+ROWS = np.concatenate([X, Y[:, None]], axis=1)
+BEST = np.linalg.lstsq(X.astype(np.float64), Y.astype(np.float64), rcond=None)[0]
+HESSIAN = X.astype(np.float64).T @ X / NUM
+AWAY = 0.4 * RNG.normal(size=DIMENSION)
+
+
+def loss_fn(w, batch):
+    return 0.5 * (batch[:, :-1] @ w - batch[:, -1]) ** 2
+
+
+def regression(away=AWAY, loss=loss_fn, data=ROWS, **changed):
+    """An estimate at the minimum of the loss plus ``away``."""
+    posterior = slt.LocalPosterior(loss, jnp.asarray(BEST + away, jnp.float32), NUM, NBETA, GAMMA)
+    options = {
+        "sampler": slt.underdamped(2e-3, 0.4), "num_chains": 4, "num_draws": 2000, "num_warmup": 200, "batch_size": 16,
+        "key": 1,
+    }  # fmt: skip
+    return slt.estimate_llc(posterior, data, **{**options, **changed})
+
+
+def exact(away=AWAY):
+    """Of the Gaussian that the posterior is: -nbeta^2 g' (nbeta H + gamma)^-1 g / 2."""
+    slope = HESSIAN @ away
+    return -0.5 * NBETA**2 * slope @ np.linalg.solve(NBETA * HESSIAN + GAMMA * np.eye(DIMENSION), slope)
+
+
+WAYS = {
+    "minibatches": {},
+    "over all data": {"batch_size": NUM},
+    "L_n(w*) as baseline": {"baseline": "full"},
+    "control variates": {"control_variate": True},
+    "in parts": {"micro_batches": 4, "thinning": 3, "num_draws": 800},
+    "from the host": {"data": Rows(ROWS)},
+    "two at once": {"chain_batch": 2, "mesh": chain_mesh(4, jax.devices()[:2])},
+    "in a short step": {"sampler": slt.sgld(1e-3), "num_draws": 4000},
+    "exact": {"sampler": slt.hmc(2e-3, 8), "num_draws": 500, "batch_size": None},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_tilt_is_exact_on_a_quadratic(way):
+    """Kills: half or twice of it; the slope at w in place of w*; the batch that moved the chain; the pull left out."""
+    result = regression(**WAYS[way])
+    tilt = result.health.evidence.tilt
+    assert exact() < -1
+    assert abs(tilt.value - exact()) < 4 * tilt.stderr
+    assert tilt.stderr < 0.15 * abs(exact())
+    assert result.to_dict()["tilt"] == tilt.value
+
+
+@pytest.mark.quick
+def test_the_estimate_lacks_the_tilt():
+    """Around the minimum it is d / 2 of the directions that the loss holds; and the sentence says so."""
+    held = np.linalg.eigvalsh(NBETA * HESSIAN)
+    around = float((held / (held + GAMMA)).sum() / 2)
+    slope, bottom = (regression(away, batch_size=NUM) for away in (0.4 * AWAY, 0 * AWAY))
+    assert abs(bottom.llc - around) < 4 * bottom.llc_stderr
+    assert slope.health.flags == ("not a minimum",)
+    there = slope.llc_raw - slope.health.evidence.tilt.value
+    assert f"nearby the estimate would be about {there:.4g}" in slope.health.reason
+    # up to the second order of gamma / (nbeta H)
+    assert there == pytest.approx(around, abs=4 * slope.llc_stderr + 0.1)
+    assert bottom.verdict == "converged"
+    assert abs(bottom.health.evidence.tilt.value) < 4 * bottom.health.evidence.tilt.stderr
+
+
+def test_its_error_bar_is_calibrated():
+    """At the minimum, with minibatches: z-scores of twenty runs have a spread of about 1."""
+    found = [regression(0 * AWAY, key=key, num_draws=500).health.evidence.tilt for key in range(20)]
+    scores = np.array([tilt.value / tilt.stderr for tilt in found])
+    assert abs(scores.mean()) < 4 / math.sqrt(20)
+    assert 0.5 < scores.std() < 2
+
+
+def test_looks_are_those_of_an_unbroken_run():
+    """Of which steps, does not depend on chunks."""
+    whole, cut = regression(num_draws=100), regression(num_draws=100, chunk_size=7)
+    np.testing.assert_array_equal(whole.tilt, cut.tilt)
+    assert np.isfinite(whole.tilt).sum() == 4 * 4
+    assert np.isfinite(whole.tilt[:, ::25]).all()
+
+
+@jax.custom_vjp
+def backward_only(value):
+    return value
+
+
+backward_only.defvjp(lambda value: (value, None), lambda _, g: (g,))
+
+
+def test_a_loss_for_backward_alone_is_sampled_without_looks():
+    result = regression(loss=lambda w, batch: backward_only(loss_fn(w, batch)), num_draws=100)
+    assert np.isnan(result.tilt).all()
+    assert result.to_dict()["tilt"] is None
+    np.testing.assert_allclose(result.loss_trace, regression(num_draws=100).loss_trace, rtol=1e-4)
+    controlled = regression(loss=lambda w, batch: backward_only(loss_fn(w, batch)), control_variate=True)
+    assert abs(controlled.health.evidence.tilt.value - exact()) < 4 * controlled.health.evidence.tilt.stderr
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("draws", "thinning", "every"), [(23, 1, 0), (24, 1, 6), (400, 1, 32), (400, 4, 8), (10_240, 64, 40)]
+)
+def test_looks_are_rare(draws, thinning, every):
+    """At least four in a chain, at most 256, and else one in 32 steps."""
+    plan = Schedule(2, draws, 10, thinning, 8, 1, "paired", 1, 512)
+    posterior = slt.LocalPosterior(square, jnp.zeros(3), len(DATA))
+    center, frozen = posterior.program.split(posterior.center)
+    assert tilt_every(plan, slt.sgld(1e-3), posterior.program, center, frozen, as_source(DATA)) == every
+
+
+@pytest.mark.quick
+def test_the_error_is_the_larger_of_that_over_time_and_over_chains():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(4, 400))
+    apart = noise + np.array([[0.0], [3.0], [-3.0], [0.0]])
+    sparse = np.where(np.arange(400) % 5 == 0, noise, np.nan)
+    assert tilt_of(noise, 20.0).stderr == pytest.approx(10 / 40, rel=0.5)
+    assert tilt_of(sparse, 20.0).stderr == pytest.approx(10 / math.sqrt(320), rel=0.5)
+    assert tilt_of(apart, 20.0).stderr == pytest.approx(10 * math.sqrt(6) / 2, rel=0.1)
+    assert tilt_of(sparse, 20.0).value == pytest.approx(10 * np.nanmean(sparse))
+    for unknown in (np.full((4, 400), np.nan), np.ones((0, 10)), np.ones((2, 3))):
+        assert math.isnan(tilt_of(unknown, 20.0).value)
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("tilt", "verdict"),
+    [
+        (Slope(-1.1 * TILT_LIMIT * 50, 0.1), "not a minimum"),
+        (Slope(-0.9 * TILT_LIMIT * 50, 0.1), "converged"),
+        (Slope(-5.0, 5.0 / (0.9 * TILT_SIGMA)), "converged"),  # not sure
+        (Slope(-5.0, 5.0 / (1.1 * TILT_SIGMA)), "not a minimum"),
+        (Slope(5.0, 0.1), "converged"),  # a loss that bends
+        (Slope(math.nan, math.nan), "converged"),
+    ],
+)
+def test_the_verdict_needs_a_large_and_sure_sign(tilt, verdict):
+    draws = 50 + np.random.default_rng(0).normal(scale=5.0, size=(4, 500))
+    assert assess(draws, Evidence(tilt=tilt)).verdict == verdict
+
+
+def test_results_of_before_are_read(tmp_path):
+    """Without the trace of it; and one that lost it is refused."""
+    result = estimate()
+    tree = result.to_xarray()
+    sample = tree["sample_stats"].to_dataset().drop_vars("tilt")
+    tree["sample_stats"] = type(tree)(sample)
+    kept = [sample[name].values for name in sample.data_vars]
+    tree.attrs["sha256"] = digest([*kept, result.warmup_loss])
+    tree.to_zarr(tmp_path / "before", consolidated=False)
+    found = slt.load_result(tmp_path / "before")
+    assert np.isnan(found.tilt).all()
+    np.testing.assert_array_equal(found.loss_trace, result.loss_trace)
+    tree.attrs["sha256"] = result.to_xarray().attrs["sha256"]
+    tree.to_zarr(tmp_path / "lost", consolidated=False)
+    refuses(ValueError, lambda: slt.load_result(tmp_path / "lost"), "its traces are not those that were saved")
