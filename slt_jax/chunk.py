@@ -25,7 +25,7 @@ class Trace(NamedTuple):
     """Per chain and step, float32 ``(num_chains, total_steps)``; NaN where nothing was recorded.
 
     ``gap_var``: variance of the batch mean of the per-example losses less their baseline, by their spread in the batch;
-    0 where the batch is the whole data set. ``tilt``: <grad L_m(w*), w - w*>, at every ``Static.tilt_every``-th draw.
+    0 where the batch is the whole data set. ``tilt``: <grad L_m(w*), w - w*>, at every ``Window.tilt_every``-th draw.
     ``also``: with K further data sets, ``(num_chains, total_steps, K, 3)``: loss, baseline and gap_var on each; () with
     none. The other names are those of ``Info``.
     """
@@ -65,17 +65,21 @@ class Static(NamedTuple):
     control_variate: bool = False
     exact: bool = False
     also_data: tuple[int, ...] = ()  # examples of each further data set
-    tilt_every: int = 0  # draws from one look at the slope at w* to the next; 0 for none
+    tilted: bool = False  # whether the slope at w* is looked at
 
 
 class Window(NamedTuple):
-    """Which steps a chunk takes, and what depends on their numbers. ``offset``: of the first one in ``batches``."""
+    """Which steps a chunk takes, and what depends on their numbers. ``offset``: of the first one in ``batches``.
+
+    ``tilt_every``: draws from one look at the slope at w* to the next.
+    """
 
     start: jax.Array
     count: jax.Array
     offset: jax.Array
     num_warmup: jax.Array
     thinning: jax.Array
+    tilt_every: jax.Array
     hot: jax.Array
 
 
@@ -180,7 +184,7 @@ def _read_center(static: Static, kept, looked, position: PyTree, center: PyTree,
     unknown = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(losses_at, center))
     nothing = lambda: (unknown, jnp.float32(jnp.nan))  # noqa: E731
     alone = (lambda: (losses_at(center), jnp.float32(jnp.nan))) if static.paired else nothing
-    branches = [nothing, alone, both][: 3 if static.tilt_every else 2]
+    branches = [nothing, alone, both][: 3 if static.tilted else 2]
     return jax.lax.switch(kept.astype(jnp.int32) + looked.astype(jnp.int32), branches)
 
 
@@ -225,7 +229,7 @@ def _one_chain(static: Static, shared: tuple, window: Window, state, key, row, a
 
         kept = (step >= window.num_warmup) & ((step - window.num_warmup) % window.thinning == window.thinning - 1)
         draw, before = (step - window.num_warmup) // window.thinning, state.position
-        looked = kept & (draw % static.tilt_every == 0) if static.tilt_every else jnp.bool(False)
+        looked = kept & (draw % window.tilt_every == 0) if static.tilted else jnp.bool(False)
         if static.control_variate:
             baseline = at_center
             tilt = jax.lax.cond(

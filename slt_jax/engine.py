@@ -134,6 +134,7 @@ class Engine:
         self.keys = self._keys(self.key)
         self.rows = self.rows_of(step_size, friction, limit)
         self.center_grad: Position = ()
+        self.tilt_every = tilt_every(plan, sampler, posterior.program, self.center, self.frozen, source)
         self.static = Static(
             posterior.program,
             sampler.step,
@@ -148,7 +149,7 @@ class Engine:
             plan.control_variate,
             sampler.family == "exact",
             self._also_data,
-            tilt_every(plan, sampler, posterior.program, self.center, self.frozen, source),
+            self.tilt_every > 0,
         )
         if plan.control_variate:
             self.center_grad = self.put(self.full_grad())
@@ -390,5 +391,5 @@ class Engine:
         return self.center, self.frozen, self.arrays, self.metric, self.center_grad, self.also
 
     def _window(self, start: int, count: int, offset: int = 0) -> Window:
-        numbers = (start, count, offset, self.plan.num_warmup, self.plan.thinning)
+        numbers = (start, count, offset, self.plan.num_warmup, self.plan.thinning, max(1, self.tilt_every))
         return Window(*(jnp.int32(x) for x in numbers), jnp.float32(self.hot))

@@ -13,9 +13,9 @@ from slt_jax.samplers.base import Position, Sampler
 if TYPE_CHECKING:
     from slt_jax.engine import Schedule
 
-_LEAST_DRAWS = 24
+_LEAST_DRAWS = 100
 _MOST_LOOKS = 256  # of a chain
-_STEPS_A_LOOK = 32  # a look costs about half a gradient
+_STEPS_A_LOOK = 64  # a look costs about a gradient
 
 
 def tilt_every(
