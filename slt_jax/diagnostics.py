@@ -247,11 +247,12 @@ def _no_minimum(draws, facts):
     part_error = error * math.sqrt(len(lows))
     if mean < -2 * error or lows.min() < -5 * part_error:
         return "not a minimum", "the chains found lower loss than w*; train further, or raise localization."
-    tilt = facts.evidence.tilt
+    tilt, bias = facts.evidence.tilt, facts.evidence.bias
     if is_tilted(tilt, abs(mean)):
+        around = mean - tilt.value - (bias.applied if bias else 0.0)
         return "not a minimum", (
             f"the loss slopes at w*, and the chains gain {-tilt.value:.3g} by going down: around the minimum nearby "
-            f"the estimate would be about {mean - tilt.value:.4g}. Train further, or raise localization."
+            f"the estimate would be about {around:.4g}. Train further, or raise localization."
         )
 
 

@@ -119,7 +119,7 @@ def plot_training(
     stages: Any = None,
     unit: str = "nats per byte",
 ) -> Figure:
-    """LLC with error bars and loss over training steps; hollow markers are estimates whose chains have not settled.
+    """LLC with error bars and loss over training steps; hollow markers are not settled, or at no minimum.
 
     Args:
         steps: of training, (checkpoint,), with one of ``losses`` each, in ``unit``.
@@ -140,7 +140,7 @@ def plot_training(
         for k, (name, found) in enumerate(series.items()):
             _line(axis, steps, found, COLORS[k % len(COLORS)], MARKERS[k % len(MARKERS)], name)
         if len(series) > 1 and any(r.verdict not in SETTLED for found in series.values() for r in found):
-            axis.plot([], [], "o", mfc="white", mec="black", label="hollow: chains not settled")
+            axis.plot([], [], "o", mfc="white", mec="black", label="hollow: not settled or no minimum")
         one, loss = len(series) == 1, COLORS[1] if len(series) == 1 else "0.45"
         right.plot(steps, losses, "s--" if one else ":", color=loss, lw=1.2 if one else 2, ms=4, label="loss")
         right.spines["right"].set_visible(True)
@@ -167,5 +167,5 @@ def _line(axis: Axes, steps: Sequence[int], results: Sequence[Any], color: str, 
     if good.any() or name:
         axis.plot(x[good], y[good], ls="", marker=marker, color=color, label=name or "LLC ± standard error")
     if not good.all():
-        hollow = None if name else "LLC, chains not settled"
+        hollow = None if name else "LLC, not settled or no minimum"
         axis.plot(x[~good], y[~good], ls="", marker=marker, mfc="white", mec=color, label=hollow)

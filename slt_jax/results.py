@@ -349,7 +349,7 @@ def read_traces(sample: Any, rest: Iterable[np.ndarray], expected: str) -> list[
 
     Raises ValueError unless they and ``rest`` have this digest.
     """
-    found = {name: sample[name].values for name in TRACES if name != "tilt" or name in sample}
+    found = {name: sample[name].values for name in TRACES if name in sample}
     if digest([*found.values(), *rest]) != expected:
         raise ValueError("its traces are not those that were saved")
     return [found[name] if name in found else np.full_like(found["loss_trace"], np.nan) for name in TRACES]

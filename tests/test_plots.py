@@ -280,7 +280,7 @@ TRAINING = ([10, 100, 1000], [3.0, 2.0, 1.0])
 def test_training_marks_what_is_not_settled():
     results = [estimate(5.0, verdict="not a minimum"), estimate(6.0), estimate(7.0)]
     axis, right = plots.plot_training(*TRAINING, results, unit="nats per token").axes
-    assert list(line(axis, "LLC, chains not settled").get_ydata()) == [5.0]
+    assert list(line(axis, "LLC, not settled or no minimum").get_ydata()) == [5.0]
     assert list(line(axis, "LLC ± standard error").get_ydata()) == [6.0, 7.0]
     assert right.get_ylabel() == "loss (nats per token)"
     assert axis.get_xscale() == "log"
@@ -308,7 +308,7 @@ def test_several_series_differ_in_colour_and_in_marker():
     assert len({to_hex(x.get_color()) for x in lines}) == 8
     assert [x.get_ydata()[0] for x in lines] == [1.0 + k for k in range(8)]
     names = {text.get_text() for text in axis.get_legend().get_texts()}
-    assert names == {*series, "hollow: chains not settled", "loss"}
+    assert names == {*series, "hollow: not settled or no minimum", "loss"}
 
 
 @pytest.mark.parametrize("results", [[estimate(1.0)], {"head": [estimate(1.0)] * 4}])

@@ -9,6 +9,7 @@ import pytest
 
 import slt_jax as slt
 from slt_jax.batches import as_source
+from slt_jax.corrections import Bias
 from slt_jax.diagnostics import TILT_LIMIT, TILT_SIGMA, Evidence, Slope, assess, tilt_of
 from slt_jax.engine import Schedule
 from slt_jax.mesh import chain_mesh
@@ -79,7 +80,7 @@ def test_the_estimate_lacks_the_tilt():
     slope, bottom = (regression(away, batch_size=NUM) for away in (0.4 * AWAY, 0 * AWAY))
     assert abs(bottom.llc - around) < 4 * bottom.llc_stderr
     assert slope.health.flags == ("not a minimum",)
-    there = slope.llc_raw - slope.health.evidence.tilt.value
+    there = slope.llc - slope.health.evidence.tilt.value
     assert f"nearby the estimate would be about {there:.4g}" in slope.health.reason
     # up to the second order of gamma / (nbeta H)
     assert there == pytest.approx(around, abs=4 * slope.llc_stderr + 0.1)
@@ -97,7 +98,7 @@ def test_its_error_bar_is_calibrated():
 
 def test_looks_are_those_of_an_unbroken_run():
     """Of which steps, does not depend on chunks."""
-    whole, cut = regression(num_draws=100), regression(num_draws=100, chunk_size=7)
+    whole, cut = (regression(num_draws=100, num_warmup=210, **more) for more in ({}, {"chunk_size": 7}))
     np.testing.assert_array_equal(whole.tilt, cut.tilt)
     assert np.isfinite(whole.tilt).sum() == 4 * 4
     assert np.isfinite(whole.tilt[:, ::25]).all()
@@ -161,6 +162,14 @@ def test_the_error_is_the_larger_of_that_over_time_and_over_chains():
 def test_the_verdict_needs_a_large_and_sure_sign(tilt, verdict):
     draws = 50 + np.random.default_rng(0).normal(scale=5.0, size=(4, 500))
     assert assess(draws, Evidence(tilt=tilt)).verdict == verdict
+
+
+@pytest.mark.quick
+def test_what_is_taken_off_is_not_around_the_minimum_either():
+    draws = 50 + np.random.default_rng(0).normal(scale=5.0, size=(4, 500))
+    bias = Bias(2.0, 1.0, 0.1, 3.0, "")
+    reason = assess(draws, Evidence(tilt=Slope(-5.0, 0.1), bias=bias)).reason
+    assert f"gain 5 by going down: around the minimum nearby the estimate would be about {draws.mean() + 2:.4g}" in reason
 
 
 def test_results_of_before_are_read(tmp_path):
