@@ -169,7 +169,9 @@ def test_what_is_taken_off_is_not_around_the_minimum_either():
     draws = 50 + np.random.default_rng(0).normal(scale=5.0, size=(4, 500))
     bias = Bias(2.0, 1.0, 0.1, 3.0, "")
     reason = assess(draws, Evidence(tilt=Slope(-5.0, 0.1), bias=bias)).reason
-    assert f"gain 5 by going down: around the minimum nearby the estimate would be about {draws.mean() + 2:.4g}" in reason
+    assert f"gain 5 by going down: around the minimum nearby the estimate would be about {draws.mean() + 2:.4g}." in (
+        reason
+    )
 
 
 def test_results_of_before_are_read(tmp_path):
