@@ -65,7 +65,7 @@ class Static(NamedTuple):
     control_variate: bool = False
     exact: bool = False
     also_data: tuple[int, ...] = ()  # examples of each further data set
-    tilted: bool = False  # whether the slope at w* is looked at
+    tilt: str = ""  # how the slope at w* is looked at: "gradient", by that over all data, "forward", or not at all
 
 
 class Window(NamedTuple):
@@ -171,7 +171,7 @@ def _read_also(static: Static, frozen: PyTree, also: tuple, key: jax.Array, posi
 def _read_center(static: Static, kept, looked, position: PyTree, center: PyTree, frozen: PyTree, batch: PyTree):
     """(L_m(w*) of each example, <grad L_m(w*), w - w*>), NaN where they are not asked for.
 
-    The product is taken forward, with the losses: no gradient is held.
+    The product is taken forward, with the losses: no gradient is held. It is left to others unless ``static`` says so.
     """
 
     def losses_at(at):
@@ -184,8 +184,9 @@ def _read_center(static: Static, kept, looked, position: PyTree, center: PyTree,
     unknown = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(losses_at, center))
     nothing = lambda: (unknown, jnp.float32(jnp.nan))  # noqa: E731
     alone = (lambda: (losses_at(center), jnp.float32(jnp.nan))) if static.paired else nothing
-    branches = [nothing, alone, both][: 3 if static.tilted else 2]
-    return jax.lax.switch(kept.astype(jnp.int32) + looked.astype(jnp.int32), branches)
+    if static.tilt == "forward":
+        return jax.lax.switch(kept.astype(jnp.int32) + looked.astype(jnp.int32), [nothing, alone, both])
+    return jax.lax.cond(kept, alone, nothing)
 
 
 def _at_step(window: Window, step: jax.Array, row: Row, metric: Metric) -> Hyper:
@@ -229,14 +230,14 @@ def _one_chain(static: Static, shared: tuple, window: Window, state, key, row, a
 
         kept = (step >= window.num_warmup) & ((step - window.num_warmup) % window.thinning == window.thinning - 1)
         draw, before = (step - window.num_warmup) // window.thinning, state.position
-        looked = kept & (draw % window.tilt_every == 0) if static.tilted else jnp.bool(False)
+        looked = kept & (draw % window.tilt_every == 0) if static.tilt else jnp.bool(False)
         if static.control_variate:
-            baseline = at_center
-            tilt = jax.lax.cond(
-                looked, lambda: inner(center_grad, displacement(before, center)), lambda: jnp.float32(jnp.nan)
-            )
+            baseline, tilt = at_center, jnp.float32(jnp.nan)
         else:
             baseline, tilt = _read_center(static, kept, looked, before, center, frozen, batch)
+        if static.tilt == "gradient":
+            away = lambda: inner(center_grad, displacement(before, center))  # noqa: E731
+            tilt = jax.lax.cond(looked, away, lambda: jnp.float32(jnp.nan))
         mine = _at_step(window, step, row, metric)
         state, info = static.sampler_step(jax.random.fold_in(step_key, _NOISE), state, at, center, mine)
         gap = info.loss - baseline if static.paired else info.loss

@@ -17,7 +17,7 @@ from slt_jax.mesh import chain_sharding, gathered, own_rows, place, place_rows, 
 from slt_jax.metric import blank_factor
 from slt_jax.posterior import LocalPosterior, LossProgram
 from slt_jax.samplers.base import Hyper, Metric, Position, Sampler
-from slt_jax.tilt import tilt_every
+from slt_jax.tilt import looks_of
 
 PyTree = Any
 _HOST_BATCH_BYTES = 2**28
@@ -133,8 +133,7 @@ class Engine:
         self.plan, self.hot = plan, plan.hot
         self.keys = self._keys(self.key)
         self.rows = self.rows_of(step_size, friction, limit)
-        self.center_grad: Position = ()
-        self.tilt_every = tilt_every(plan, sampler, posterior.program, self.center, self.frozen, source)
+        self.looks = looks_of(plan, sampler, posterior.program, self.center, self.frozen, source)
         self.static = Static(
             posterior.program,
             sampler.step,
@@ -149,10 +148,8 @@ class Engine:
             plan.control_variate,
             sampler.family == "exact",
             self._also_data,
-            self.tilt_every > 0,
+            self.looks.way,
         )
-        if plan.control_variate:
-            self.center_grad = self.put(self.full_grad())
 
     @property
     def takes_all(self) -> bool:
@@ -291,7 +288,8 @@ class Engine:
         batch = self.fetch(np.arange(min(self.plan.batch_size, data.num_data)), data)
         return self.loss_at(self.alone(self.center) if position is None else position, batch)
 
-    def full_grad(self) -> Position:
+    @functools.cached_property
+    def center_grad(self) -> Position:
         """grad L_n(w*) over the whole data set, in blocks of ``batch_size``: as many gradients as there are blocks."""
         num, size = self.source.num_data, self.plan.batch_size
         center, frozen = self.alone(self.center), self.alone(self.frozen)
@@ -302,7 +300,7 @@ class Engine:
             share = len(indices) / num
             part = jax.tree.map(lambda g: g * share, part)  # noqa: B023  (called at once)
             total = jax.tree.map(jnp.add, total, part)
-        return total
+        return self.put(total)
 
     def lower(self, run: Run | None = None):
         """The chunk program, lowered, for looking at its HLO and its memory: what ``advance`` will run.
@@ -388,8 +386,10 @@ class Engine:
         return jax.tree.map(lambda x: place_rows(x, self.plan.num_chains, self.per_chain), batches)
 
     def _shared(self) -> tuple:
-        return self.center, self.frozen, self.arrays, self.metric, self.center_grad, self.also
+        with_grad = self.static.control_variate or self.static.tilt == "gradient"
+        grad = self.center_grad if with_grad else ()
+        return self.center, self.frozen, self.arrays, self.metric, grad, self.also
 
     def _window(self, start: int, count: int, offset: int = 0) -> Window:
-        numbers = (start, count, offset, self.plan.num_warmup, self.plan.thinning, max(1, self.tilt_every))
+        numbers = (start, count, offset, self.plan.num_warmup, self.plan.thinning, self.looks.every)
         return Window(*(jnp.int32(x) for x in numbers), jnp.float32(self.hot))

@@ -1,7 +1,7 @@
 """How often a run looks at the slope at w*: <grad L_m(w*), w - w*>, which says whether w* is a minimum."""
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,30 +13,42 @@ from slt_jax.samplers.base import Position, Sampler
 if TYPE_CHECKING:
     from slt_jax.engine import Schedule
 
-_LEAST_DRAWS = 100
+_LEAST_DRAWS = {"gradient": 16, "forward": 100}
 _MOST_LOOKS = 256  # of a chain
-_STEPS_A_LOOK = 64  # a look costs about a gradient
+_STEPS_A_LOOK = 64  # a look forward costs about a gradient
+_PASS_SHARE = 0.01  # of the steps' gradients, that a pass over the data may cost
 
 
-def tilt_every(
-    plan: "Schedule", sampler: Sampler, program: LossProgram, center: Position, frozen: Any, source: Source
-) -> int:
-    """Draws from one look to the next; 0 for no looks.
+class Looks(NamedTuple):
+    """``way``: "gradient", by that over all data; "forward", along w - w*, on the step's batch; "" for no looks.
 
-    There are none where the draws are few, or the loss was written to be differentiated backward alone. With control
-    variates the gradient at w* is there, and nothing is differentiated.
+    ``every``: draws from one look to the next.
     """
-    if plan.num_draws < _LEAST_DRAWS:
-        return 0
-    if not plan.control_variate:
-        size = source.num_data if sampler.family == "exact" else plan.batch_size // plan.micro_batches
+
+    way: str
+    every: int = 1
+
+
+def looks_of(
+    plan: "Schedule", sampler: Sampler, program: LossProgram, center: Position, frozen: Any, source: Source
+) -> Looks:
+    """The gradient at w* over all data where it is there, for control variates, or costs little; else forward.
+
+    There are none where the draws are few, or the loss was written to be differentiated backward alone.
+    """
+    passes, steps = -(-source.num_data // plan.batch_size), plan.num_chains * plan.total_steps
+    way = "gradient" if plan.control_variate or passes <= _PASS_SHARE * steps else "forward"
+    if plan.num_draws < _LEAST_DRAWS[way]:
+        return Looks("")
+    if way == "forward":
         row = source.fetch(np.zeros(1, np.int64))
+        size = plan.batch_size // plan.micro_batches
         batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape[1:]), x.dtype), row)
         leaves, treedef = jax.tree.flatten((center, frozen, batch))
         if not _goes_forward(program, treedef, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves)):
-            return 0
-    every = max(-(-_STEPS_A_LOOK // plan.thinning), -(-plan.num_draws // _MOST_LOOKS))
-    return min(every, plan.num_draws // 4)
+            return Looks("")
+    rare = -(-_STEPS_A_LOOK // plan.thinning) if way == "forward" else 1
+    return Looks(way, min(max(rare, -(-plan.num_draws // _MOST_LOOKS)), plan.num_draws // 4))
 
 
 @functools.lru_cache(maxsize=16)

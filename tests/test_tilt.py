@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
+import slt_jax.tilt as tilt_module
 from slt_jax.batches import as_source
 from slt_jax.corrections import Bias
 from slt_jax.diagnostics import TILT_LIMIT, TILT_SIGMA, Evidence, Slope, assess, tilt_of
 from slt_jax.engine import Schedule
 from slt_jax.mesh import chain_mesh
 from slt_jax.storage import digest
-from slt_jax.tilt import tilt_every
-from tests.small import DATA, estimate, refuses, square
+from slt_jax.tilt import Looks, looks_of
+from tests.small import estimate, refuses, square
 from tests.sources import Rows
 
 NUM, DIMENSION, NBETA, GAMMA = 64, 6, 60.0, 2.0
@@ -61,6 +62,13 @@ WAYS = {
 }
 
 
+@pytest.fixture
+def forward(monkeypatch):
+    """No pass over the data is cheap."""
+    monkeypatch.setattr(tilt_module, "_PASS_SHARE", 0.0)
+
+
+@pytest.mark.usefixtures("forward")
 @pytest.mark.parametrize("way", WAYS)
 def test_the_tilt_is_exact_on_a_quadratic(way):
     """Kills: half or twice of it; the slope at w in place of w*; the batch that moved the chain; the pull left out."""
@@ -70,6 +78,18 @@ def test_the_tilt_is_exact_on_a_quadratic(way):
     assert abs(tilt.value - exact()) < 4 * tilt.stderr
     assert tilt.stderr < 0.15 * abs(exact())
     assert result.to_dict()["tilt"] == tilt.value
+
+
+@pytest.mark.parametrize("way", ["minibatches", "from the host", "exact"])
+def test_the_gradient_over_all_data_leaves_no_noise(way):
+    """Where it costs little. Kills: that of the last block alone, or blocks of unequal size weighed alike."""
+    result = regression(**{**WAYS[way], "num_draws": 500, "batch_size": None if way == "exact" else 24})
+    tilt = result.health.evidence.tilt
+    assert abs(tilt.value - exact()) < 4 * tilt.stderr
+    assert tilt.stderr < 0.06 * abs(exact())
+    assert np.isfinite(result.tilt[:, ::2]).all()
+    still = regression(0 * AWAY, batch_size=24, num_draws=500).health.evidence.tilt
+    assert abs(still.value) < 1e-4
 
 
 @pytest.mark.quick
@@ -88,14 +108,16 @@ def test_the_estimate_lacks_the_tilt():
     assert abs(bottom.health.evidence.tilt.value) < 4 * bottom.health.evidence.tilt.stderr
 
 
+@pytest.mark.usefixtures("forward")
 def test_its_error_bar_is_calibrated():
-    """At the minimum, with minibatches: z-scores of twenty runs have a spread of about 1."""
+    """At the minimum, forward on minibatches: z-scores of twenty runs have a spread of about 1."""
     found = [regression(0 * AWAY, key=key, num_draws=500).health.evidence.tilt for key in range(20)]
     scores = np.array([tilt.value / tilt.stderr for tilt in found])
     assert abs(scores.mean()) < 4 / math.sqrt(20)
     assert 0.5 < scores.std() < 2
 
 
+@pytest.mark.usefixtures("forward")
 def test_looks_are_those_of_an_unbroken_run():
     """Of which steps, does not depend on chunks."""
     whole, cut = (regression(num_draws=100, num_warmup=210, **more) for more in ({}, {"chunk_size": 7}))
@@ -112,6 +134,7 @@ def backward_only(value):
 backward_only.defvjp(lambda value: (value, None), lambda _, g: (g,))
 
 
+@pytest.mark.usefixtures("forward")
 def test_a_loss_for_backward_alone_is_sampled_without_looks():
     result = regression(loss=lambda w, batch: backward_only(loss_fn(w, batch)), num_draws=100)
     assert np.isnan(result.tilt).all()
@@ -123,14 +146,21 @@ def test_a_loss_for_backward_alone_is_sampled_without_looks():
 
 @pytest.mark.quick
 @pytest.mark.parametrize(
-    ("draws", "thinning", "every"), [(99, 1, 0), (100, 1, 25), (400, 1, 64), (400, 4, 16), (10_240, 64, 40)]
-)
-def test_looks_are_rare(draws, thinning, every):
-    """At least four in a chain, at most 256, and else one in 64 steps."""
+    ("num_data", "draws", "thinning", "looks"),
+    [
+        (4000, 99, 1, Looks("")), (4000, 100, 1, Looks("forward", 25)), (4000, 400, 1, Looks("forward", 64)),
+        (4000, 400, 4, Looks("forward", 16)), (80_000, 10_240, 32, Looks("forward", 40)),
+        (8, 90, 1, Looks("gradient", 1)), (8, 30, 1, Looks("")), (40, 1024, 1, Looks("gradient", 4)),
+        (4000, 10_240, 64, Looks("gradient", 40)),
+    ],
+)  # fmt: skip
+def test_looks_are_rare(num_data, draws, thinning, looks):
+    """At least four in a chain, at most 256, and forward one in 64 steps; a pass over the data costs 1 % at most."""
     plan = Schedule(2, draws, 10, thinning, 8, 1, "paired", 1, 512)
-    posterior = slt.LocalPosterior(square, jnp.zeros(3), len(DATA))
+    data = np.ones((num_data, 3), np.float32)
+    posterior = slt.LocalPosterior(square, jnp.zeros(3), num_data)
     center, frozen = posterior.program.split(posterior.center)
-    assert tilt_every(plan, slt.sgld(1e-3), posterior.program, center, frozen, as_source(DATA)) == every
+    assert looks_of(plan, slt.sgld(1e-3), posterior.program, center, frozen, as_source(data)) == looks
 
 
 @pytest.mark.quick
