@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _LEAST_DRAWS = {"gradient": 16, "forward": 100}
 _MOST_LOOKS = 256  # of a chain
 _STEPS_A_LOOK = 64  # a look forward costs about a gradient
-_PASS_SHARE = 0.01  # of the steps' gradients, that a pass over the data may cost
+_PASS_SHARE = 0.02  # of one chain's steps, that a pass over the data may cost: no matter how many chains there are
 
 
 class Looks(NamedTuple):
@@ -36,8 +36,8 @@ def looks_of(
 
     There are none where the draws are few, or the loss was written to be differentiated backward alone.
     """
-    passes, steps = -(-source.num_data // plan.batch_size), plan.num_chains * plan.total_steps
-    way = "gradient" if plan.control_variate or passes <= _PASS_SHARE * steps else "forward"
+    passes = -(-source.num_data // plan.batch_size)
+    way = "gradient" if plan.control_variate or passes <= _PASS_SHARE * plan.total_steps else "forward"
     if plan.num_draws < _LEAST_DRAWS[way]:
         return Looks("")
     if way == "forward":

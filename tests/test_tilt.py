@@ -151,11 +151,12 @@ def test_a_loss_for_backward_alone_is_sampled_without_looks():
         (4000, 99, 1, Looks("")), (4000, 100, 1, Looks("forward", 25)), (4000, 400, 1, Looks("forward", 64)),
         (4000, 400, 4, Looks("forward", 16)), (80_000, 10_240, 32, Looks("forward", 40)),
         (8, 90, 1, Looks("gradient", 1)), (8, 30, 1, Looks("")), (40, 1024, 1, Looks("gradient", 4)),
+        (40, 100, 1, Looks("forward", 25)),
         (4000, 10_240, 64, Looks("gradient", 40)),
     ],
 )  # fmt: skip
 def test_looks_are_rare(num_data, draws, thinning, looks):
-    """At least four in a chain, at most 256, and forward one in 64 steps; a pass over the data costs 1 % at most."""
+    """At least four in a chain, at most 256, and forward one in 64 steps; a pass over the data costs 2 % of a chain."""
     plan = Schedule(2, draws, 10, thinning, 8, 1, "paired", 1, 512)
     data = np.ones((num_data, 3), np.float32)
     posterior = slt.LocalPosterior(square, jnp.zeros(3), num_data)
