@@ -171,7 +171,7 @@ def _read_also(static: Static, frozen: PyTree, also: tuple, key: jax.Array, posi
 def _read_center(static: Static, kept, looked, position: PyTree, center: PyTree, frozen: PyTree, batch: PyTree):
     """(L_m(w*) of each example, <grad L_m(w*), w - w*>), NaN where they are not asked for.
 
-    The product is taken forward, with the losses: no gradient is held. It is left to others unless ``static`` says so.
+    The product is taken forward, with the losses: no gradient is held. Unless that is the way, it is always NaN.
     """
 
     def losses_at(at):
@@ -249,11 +249,8 @@ def _one_chain(static: Static, shared: tuple, window: Window, state, key, row, a
                 lambda: _read_also(static, frozen, also, step_key, before, center),
                 lambda: jnp.full((len(also), 3), jnp.nan, jnp.float32),
             )
-        here = kept if static.paired else jnp.bool(False)
-        now = Trace(
-            jnp.mean(info.loss), jnp.where(here, jnp.mean(baseline), jnp.nan), jnp.where(kept, spread, jnp.nan), tilt,
-            *info[1:], others,
-        )  # fmt: skip
+        at_draws = (jnp.where(kept, x, jnp.nan) for x in (jnp.mean(baseline) if static.paired else jnp.nan, spread))
+        now = Trace(jnp.mean(info.loss), *at_draws, tilt, *info[1:], others)
         trace = jax.tree.map(lambda t, x: t.at[i].set(jnp.where(still, x, jnp.nan).astype(t.dtype)), trace, now)
         return i + 1, state, still & jnp.isfinite(now.loss) & jnp.isfinite(info.drift_sq), trace
 

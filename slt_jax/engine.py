@@ -156,6 +156,11 @@ class Engine:
         """Whether every batch is the whole data set."""
         return takes_all(self.static, self.source.num_data)
 
+    @property
+    def holds_grad(self) -> bool:
+        """Whether the steps are given the gradient at w* over all data."""
+        return self.static.control_variate or self.static.tilt == "gradient"
+
     def put(self, tree: PyTree) -> PyTree:
         """``tree``, which every process holds whole, on the mesh, once for all chains."""
         return jax.tree.map(lambda x: place(x, shared_sharding(self.mesh, x)), tree)
@@ -290,8 +295,8 @@ class Engine:
 
     @functools.cached_property
     def center_grad(self) -> Position:
-        """grad L_n(w*) over the whole data set, in blocks of ``batch_size``: as many gradients as there are blocks."""
-        num, size = self.source.num_data, self.plan.batch_size
+        """grad L_n(w*) over the whole data set, in blocks that go through the model at once in a step, too."""
+        num, size = self.source.num_data, self.plan.batch_size // self.plan.micro_batches
         center, frozen = self.alone(self.center), self.alone(self.frozen)
         total: Position = jax.tree.map(jnp.zeros_like, center)
         for begin in range(0, num, size):
@@ -305,13 +310,14 @@ class Engine:
     def lower(self, run: Run | None = None):
         """The chunk program, lowered, for looking at its HLO and its memory: what ``advance`` will run.
 
-        Without a run, one is described, and so is a metric that is still to be measured: nothing is allocated. The
-        compilation is kept for the run itself.
+        Without a run, one is described, and so are a metric that is still to be measured and the gradient at w*:
+        nothing is allocated. The compilation is kept for the run itself.
         """
-        shared = self._shared()
+        shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shared_sharding(self.mesh, x))  # noqa: E731
+        metric, grad = self.metric, jax.tree.map(shape, self.center) if self.holds_grad else ()
         if self.sampler.metric and not self.metric:
-            shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shared_sharding(self.mesh, x))  # noqa: E731
-            shared = (*shared[:3], jax.tree.map(shape, tuple(map(blank_factor, self.center))), *shared[4:])
+            metric = jax.tree.map(shape, tuple(map(blank_factor, self.center)))
+        shared = self.center, self.frozen, self.arrays, metric, grad, self.also
         state, alive, batches = self.described()
         if run is not None:
             state, alive = run.state, run.alive
@@ -386,8 +392,7 @@ class Engine:
         return jax.tree.map(lambda x: place_rows(x, self.plan.num_chains, self.per_chain), batches)
 
     def _shared(self) -> tuple:
-        with_grad = self.static.control_variate or self.static.tilt == "gradient"
-        grad = self.center_grad if with_grad else ()
+        grad = self.center_grad if self.holds_grad else ()
         return self.center, self.frozen, self.arrays, self.metric, grad, self.also
 
     def _window(self, start: int, count: int, offset: int = 0) -> Window:

@@ -161,7 +161,9 @@ def need_of(engine: Engine, looks: Sequence[int], *, saves: bool, control: bool 
     position = sum(x.addressable_data(0).nbytes for x in engine.center)
     look = (2 * position + max(looks)) * (1 if engine.alone_is_one else many) if looks else 0
     heap = _HEAP * many if on_cpu and looks else 0
-    more = 0 if plan.control_variate or engine.sampler.family == "exact" else 2 * position  # two gradients
+    held = position if engine.holds_grad else 0  # at w*, not there yet
+    more = 0 if plan.control_variate or engine.sampler.family == "exact" else 2 * position - held  # two gradients
+    step += held
     step, spare = (step + more, 0) if control else (step, many * more)
     if engine.sampler.metric:  # scales and bases on each device; while they are measured, sums and what turns them
         turning = _EIGEN * 8 * largest_side(engine.center) ** 2

@@ -12,7 +12,8 @@ import slt_jax.tilt as tilt_module
 from slt_jax.batches import as_source
 from slt_jax.corrections import Bias
 from slt_jax.diagnostics import TILT_LIMIT, TILT_SIGMA, Evidence, Slope, assess, tilt_of
-from slt_jax.engine import Schedule
+from slt_jax.engine import Engine, Schedule
+from slt_jax.memory import need_of
 from slt_jax.mesh import chain_mesh
 from slt_jax.storage import digest
 from slt_jax.tilt import Looks, looks_of
@@ -90,6 +91,30 @@ def test_the_gradient_over_all_data_leaves_no_noise(way):
     assert np.isfinite(result.tilt[:, ::2]).all()
     still = regression(0 * AWAY, batch_size=24, num_draws=500).health.evidence.tilt
     assert abs(still.value) < 1e-4
+
+
+@pytest.mark.quick
+def test_the_gradient_takes_no_more_memory_than_a_step():
+    """Kills: whole batches where a step takes parts; a gradient made, or left out, when memory is told."""
+    sizes = set()
+
+    def loss(w, batch):
+        sizes.add(len(batch))
+        return loss_fn(w[:DIMENSION], batch)
+
+    many = 10**6  # weights, most of which do nothing
+    center = jnp.zeros(many).at[:DIMENSION].set(BEST + AWAY)
+    posterior = slt.LocalPosterior(loss, center, NUM, NBETA, GAMMA)
+    plans = [Schedule(1, draws, 100, 1, 16, 4, "full", 1, 512) for draws in (15, 200)]
+    engines = [
+        Engine(posterior, as_source(ROWS), slt.sgld(1e-3), plan, jax.random.key(0), chain_mesh(1)) for plan in plans
+    ]
+    without, held = (need_of(engine, [], saves=False).step for engine in engines)
+    assert held - without == pytest.approx(4 * many, rel=0.05)
+    assert [engine.looks.way for engine in engines] == ["", "gradient"]
+    assert "center_grad" not in vars(engines[1])
+    np.testing.assert_allclose(engines[1].center_grad[0][:DIMENSION], HESSIAN @ AWAY, rtol=1e-3, atol=1e-4)
+    assert sizes == {4}
 
 
 @pytest.mark.quick
