@@ -37,6 +37,8 @@ LARGEST_SIDE = 3072  # a longer side keeps its own basis: eigenvectors cost its 
 ROUNDS = 4  # from the weights' own coordinates
 PROBES = 4  # of a round, at each position
 WHITE_REACH = 0.3  # standard deviations: length of a secant in the metric's coordinates
+LARGE_SIDE = 1024  # from which on a GPU finds eigenvectors, rather than its host
+ROOT_ERROR, MOST_ROUNDS = 1e-9, 80  # of a matrix root
 _PRIOR = 2.0  # probes' worth of the product form, against the noise of few probes
 _FLOOR = 1e-4  # of the mean square in a round, for directions that its few probes miss
 Curvature = Callable[[Position, Position, float], Position]  # (at, direction, length of the secant) -> H direction
@@ -188,22 +190,64 @@ def _side(
     if gram.ndim == 1:
         return None, values * np.sqrt(gram)
     floor = _FLOOR * max(1.0, len(gram) / seen) * np.trace(gram) / len(gram)
-    half = (np.eye(len(gram)) if basis is None else basis) * np.sqrt(values)
-    if jax.default_backend() != "gpu":
-        return _decomposed(half, gram, floor, np)
-    with jax.enable_x64(True):  # a GPU does it some ten times as fast as its host
-        vectors, values = _decomposed_there(half, gram, floor, jnp)
-        return np.asarray(vectors), np.asarray(values)
+    if basis is None:
+        vectors, squares = _eigen(gram)
+        return vectors, values * np.sqrt(np.maximum(squares, 0) + floor)  # all values are equal at first
+    return _grown(basis * np.sqrt(values), gram, floor)
 
 
-def _decomposed(half, gram, floor, xp):
-    squares, own = xp.linalg.eigh(gram)
-    grown = half @ ((own * xp.sqrt(xp.maximum(squares, 0) + floor)) @ own.T) @ half.T
-    values, vectors = xp.linalg.eigh(grown)
-    return vectors, xp.maximum(values, 0)
+def _on_accelerator(size: int) -> bool:
+    """A GPU has eigenvectors of a large matrix some ten times as soon as one core of its host, after compiling."""
+    return jax.default_backend() == "gpu" and size >= LARGE_SIDE
 
 
-_decomposed_there = jax.jit(_decomposed, static_argnums=3)
+def _eigen(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(vectors, values) of a symmetric matrix, float64."""
+    if not _on_accelerator(len(matrix)):
+        values, vectors = np.linalg.eigh(matrix)
+        return vectors, values
+    with jax.enable_x64(True):
+        values, vectors = map(np.asarray, jnp.linalg.eigh(jnp.asarray(matrix)))
+        return vectors, values
+
+
+def _grown(half: np.ndarray, gram: np.ndarray, floor: float) -> tuple[np.ndarray, np.ndarray]:
+    """(vectors, values) of half sqrt(gram + floor) half'."""
+    if not _on_accelerator(len(gram)):
+        own, squares = _eigen(gram)
+        root_of = (own * np.sqrt(np.maximum(squares, 0) + floor)) @ own.T
+        vectors, values = _eigen(half @ root_of @ half.T)
+    else:
+        with jax.enable_x64(True):
+            vectors, values = map(np.asarray, _grown_there(half, gram, floor))
+    return vectors, np.maximum(values, 0)
+
+
+@jax.jit
+def _grown_there(half: jax.Array, gram: jax.Array, floor: float) -> tuple[jax.Array, jax.Array]:
+    """The square root by products alone, which cost a GPU next to nothing beside eigenvectors."""
+    root_of = square_root(gram + floor * jnp.eye(len(gram), dtype=gram.dtype))
+    values, vectors = jnp.linalg.eigh(half @ root_of @ half.T)
+    return vectors, values
+
+
+def square_root(matrix: jax.Array) -> jax.Array:
+    """Of a symmetric positive definite matrix in float64, by the coupled Newton-Schulz iteration.
+
+    With Y at first the matrix over its norm and Z = 1, T = (3 - Z Y) / 2, Y <- Y T, Z <- T Z: each singular value of Y
+    goes to 1 times its root, a small one growing by 3/2 each time at first, so that a condition number of 10^10 takes
+    some forty rounds. Source: Higham, Functions of Matrices (2008), section 6.
+    """
+    size, one = jnp.linalg.norm(matrix), jnp.eye(len(matrix), dtype=matrix.dtype)
+
+    def further(state):
+        y, z, count, _ = state
+        t = 1.5 * one - 0.5 * z @ y
+        return y @ t, t @ z, count + 1, jnp.abs(t - one).max()
+
+    begun = matrix / size, one, 0, jnp.asarray(jnp.inf, matrix.dtype)
+    y, *_ = jax.lax.while_loop(lambda state: (state[3] > ROOT_ERROR) & (state[2] < MOST_ROUNDS), further, begun)
+    return jnp.sqrt(size) * (y + y.T) / 2
 
 
 def _rescaled(factor: Factor, squares: list[np.ndarray], probes: int, least: float) -> Factor:
