@@ -39,6 +39,7 @@ PROBES = 4  # of a round, at each position
 WHITE_REACH = 0.3  # standard deviations: length of a secant in the metric's coordinates
 LARGE_SIDE = 1024  # from which on a GPU finds eigenvectors, rather than its host
 ROOT_ERROR, MOST_ROUNDS = 1e-9, 80  # of a matrix root
+LEAST_ALONG = 0.5  # cosine of a product and its vector, below which it is rounding
 _PRIOR = 2.0  # probes' worth of the product form, against the noise of few probes
 _FLOOR = 1e-4  # of the mean square in a round, for directions that its few probes miss
 Curvature = Callable[[Position, Position, float], Position]  # (at, direction, length of the secant) -> H direction
@@ -270,15 +271,35 @@ def _factor(sides: _Sides, least: float) -> Factor:
     return Factor(put(sides.left), put(sides.right), put(1 / np.sqrt(np.maximum(sides.curvature, least))))
 
 
-def largest(curvature: Curvature, metric: Metric, position: Position, iterations: int, key: jax.Array) -> float:
-    """The largest curvature in the metric's coordinates, by power iteration on secants one standard deviation long."""
-    vector, found = noise_like(key, position), 1.0
+def largest(
+    curvature: Curvature, metric: Metric, position: Position, iterations: int, key: jax.Array,
+    hessian: Curvature | None = None,
+) -> float:  # fmt: skip
+    """The largest curvature in the metric's coordinates, by power iteration on secants one standard deviation long.
+
+    Both gradients of a secant are rounded, each by a part of the whole force, and the sum of that over all coordinates
+    grows with their number: in a wide network far from w* it can pass for a curvature that no direction has. It shows
+    in a product that does not lie along its vector. ``hessian`` then takes the secants' place, whose products' rounding
+    is a part of the products alone.
+    """
+    found, along = _power(curvature, metric, position, iterations, key)
+    if hessian is not None and along < LEAST_ALONG:
+        found, _ = _power(hessian, metric, position, iterations, key)
+    return found
+
+
+def _power(
+    curvature: Curvature, metric: Metric, position: Position, iterations: int, key: jax.Array
+) -> tuple[float, float]:
+    """(length of the last product with a unit vector, cosine of the angle between them)."""
+    vector, found, along = noise_like(key, position), 1.0, 1.0
     for _ in range(iterations):
         product = curvature(position, _unit(metric, vector), 1 / np.sqrt(max(found, 1.0)))
-        vector, size = _into_and_norm(metric, product)
+        vector, size, cosine = _into_and_norm(metric, product, vector)
         if not np.isfinite(found := float(size)):
-            return found
-    return found
+            return found, 1.0
+        along = float(cosine)
+    return found, along
 
 
 @jax.jit
@@ -288,6 +309,8 @@ def _unit(metric: Metric, vector: Position) -> Position:
 
 
 @jax.jit
-def _into_and_norm(metric: Metric, product: Position) -> tuple[Position, jax.Array]:
+def _into_and_norm(metric: Metric, product: Position, before: Position) -> tuple[Position, jax.Array, jax.Array]:
+    """R' times a product, its norm, and the cosine of its angle with ``before``."""
     vector = pull_back(metric, product)
-    return vector, jnp.sqrt(inner(vector, vector))
+    size = jnp.sqrt(inner(vector, vector))
+    return vector, size, inner(vector, before) / (size * jnp.sqrt(inner(before, before)))

@@ -108,6 +108,26 @@ def _curvature(program: LossProgram, position, direction, frozen, blocks, nbeta,
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def _hessian(program: LossProgram, position, direction, frozen, blocks, nbeta, localization):
+    """The same by the derivative of the gradient along ``direction``."""
+
+    def add(total, block):
+        _, bent = jax.jvp(lambda w: jax.grad(program.mean_loss)(w, frozen, block), (position,), (direction,))
+        return tuple(t + x.astype(t.dtype) for t, x in zip(total, bent, strict=True)), None
+
+    total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, position), blocks)
+    return _plus(_scaled(nbeta / jax.tree.leaves(blocks)[0].shape[0], total), _scaled(localization, direction))
+
+
+def _can_be_lowered(program: Any, given: tuple) -> bool:
+    try:
+        program.lower(*given)
+    except Exception:  # a derivative that is not there is refused with one of several
+        return False
+    return True
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def _noise(program: LossProgram, position, center, frozen, halves, metric, nbeta):
     """Squared norms of g(w) and of g(w) - g(w*), with g the gradient of nbeta L over the first half less that over the
     second. Scaled before it is squared: float32 ends at 1e-38.
@@ -177,6 +197,7 @@ class Probe:
         self._blocks = jax.tree.map(lambda x: x.reshape(self.num_blocks, self._batch, *x.shape[1:]), fetched)
         self.center, self._frozen = engine.alone(engine.center), engine.alone(engine.frozen)
         self.gradients = 0.0
+        self._forward: bool | None = None
 
     @property
     def _posterior(self) -> LocalPosterior:
@@ -220,6 +241,20 @@ class Probe:
         self.gradients += 2 * self.num_blocks
         numbers = (jnp.float32(x) for x in (posterior.nbeta, posterior.localization, reach))
         return _curvature(posterior.program, position, direction, self._frozen, self._blocks, *numbers)
+
+    def hessian(self, position: Position, direction: Position, reach: float) -> Position:
+        """The same by the second derivative, whose rounding is a part of the product alone; by a secant for a loss that
+        has none, such as a kernel's with a derivative of its own.
+        """
+        posterior = self._posterior
+        numbers = (jnp.float32(x) for x in (posterior.nbeta, posterior.localization))
+        given = (posterior.program, position, direction, self._frozen, self._blocks, *numbers)
+        if self._forward is None:
+            self._forward = _can_be_lowered(_hessian, given)
+        if not self._forward:
+            return self.curvature(position, direction, reach)
+        self.gradients += 2 * self.num_blocks
+        return _hessian(*given)
 
     def loss_and_grad_norm(self, position: Position) -> tuple[float, float]:
         """Mean loss over the fixed examples, and the norm of its gradient."""

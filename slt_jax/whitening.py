@@ -65,7 +65,7 @@ class Whitening:
             return math.nan
         engine.measure_in(metric)
         key = jax.random.fold_in(jax.random.fold_in(engine.alone(engine.key), _ITERATIONS), self.rounds)
-        return max(largest(probe.curvature, engine.alone(engine.metric), p, 8, key) for p in at)
+        return max(largest(probe.curvature, engine.alone(engine.metric), p, 8, key, probe.hessian) for p in at)
 
     def _calm(self, run: Any, began: int) -> bool:
         """No chain is far hotter than it should be: one that has left the region of the metric heats up at once."""

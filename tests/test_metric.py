@@ -89,6 +89,28 @@ def measured(hessian, shape, count=8, seed=0, begun=(), reaches=None):
     return measure(product, [(jnp.zeros(shape),)], count, 1.0, 1.0, jax.random.key(seed), begun)
 
 
+def test_rounding_of_a_secant_is_not_taken_for_curvature(metric):
+    """A force of its own in every product, many times what any direction gets: as float32 leaves it in wide networks."""
+    place, calls = (jnp.zeros((ROWS, COLUMNS)),), []
+    exact = largest(curvature, metric, place, 8, jax.random.key(1))
+
+    def rounded(position, direction, reach):
+        calls.append(reach)
+        stir = np.random.default_rng(len(calls)).normal(size=(ROWS, COLUMNS))
+        force = 10 * exact * stir / np.sqrt(stir.size)  # R' x has this length where x is R'^-1 of it
+        left, right, scale = (np.asarray(x, np.float64) for x in metric[0])
+        return (curvature(position, direction, reach)[0] + left @ (force / scale) @ right.T,)
+
+    look = lambda *exact_products: largest(rounded, metric, place, 8, jax.random.key(1), *exact_products)  # noqa: E731
+    assert look() > 5 * exact
+    assert look(curvature) == pytest.approx(exact, rel=1e-6)
+    assert len(calls) == 16
+    products = []
+    hessian = lambda *where: products.append(where) or curvature(*where)  # noqa: E731
+    assert largest(curvature, metric, place, 8, jax.random.key(1), hessian) == exact
+    assert not products  # a secant that will do is not replaced: kinks of a loss are in it alone
+
+
 def test_scales_come_from_other_probes_than_bases(monkeypatch):
     """With a right factor of rank 1, four probes see four of twelve left directions: the others are no less stiff."""
     one = np.outer(np.ones(COLUMNS), np.ones(COLUMNS)) / COLUMNS

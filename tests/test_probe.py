@@ -48,6 +48,37 @@ def test_curvature_is_the_hessian_of_the_whole_exponent():
     assert probe.gradients == 2 * 4
 
 
+def test_a_product_with_the_hessian_needs_no_secant():
+    """Of cos(x w) + (x w)^2 / 2 about w = 0.3. Kills: a mean over blocks that is their sum; a localization left out."""
+    probe, direction = probe_of(lambda p, xy: jnp.cos(xy[0] @ p["w"]) + linear(p, xy)), RNG.normal(size=5)
+    (found,) = probe.hessian((jnp.full(5, 0.3),), (jnp.asarray(direction, jnp.float32),), math.nan)
+    weight = 1 - np.cos(X @ np.full(5, 0.3))
+    exact = (NBETA / 64 * (X * weight[:, None]).T @ X + PULL * np.eye(5)) @ direction
+    np.testing.assert_allclose(found, exact, rtol=1e-3, atol=1e-3)
+    assert probe.gradients == 2 * 4
+
+
+def called_back(value):
+    return jax.pure_callback(lambda x: x, jax.ShapeDtypeStruct(value.shape, value.dtype), value)
+
+
+@jax.custom_vjp
+def once(value):
+    """The value, with a first derivative and no second."""
+    return called_back(value)
+
+
+once.defvjp(lambda value: (called_back(value), value), lambda value, g: (g * called_back(value) / value,))
+
+
+def test_a_loss_without_second_derivatives_keeps_its_secants():
+    probe = probe_of(lambda p, xy: once(linear(p, xy)))
+    where = (jnp.ones(5),), (jnp.ones(5),), 0.1
+    for _ in range(2):
+        np.testing.assert_array_equal(probe.hessian(*where)[0], probe.curvature(*where)[0])
+    assert probe.gradients == 4 * 2 * 4
+
+
 def test_where_the_hessian_vanishes_the_curvature_is_that_of_the_posterior():
     """w^4: the secant over s has slope 4 nbeta s^2, and s^2 = 1 / that: 2 sqrt(nbeta)."""
     probe = probe_of(lambda p, x: p["w"][0] ** 4 + 0 * x[:, 0], np.zeros((64, 1), np.float32), size=1)
