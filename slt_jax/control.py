@@ -7,14 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from slt_jax.engine import Engine
-from slt_jax.samplers.base import gaussian
+from slt_jax.samplers.base import noise_like
 
 _DRAWS = 32
-
-
-@jax.jit
-def _unit(center, key):
-    return gaussian(key, center)
 
 
 @jax.jit
@@ -33,7 +28,7 @@ def control_of(engine: Engine, localizations: np.ndarray, key: jax.Array) -> np.
     rises = np.empty((_DRAWS, len(localizations)))
     for draw in range(_DRAWS):
         batch = engine.fetch(random.integers(0, engine.source.num_data, size))
-        unit = _unit(center, engine.alone(engine.put(jax.random.fold_in(key, draw))))
+        unit = noise_like(engine.alone(engine.put(jax.random.fold_in(key, draw))), center)
         places = (_drawn(center, unit, jnp.float32(localization)) for localization in localizations)
         rises[draw] = np.array([engine.loss_at(away, batch) for away in places]) - engine.loss_at(center, batch)
     return np.stack([rises.mean(0), rises.std(0, ddof=1) / math.sqrt(_DRAWS)], axis=-1)

@@ -22,6 +22,7 @@ from slt_jax.posterior import LocalPosterior, check_count
 
 _HEAP = 300 * 2**20  # for each of a CPU's devices: what the allocator keeps of what was freed, at 14M to 162M weights
 _EIGEN = 8  # matrices in float64 that a decomposition holds, as fitted to peaks at sides of 1000 to 3000
+_EIGEN_THERE = 11  # the same on an accelerator, at a side of 2987
 _SLACK = 1.05  # of what a run is told to take, for what is not seen from here
 _GIB = 2**30
 _TOGETHER = 2**26  # weights of chains that an accelerator moves together: a fifth faster than 2**24 on an H100
@@ -166,7 +167,7 @@ def need_of(engine: Engine, looks: Sequence[int], *, saves: bool, control: bool 
     step += held
     step, spare = (step + more, 0) if control else (step, many * more)
     if engine.sampler.metric:  # scales and bases on each device; while they are measured, sums and what turns them
-        turning = _EIGEN * 8 * largest_side(engine.center) ** 2
+        turning = (_EIGEN if on_cpu else _EIGEN_THERE) * 8 * largest_side(engine.center) ** 2
         step, look = step + 3 * position, look + (3 * many + 3.5) * position + turning
         heap += 2 * _HEAP if on_cpu else 0  # its programs, and more that comes back late
     chains = many * state

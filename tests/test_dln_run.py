@@ -198,6 +198,16 @@ def test_the_memory_that_is_told_has_its_parts():
     assert memory.free_of_process() > 0
 
 
+def test_what_was_told_of_an_accelerator_covers_the_peaks_seen_there():
+    """Kills: no room for the matrices that a wide side is taken apart with (100M B 4, 3.9M weights and a side of 2987)."""
+    seen, _ = records.read_rows(ROOT / "scaling/dln/results/H100-law.jsonl")
+    assert len(seen) == 33
+    for row in seen:
+        shape = teachers.draw_shape(row["kind"], row["class"], row["seed"])
+        told = memory.need_of(shape, Method(**row["request"]), 2, 1, accelerated=True).accelerator
+        assert 1.1 < told / (row["cost"]["device_peak_mib"] * 2**20) < 3.5
+
+
 # --- devices and processes
 
 

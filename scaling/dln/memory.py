@@ -11,6 +11,7 @@ from scaling.dln import devices
 from scaling.dln.methods import Method
 from scaling.dln.teachers import Shape, draw_shape
 from slt_jax.memory import free_of_accelerator, free_of_process
+from slt_jax.metric import LARGE_SIDE
 
 # Fitted from above to the peaks of processes on a CPU: README.md, "Memory".
 STATES = {
@@ -21,6 +22,7 @@ PROGRAM = 750 * 2**20  # the interpreter, JAX, and what it compiles
 METRIC_PROGRAM, METRIC_LAYER = 500 * 2**20, 45 * 2**20  # more for a metric's, and for each layer
 MEASURING = 14  # copies of the weights on an accelerator, for a metric's products, sums and rotations
 LIBRARIES = 3 * 2**27  # there, for what multiplies and decomposes matrices, and gaps between what is freed
+TURNING = 11 * 8  # bytes there, times the square of a side that is taken apart there
 
 
 class Need(NamedTuple):
@@ -48,7 +50,8 @@ def need_of(shape: Shape, method: Method, chains: int, devices: int, accelerated
     s: copies in a sampler's state (1 for SGLD, 2 with a momentum); p = min(4, C) for the chains' ends that a
     calibration keeps, on every device; 2 + 3 s for the chain that is moved. On a CPU all of it is the process's. An
     accelerator has its share of the terms with C and D, and moves its chains together when they are small; a metric
-    takes 14 copies of the weights there, and 384 MiB. Its programs take 500 MiB of the process, and 45 a layer.
+    takes 14 copies of the weights there, 384 MiB, and eleven matrices in float64 of the largest side from 1024 on. Its
+    programs take 500 MiB of the process, and 45 a layer.
 
     Args:
       method: with its ``num_data``.
@@ -73,7 +76,9 @@ def need_of(shape: Shape, method: Method, chains: int, devices: int, accelerated
         return Need((1.5 + devices) * data, 2 * (weights + target) + on_devices, devices * layers, program)
     local = chains / devices
     together = local if weights * local <= 2**26 else 1
-    measuring = MEASURING * weights + LIBRARIES if method.sampler == "kronecker" else 0.0
+    measuring = 0.0
+    if method.sampler == "kronecker":
+        measuring = MEASURING * weights + LIBRARIES + (TURNING * max(widths) ** 2 if max(widths) >= LARGE_SIDE else 0)
     accelerator = data + kept + s * local * weights + together * (moved + layers) + measuring
     return Need(1.5 * data, 2 * (weights + target), 0, program, accelerator)
 

@@ -41,6 +41,18 @@ ALIKE = {True: 1e-3, False: 1e-2}  # relative, on a CPU and off it, where matric
 KEY = 0
 
 
+def compiling() -> list[float]:
+    """Seconds of every compilation of this process from now on."""
+    found: list[float] = []
+
+    def noted(event: str, seconds: float, **_: Any) -> None:
+        if event.endswith("backend_compile_duration"):
+            found.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(noted)
+    return found
+
+
 def loss_of_model(model: Any, batch: jax.Array) -> jax.Array:
     return model.losses(batch)
 
@@ -65,15 +77,17 @@ def the_model(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def the_sweep(args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of the sweep, times its loss was traced, and the peak memory of the process or its device in MiB."""
+    """Seconds of the sweep and of compiling, times its loss was traced, and the peak memory of the process or its device
+    in MiB.
+    """
     posterior, data = posterior_of(args.folder)
-    began = time.monotonic()
+    began, compiled = time.monotonic(), compiling()
     found = slt.sweep(posterior, data, **GRID, sampler=slt.sgld(), **plan_of(args), key=KEY, memory_gib=args.memory_gib)
     seconds = time.monotonic() - began
     str(found)
     traces, cost = len(posterior.loss_fn.traces), found.results[0].settings["cost"]
     return {
-        "seconds": seconds, "traces": traces, "peak_mib": peak_memory()[0], "steps": cost,
+        "seconds": seconds, "compiling": sum(compiled), "traces": traces, "peak_mib": peak_memory()[0], "steps": cost,
         "devices": found.results[0].settings["devices"], "llc": found.dataset.llc.values.tolist(),
     }  # fmt: skip
 
@@ -103,14 +117,15 @@ def spread(count: int) -> list[int]:
 
 
 def the_calls(args: argparse.Namespace) -> dict[str, Any]:
-    """Calls in one process: each one's seconds, and traces of the loss."""
+    """Calls in one process: each one's seconds, those of compiling, and traces of the loss."""
     posterior, data = posterior_of(args.folder)
-    data, llc, each = jnp.asarray(data), [], []
+    data, llc, each, compiled = jnp.asarray(data), [], [], compiling()
     for number in spread(args.calls):
         began = time.monotonic()
         llc.append(one_call(posterior, data, number, args))
         each.append(time.monotonic() - began)
-    return {"cells": spread(args.calls), "each": each, "traces": len(posterior.loss_fn.traces), "llc": llc}
+    counts = {"traces": len(posterior.loss_fn.traces), "compiling": sum(compiled)}
+    return {"cells": spread(args.calls), "each": each, **counts, "llc": llc}
 
 
 def the_process(args: argparse.Namespace) -> dict[str, Any]:
