@@ -11,6 +11,8 @@ import numpy as np
 from slt_jax.posterior import LocalPosterior, LossProgram
 from slt_jax.samplers.base import Position, displacement, inner, noise_like, pull_back, root
 
+_TANGENTS = 2.2  # times what a gradient takes, for its derivative along a direction
+
 
 class Noise(NamedTuple):
     """Trace of the covariance of nbeta grad L_m(w): of the plain gradient, and with control variates at w*.
@@ -220,7 +222,8 @@ class Probe:
         else:
             looks.append((_acceptance, self._for_acceptance(self.center, 1.0, self.center)))
         analyses = [program.lower(*given).compile().memory_analysis() for program, given in looks]
-        return [0 if a is None else a.temp_size_in_bytes + a.output_size_in_bytes for a in analyses]
+        found = [0 if a is None else a.temp_size_in_bytes + a.output_size_in_bytes for a in analyses]
+        return [*found, int(_TANGENTS * found[-1])] if calibrates and self._engine.sampler.metric else found
 
     def sharpness(self, position: Position, iterations: int) -> float:
         """Largest curvature of nbeta L at ``position``, from below, by ``iterations`` rounds; 0 on flat ground."""

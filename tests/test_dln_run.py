@@ -199,7 +199,7 @@ def test_the_memory_that_is_told_has_its_parts():
 
 
 def test_what_was_told_of_an_accelerator_covers_the_peaks_seen_there():
-    """Kills: no room for the matrices that a wide side is taken apart with (100M B 4, 3.9M weights and a side of 2987)."""
+    """Kills: no room for the matrices that a wide side is taken apart with (100M B 4: 2987 wide, few weights)."""
     seen, _ = records.read_rows(ROOT / "scaling/dln/results/H100-law.jsonl")
     assert len(seen) == 33
     for row in seen:

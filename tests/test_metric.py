@@ -90,7 +90,7 @@ def measured(hessian, shape, count=8, seed=0, begun=(), reaches=None):
 
 
 def test_rounding_of_a_secant_is_not_taken_for_curvature(metric):
-    """A force of its own in every product, many times what any direction gets: as float32 leaves it in wide networks."""
+    """A force of its own in every product, many times any direction's: as float32 leaves it in wide networks."""
     place, calls = (jnp.zeros((ROWS, COLUMNS)),), []
     exact = largest(curvature, metric, place, 8, jax.random.key(1))
 

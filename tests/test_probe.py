@@ -10,25 +10,26 @@ import pytest
 import slt_jax as slt
 from slt_jax.engine import Engine, Schedule
 from slt_jax.mesh import chain_mesh
-from slt_jax.probe import Probe
+from slt_jax.probe import Probe, _hessian
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(64, 5)).astype(np.float32) * np.geomspace(0.3, 3, 5, dtype=np.float32)
 Y = RNG.normal(size=64).astype(np.float32)
 Y -= X @ np.linalg.lstsq(X, Y, rcond=None)[0]
 NBETA, PULL = 20.0, 0.5
+SGLD, METRIC = slt.sgld(1e-3), slt.underdamped(metric="kronecker")
 
 
 def linear(p, xy):
     return 0.5 * (xy[0] @ p["w"] - xy[1]) ** 2
 
 
-def probe_of(loss_fn, data=(X, Y), batch_size=16, blocks=4, size=5, nbeta=NBETA):
+def probe_of(loss_fn, data=(X, Y), batch_size=16, blocks=4, size=5, nbeta=NBETA, sampler=SGLD):
     posterior = slt.LocalPosterior(loss_fn, {"w": jnp.zeros(size)}, 64, nbeta=nbeta, localization=PULL)
     from slt_jax.batches import as_source
 
     plan = Schedule(4, 10, 10, 1, batch_size, 1, "paired", 1, 8)
-    engine = Engine(posterior, as_source(data), slt.sgld(1e-3), plan, jax.random.key(0), chain_mesh(4))
+    engine = Engine(posterior, as_source(data), sampler, plan, jax.random.key(0), chain_mesh(4))
     return Probe(engine, blocks, jax.random.key(1))
 
 
@@ -77,6 +78,22 @@ def test_a_loss_without_second_derivatives_keeps_its_secants():
     for _ in range(2):
         np.testing.assert_array_equal(probe.hessian(*where)[0], probe.curvature(*where)[0])
     assert probe.gradients == 4 * 2 * 4
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="the temporaries of XLA's CPU compiler")
+def test_a_metric_is_told_the_room_for_a_second_derivative():
+    def deep(p, xy):
+        hidden = xy[0] @ p["w"][:, None] * jnp.ones((1, 256))
+        for _ in range(6):
+            hidden = jnp.tanh(hidden @ (jnp.ones((256, 256)) / 256))
+        return (hidden.mean(1) - xy[1]) ** 2
+
+    room = [probe_of(deep, sampler=s).temporaries(calibrates=True) for s in (SGLD, METRIC)]
+    probe, one = probe_of(deep, sampler=METRIC), (jnp.ones(5),)
+    numbers = jnp.float32(1), jnp.float32(1)
+    program = _hessian.lower(probe._posterior.program, one, one, probe._frozen, probe._blocks, *numbers).compile()
+    taken = program.memory_analysis().temp_size_in_bytes
+    assert max(room[1]) > 0.95 * taken > max(room[0])
 
 
 def test_where_the_hessian_vanishes_the_curvature_is_that_of_the_posterior():
