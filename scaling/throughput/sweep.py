@@ -77,7 +77,7 @@ def the_model(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def the_sweep(args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of the sweep and of compiling, times its loss was traced, and the peak memory of process or device (MiB)."""
+    """Seconds of the sweep and of compiling, times its loss was traced, and peak memory in MiB (process or device)."""
     posterior, data = posterior_of(args.folder)
     began, compiled = time.monotonic(), compiling()
     found = slt.sweep(posterior, data, **GRID, sampler=slt.sgld(), **plan_of(args), key=KEY, memory_gib=args.memory_gib)
