@@ -66,6 +66,15 @@ def check_count(name: str, value: Any, least: int, remedy: str = "") -> None:
         raise ValueError(sentence)
 
 
+def can_be_lowered(program: Any, *given: Any) -> bool:
+    """Whether a jitted program can be: a custom derivative is refused no sooner, and by one of several exceptions."""
+    try:
+        program.lower(*given)
+    except Exception:  # the run itself says what else is wrong with a loss
+        return False
+    return True
+
+
 def path_of(key_path: tuple) -> tuple[str, ...]:
     """A pytree key path as plain strings, e.g. ``("blocks", "0", "attention", "kernel")``."""
     return tuple(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in key_path)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slt_jax.posterior import LocalPosterior, LossProgram
+from slt_jax.posterior import LocalPosterior, LossProgram, can_be_lowered
 from slt_jax.samplers.base import Position, displacement, inner, noise_like, pull_back, root
 
 _TANGENTS = 2.2  # times what a gradient takes, for its derivative along a direction
@@ -119,14 +119,6 @@ def _hessian(program: LossProgram, position, direction, frozen, blocks, nbeta, l
 
     total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, position), blocks)
     return _plus(_scaled(nbeta / jax.tree.leaves(blocks)[0].shape[0], total), _scaled(localization, direction))
-
-
-def _can_be_lowered(program: Any, given: tuple) -> bool:
-    try:
-        program.lower(*given)
-    except Exception:  # a derivative that is not there is refused with one of several
-        return False
-    return True
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -253,7 +245,7 @@ class Probe:
         numbers = (jnp.float32(x) for x in (posterior.nbeta, posterior.localization))
         given = (posterior.program, position, direction, self._frozen, self._blocks, *numbers)
         if self._forward is None:
-            self._forward = _can_be_lowered(_hessian, given)
+            self._forward = can_be_lowered(_hessian, *given)
         if not self._forward:
             return self.curvature(position, direction, reach)
         self.gradients += 2 * self.num_blocks

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from slt_jax.batches import Source
-from slt_jax.posterior import LossProgram
+from slt_jax.posterior import LossProgram, can_be_lowered
 from slt_jax.samplers.base import Position, Sampler
 
 if TYPE_CHECKING:
@@ -58,8 +58,4 @@ def _goes_forward(program: LossProgram, treedef: Any, leaves: tuple[jax.ShapeDty
     def slope(center, frozen, batch):
         return jax.jvp(lambda w: program.mean_loss(w, frozen, batch), (center,), (center,))
 
-    try:
-        jax.jit(slope).lower(*jax.tree.unflatten(treedef, leaves))  # a custom derivative is refused no sooner
-    except Exception:  # JAX raises several; the run itself says what else is wrong with a loss
-        return False
-    return True
+    return can_be_lowered(jax.jit(slope), *jax.tree.unflatten(treedef, leaves))
