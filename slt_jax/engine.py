@@ -248,11 +248,11 @@ class Engine:
 
     def _length(self) -> int:
         """Most steps in one chunk: bounded for host data by the memory of the batches."""
-        length = min(self.plan.chunk_size, self.plan.total_steps)
-        if not self.source.on_host:
-            return length
+        if not self.source.on_host:  # a short run then has the program of its calibration's pilot
+            return min(self.plan.chunk_size, max(self.plan.total_steps, 512))
         one = sum(x.nbytes for x in jax.tree.leaves(self.source.fetch(np.zeros(1, np.int64))))
-        return max(1, min(length, _HOST_BATCH_BYTES // (one * self.plan.batch_size * self.plan.num_chains)))
+        most = _HOST_BATCH_BYTES // (one * self.plan.batch_size * self.plan.num_chains)
+        return max(1, min(self.plan.chunk_size, self.plan.total_steps, most))
 
     def start(self) -> Run:
         """Every chain at the center."""

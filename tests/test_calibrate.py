@@ -9,6 +9,7 @@ import pytest
 import slt_jax as slt
 from slt_jax import memory
 from slt_jax.calibrate import default_budget
+from slt_jax.chunk import run_chunk
 from slt_jax.corrections import heating
 from tests.targets import by_name
 
@@ -252,3 +253,13 @@ def test_a_loss_that_never_moves_says_so():
 )
 def test_the_default_budget_is_about_the_same_time_for_all_but_the_smallest_and_largest(num_free, budget):
     assert default_budget(num_free) == budget
+
+
+def test_a_short_estimate_is_compiled_once():
+    """Kills: a program of the pilot's own, for traces of another length."""
+    data = np.random.default_rng(0).normal(size=(300, 3)).astype(np.float32)
+    posterior = slt.LocalPosterior(lambda w, x: 0.5 * (x @ w) ** 2, jnp.zeros(3), 300)
+    before = run_chunk._cache_size()
+    result = slt.estimate_llc(posterior, data, budget=800, batch_size=50)
+    assert result.settings["num_warmup"] + result.settings["num_draws"] < 200
+    assert run_chunk._cache_size() == before + 1
