@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from slt_jax.batches import as_source, check_key, named_data
@@ -24,6 +25,7 @@ from slt_jax.samplers.base import Sampler
 from slt_jax.setting import as_sampler, check_posterior, check_same_call, checked_batch, identity_of
 
 WARMUP_SHARE = 0.4  # of the steps, where the budget sets the lengths
+FEW_CHAINS = {500: 1, 4000: 2}  # so many for a smaller budget: what is short of steps reads low, in every chain alike
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,9 @@ def estimate_llc(
         posterior: what is sampled.
         data: a pytree of arrays with one row per example, or ``token_file(...)``, ``hf_dataset(...)``.
         sampler: how one step moves; default ``underdamped()``, calibrated. Also any ``blackjax.SamplingAlgorithm``.
-        num_chains, num_draws, thinning: each chain keeps ``num_draws`` draws, one every ``thinning`` steps.
+        num_chains, num_draws, thinning: each chain keeps ``num_draws`` draws, one every ``thinning`` steps. Four chains
+            by default; with a ``budget`` below 4,000 two, and below 500 one, unless ``mesh``, ``chain_batch`` or
+            several processes say how chains are laid out.
         num_warmup: steps before the first draw.
         batch_size: examples in one step's minibatch, drawn with replacement, its own for each chain; default
             ``min(256, num_data)``. As many as there are: all of them in every step, and no noise.
@@ -123,7 +127,8 @@ def estimate_llc(
     key = check_key(key)
     others = named_data(also)
     is_open = sampler.step_size is None or sampler.friction is None or posterior.localization is None
-    lay = functools.partial(_lay_out, request, sampler, is_open, posterior.num_free)
+    few = mesh is None and chain_batch is None and jax.process_count() == 1
+    lay = functools.partial(_lay_out, request, sampler, is_open, few, posterior.num_free)
     chains, *_ = first = lay(0.0, 1)
     mesh = None if mesh is None else check_mesh(automatic(mesh), chains)
 
@@ -192,9 +197,12 @@ def _check_request(request: _Request) -> None:
 
 
 def _lay_out(
-    request: _Request, sampler: Sampler, is_open: bool, num_free: int, spent: float, cost: int
+    request: _Request, sampler: Sampler, is_open: bool, few: bool, num_free: int, spent: float, cost: int
 ) -> tuple[int, int, int, int, float]:
-    """(num_chains, num_draws, num_warmup, thinning, hot) for a step that costs ``cost`` gradients."""
+    """(num_chains, num_draws, num_warmup, thinning, hot) for a step that costs ``cost`` gradients.
+
+    ``few``: whether a small budget may have fewer than four chains.
+    """
     chains = 4 if request.num_chains is None else request.num_chains
     if request.budget is None and (not is_open or request.num_draws is not None):
         draws = 500 if request.num_draws is None else request.num_draws
@@ -202,6 +210,8 @@ def _lay_out(
         warmup = draws if request.num_warmup is None else request.num_warmup
     else:
         total = default_budget(num_free) if request.budget is None else request.budget
+        if request.num_chains is None and few:
+            chains = next((k for most, k in FEW_CHAINS.items() if total < most), chains)
         steps = int((total - spent) / (chains * cost))
         warmup = int(WARMUP_SHARE * steps) if request.num_warmup is None else request.num_warmup
         left = steps - warmup

@@ -11,6 +11,7 @@ from slt_jax import memory
 from slt_jax.calibrate import default_budget
 from slt_jax.chunk import run_chunk
 from slt_jax.corrections import heating
+from slt_jax.mesh import chain_mesh
 from tests.targets import by_name
 
 RNG = np.random.default_rng(0)
@@ -255,11 +256,38 @@ def test_the_default_budget_is_about_the_same_time_for_all_but_the_smallest_and_
     assert default_budget(num_free) == budget
 
 
+@pytest.mark.parametrize(
+    ("given", "chains"),
+    [
+        ({"budget": 499}, 1),
+        ({"budget": 500}, 2),
+        ({"budget": 3999}, 2),
+        ({"budget": 4000}, 4),
+        ({"budget": 499, "num_chains": 4}, 4),
+        ({"budget": 600, "chain_batch": 1}, 4),
+        ({"budget": 600, "mesh": chain_mesh(4)}, 4),
+    ],
+    ids=str,
+)
+def test_a_small_budget_has_fewer_chains(given, chains):
+    """Kills: fewer chains than were asked for, or than a layout that was asked for needs."""
+    assert estimate(**given).settings["num_chains"] == chains
+
+
+def test_one_chain_gets_where_four_do_not():
+    target = by_name("quadratic, d = 20, 1 decades")
+    posterior = slt.LocalPosterior(target.loss_fn, target.center, target.num_data)
+    one, four = (slt.estimate_llc(posterior, target.data, budget=300, num_chains=n) for n in (None, 4))
+    exact = target.exact(one.settings["nbeta"], one.settings["localization"])
+    assert abs(one.llc - exact) < 4 * one.llc_stderr < 0.5 * exact
+    assert four.llc < 0.7 * exact
+
+
 def test_a_short_estimate_is_compiled_once():
     """Kills: a program of the pilot's own, for traces of another length."""
     data = np.random.default_rng(0).normal(size=(300, 3)).astype(np.float32)
     posterior = slt.LocalPosterior(lambda w, x: 0.5 * (x @ w) ** 2, jnp.zeros(3), 300)
     before = run_chunk._cache_size()
     result = slt.estimate_llc(posterior, data, budget=800, batch_size=50)
-    assert result.settings["num_warmup"] + result.settings["num_draws"] < 200
+    assert result.settings["num_warmup"] + result.settings["num_draws"] < 512
     assert run_chunk._cache_size() == before + 1

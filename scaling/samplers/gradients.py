@@ -6,7 +6,7 @@
 Deep linear teachers of the 1K class. The reference of each method is HMC on the very posterior it samples (so type A
 counts against what can be sampled, not against the learning coefficient).
 
-``default``: ``estimate_llc`` with nothing but a budget, from 200 to 8,000; the smallest from which on all are within
+``default``: ``estimate_llc`` with nothing but a budget, from 100 to 8,000; the smallest from which on all are within
 5 %. Calibration, warm-up and every chain count. ``published``: one SGLD chain from w* at the published step size
 and localization, 40,000 steps; the running estimate after t steps is the mean over the second half of them (kinder than
 the published last tenth, which is beside it), and the number is the last t at which it was further off than 5 %. A
@@ -24,7 +24,7 @@ import slt_jax as slt
 from scaling.dln.teachers import SIZES, Teacher, make_data, make_teacher
 from scaling.samplers.teachers import BATCH, exact, posterior_of
 
-BUDGETS = (200, 500, 1000, 2000, 4000, 8000)
+BUDGETS = (100, 150, 200, 300, 400, 600, 800, 1200, 1600, 2400, 3200, 4800, 8000)
 STEPS, THINNING = 40_000, 10
 WITHIN = 0.05
 
