@@ -69,8 +69,8 @@ def estimate_llc(
 
     The estimate is ``nbeta (E[L_m(w)] - L_m(w*))`` over chains and draws, after ``num_warmup`` steps from w*, less the
     bias of step size and minibatch noise where that can be told. What is not given is chosen: a sampler without a step
-    size, or a posterior without a localization, starts a calibration, which spends at most 15 % of the gradients
-    (a Kronecker metric some 230 in any case).
+    size, or a posterior without a localization, starts a calibration, which spends at most 15 % of the gradients,
+    or 50 to 130 where that is more (a Kronecker metric some 230).
 
     Args:
         posterior: what is sampled.
