@@ -55,12 +55,13 @@ def posterior(**more):
 
 def default(_, **more):
     """Calibrated."""
-    return slt.estimate_llc(posterior(), DATA, budget=1000, batch_size=16, chunk_size=16, progress=True, **more)
+    given = {"num_chains": 4, "budget": 1000, "batch_size": 16, "chunk_size": 16, "progress": True}
+    return slt.estimate_llc(posterior(), DATA, **{**given, **more})
 
 
 def host(_):
     return slt.estimate_llc(
-        posterior(), Rows(), budget=1200, batch_size=16, key=5, control_variate=True, baseline="full"
+        posterior(), Rows(), num_chains=4, budget=1200, batch_size=16, key=5, control_variate=True, baseline="full"
     )
 
 
@@ -139,6 +140,7 @@ def main(rank, port, directory, what):
         result = case(directory)
         found |= {f"{name}.{key}": value for key, value in numbers(result).items()}
         told[name] = [str(result), repr(result.settings)]
+    told["few"] = default(directory, num_chains=None, progress=False).settings["num_chains"]
     alone = fixed(key=rank, mesh=chain_mesh(4, jax.local_devices()))
     found |= {f"alone.{key}": value for key, value in numbers(alone).items()}
     checkpoint.PATIENCE = 0.5
@@ -204,6 +206,10 @@ def test_a_mesh_of_its_own_devices_leaves_a_process_alone(two, tmp_path):
     for rank, found in enumerate(two[0]):
         expected = fixed(key=rank)
         np.testing.assert_allclose(found["alone.loss_trace"], expected.loss_trace, rtol=ROUNDING, atol=ROUNDING)
+
+
+def test_a_small_budget_leaves_chains_for_all_processes(two):
+    assert [told["few"] for told in two[1]] == [4, 4]
 
 
 def test_only_the_first_process_speaks(two):
