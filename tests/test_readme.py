@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from scaling.dln.records import Store
+from scaling.samplers import gradients, metric, teachers
 from scaling.throughput import compare, memory, sweep
 from slt_jax.kernels import timing
 
@@ -29,6 +31,22 @@ def test_tables_are_what_their_scripts_print(page, table, file):
     """Kills: a number typed by hand, or a result taken again whose page was forgotten."""
     lines = (ROOT / page).read_text().splitlines()
     assert [line for line in table(json.loads((ROOT / file).read_text())) if line not in lines] == []
+
+
+@pytest.mark.quick
+def test_tables_of_studies_are_those_of_their_rows(capsys):
+    """Kills: rows taken again whose table was forgotten."""
+    results = ROOT / "scaling/samplers/results"
+    rows = [json.loads(line) for line in (results / "gradients-1k.jsonl").read_text().splitlines()]
+    expected = list(gradients.table(rows))
+    teachers.table(Store(results / "teachers-1k.jsonl", ("kind", "seed", "method")))
+    metric.table(Store(results / "metric-1k.jsonl", metric.FIELDS))
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    at_large = [line.replace("| 1e+08 ", "") for line in printed if "| 1e+08 |" in line]
+    expected += [line for line in printed if "| nbeta |" not in line and "e+0" not in line] + at_large
+    assert len(expected) == 6 + 17 + 9
+    lines = README.read_text().splitlines()
+    assert [line for line in expected if line not in lines] == []
 
 
 def test_the_example_runs_and_is_right(tmp_path):

@@ -15,6 +15,7 @@ method that never stays counts as the end of its ladder.
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -86,20 +87,20 @@ def row_of(kind: str, seed: int) -> dict:
     return {"kind": kind, "seed": seed, "truth": float(teacher.truth), "ours": own, "published": rival}
 
 
-def table(rows: list[dict]) -> None:
-    print("| type | teachers | default | published | its last tenth | ratio of the medians | median ratio |")
-    print("|---|---|---|---|---|---|---|")
-    for name, kinds in {**{k: k for k in "ABC"}, "all": "ABC"}.items():
-        mine = [r for r in rows if r["kind"] in kinds]
-        if not mine:
-            continue
+def table(rows: list[dict]) -> Iterator[str]:
+    """Lines of Markdown; how many never stay is in brackets where there are any, and SGLD's last tenth."""
+    yield "| type | default | SGLD as published | by its last tenth | ratio of the medians | median ratio |"
+    yield "|---|---|---|---|---|---|"
+    for name in ("A", "B", "C", "ABC"):
+        mine = [r for r in rows if r["kind"] in name]
         own = np.array([r["ours"]["default"] or BUDGETS[-1] for r in mine])
         half, tenth = (np.array([r["published"][k] or STEPS for r in mine]) for k in ("second half", "last tenth"))
-        lost = sum(r["ours"]["default"] is None for r in mine)
-        never = sum(r["published"]["second half"] is None for r in mine)
-        print(
-            f"| {name} | {len(mine)} | {np.median(own):,.0f} ({lost} never) | {np.median(half):,.0f} ({never} never) "
-            f"| {np.median(tenth):,.0f} | {np.median(half) / np.median(own):.1f} | {np.median(half / own):.1f} |"
+        never = [sum(r[who][k] is None for r in mine) for who, k in (("ours", "default"), ("published", "second half"))]
+        told = [f" ({n} of {len(mine)} never)" if n else "" for n in never]
+        medians = np.median(own), np.median(half), np.median(tenth)
+        yield (
+            f"| {name if len(name) == 1 else 'all'} | {medians[0]:,.0f}{told[0]} | {medians[1]:,.0f}{told[1]} "
+            f"| {medians[2]:,.0f} | {medians[1] / medians[0]:.1f} | {np.median(half / own):.1f} |"
         )
 
 
@@ -119,7 +120,7 @@ def main() -> None:
             file.write(json.dumps(rows[-1]) + "\n")
         print(kind, seed, rows[-1]["ours"]["default"], rows[-1]["published"]["second half"], flush=True)
         jax.clear_caches()
-    table(rows)
+    print(*table(rows), sep="\n")
 
 
 if __name__ == "__main__":
