@@ -92,7 +92,8 @@ def table(rows: list[dict]) -> Iterator[str]:
     yield "| type | default | SGLD as published | by its last tenth | ratio of the medians | median ratio |"
     yield "|---|---|---|---|---|---|"
     for name in ("A", "B", "C", "ABC"):
-        mine = [r for r in rows if r["kind"] in name]
+        if not (mine := [r for r in rows if r["kind"] in name]):
+            continue
         own = np.array([r["ours"]["default"] or BUDGETS[-1] for r in mine])
         half, tenth = (np.array([r["published"][k] or STEPS for r in mine]) for k in ("second half", "last tenth"))
         never = [sum(r[who][k] is None for r in mine) for who, k in (("ours", "default"), ("published", "second half"))]
