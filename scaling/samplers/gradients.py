@@ -1,6 +1,6 @@
 """Minibatch gradients until the estimate stays within 5 % of its own posterior's value, beside SGLD as published.
 
-    python -m scaling.samplers.gradients            # half an hour on two cores
+    python -m scaling.samplers.gradients            # about an hour on two cores
     python -m scaling.samplers.gradients --table    # the table, from what is there
 
 Deep linear teachers of the 1K class. The reference of each method is HMC on the very posterior it samples (so type A
