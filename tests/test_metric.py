@@ -216,7 +216,9 @@ def test_one_step_against_numpy():
     np.testing.assert_allclose(moved.momentum[0], after, rtol=2e-5)
     assert float(info.drift_sq) == pytest.approx(np.sum(back(force) ** 2), rel=1e-5)
     assert float(info.virial) == pytest.approx(0.3 * force.sum(), rel=1e-5)
-    assert float(info.kinetic) == pytest.approx((np.sum(p**2) + np.sum(q**2)) / 12, rel=1e-5)
+    keep = np.exp(-friction)
+    hot = (3 + keep) * np.sum(p**2) + (1 + 3 * keep) * np.sum(q**2)
+    assert float(info.kinetic) == pytest.approx(hot / (24 * (1 + keep)), rel=1e-5)
 
 
 def noise_of(key):

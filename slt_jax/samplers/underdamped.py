@@ -65,12 +65,17 @@ def step(
         hyper: nbeta, localization, step_size and friction, scalars, and the metric.
 
     Returns:
-        The moved state, and Info with G'PG and the thermometer: ``kinetic`` = (|p|^2 + |q|^2) / (2 d).
+        The moved state, and Info with G'PG and the thermometer, with c = e^-f::
+
+            kinetic = ((3 + c) |p|^2 + (1 + 3 c) |q|^2) / (4 (1 + c) d)
+
+        The weights make its excess that of the positions: (|q|^2 + |p|^2) / (2 d), half each, would read
+        1 + ((1 - c) / (1 + c))^2 times the heat.
 
     Error: no bias on a quadratic; second order in h elsewhere. Gradient noise of covariance S = nbeta^2 C / B heats
-    a mode of curvature a by (step_size S / 4) coth(friction / 2) / (1 - step_size a / 4), which ``kinetic`` - 1 reads
-    to first order; with a metric, a and S are those of its coordinates. Shortened steps are heated t times less. Stable
-    for step_size a < 4.
+    a mode of curvature a by (step_size S / 4) coth(friction / 2) / (1 - step_size a / 4), and ``kinetic`` - 1 is just
+    that; with a metric, a and S are those of its coordinates. Shortened steps are heated t times less. Stable for
+    step_size a < 4.
 
     Source: Leimkuhler and Matthews, J. Chem. Phys. 138 (2013) 174102. Steps whose length follows the force, with
     averages weighted by time: Leimkuhler, Lohmann and Whalley, arXiv:2504.18911.
@@ -88,7 +93,8 @@ def step(
     drifted = root(hyper.metric, tuple(q + p for q, p in zip(kicked, momentum, strict=True)))
     moved = tuple((w + 0.5 * time * x).astype(w.dtype) for w, x in zip(state.position, drifted, strict=True))
     away = displacement(state.position, center)
-    kinetic = (inner(state.momentum, state.momentum) + inner(kicked, kicked)) / (2 * dimension(kicked))
+    hot = (3 + keep) * inner(state.momentum, state.momentum) + (1 + 3 * keep) * inner(kicked, kicked)
+    kinetic = hot / (4 * (1 + keep) * dimension(kicked))
     drift_sq = inner(turned, turned)
     force_sq = (state.force_sq + MEMORY * (drift_sq - state.force_sq)).astype(jnp.float32)
     info = Info(loss, drift_sq, inner(away, force), inner(away, away), kinetic, time=share)
