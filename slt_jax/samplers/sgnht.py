@@ -35,14 +35,18 @@ def step(
 ) -> tuple[SGNHTState, Info]:
     """One step of the Nose-Hoover thermostat: a friction that grows while the momentum is too hot.
 
-    Update, with h = sqrt(step_size), friction A, z = A + excess, and T(p) = |p|^2 / d::
+    Update, with h = sqrt(step_size), friction A, z = A + excess, T(p) = |p|^2 / d, and, of the z that the step begins
+    with, c = e^-z and m = (1 + 3 c) / (4 (1 + c))::
 
         G      = nbeta grad L_m(w) + localization (w - w*)
         q      = p - h G
-        excess = excess + (A^2 / 4) (T(q) - 1)
+        excess = excess + (A^2 / 2) m (T(q) - 1)
         p'     = e^-z q + sqrt(A (1 - e^(-2 z)) / z) xi,      xi ~ N(0, 1)
-        excess = excess + (A^2 / 4) (T(p') - 1)
+        excess = excess + (A^2 / 2) (1 - m) (T(p') - 1)
         w'     = w + (h / 2) (q + p')
+
+    Noise heats q more than p', and the positions in between: so weighted their heat is theirs (``underdamped``), which
+    is held at 1. With one half in place of m the positions of noisy chains end too cold, by 8 % where z is 0.5.
 
     Target density: exp(-nbeta L_n(w) - (localization/2)|w - w*|^2 - |p|^2 / 2 - d excess^2 / A^2): the thermostat's
     rate A^2 / 2 a step damps its own swings critically. Gradient noise that is the same in all directions and at all
@@ -56,7 +60,8 @@ def step(
         hyper: nbeta, localization, step_size and friction, scalars.
 
     Returns:
-        The moved state, and Info with ``kinetic`` = (|p|^2 + |q|^2) / (2 d), which the thermostat holds at 1.
+        The moved state, and Info with ``kinetic`` = m T(q) + (1 - m) T(p), which the thermostat holds at 1 unless the
+        noise by itself heats more.
 
     Error: second order in h. Noise whose covariance differs between directions, as a network's does, is right only on
     average: noisy directions stay hot and the quiet ones turn cold, while the thermometer reads 1.
@@ -65,21 +70,23 @@ def step(
     """
     loss, grad = loss_and_grad(state.position)
     force = drift(grad, state.position, center, hyper)
-    time, size, rate = jnp.sqrt(hyper.step_size), dimension(state.position), hyper.friction**2 / 4
+    time, size, rate = jnp.sqrt(hyper.step_size), dimension(state.position), hyper.friction**2 / 2
     kicked = tuple((p - time * f).astype(p.dtype) for p, f in zip(state.momentum, force, strict=True))
+    kept = jnp.exp(-(hyper.friction + state.excess))
+    part = (1 + 3 * kept) / (4 * (1 + kept))
     hot = inner(kicked, kicked) / size
-    excess = state.excess + rate * (hot - 1)
+    excess = state.excess + rate * part * (hot - 1)
     friction = hyper.friction + excess
     safe = jnp.where(jnp.abs(friction) < 1e-4, 1e-4, friction)
     spread = jnp.sqrt(hyper.friction * -jnp.expm1(-2 * safe) / safe)
     noise = gaussian(key, state.position)
     momentum = tuple((jnp.exp(-friction) * q + spread * x).astype(q.dtype) for q, x in zip(kicked, noise, strict=True))
-    excess = (excess + rate * (inner(momentum, momentum) / size - 1)).astype(state.excess.dtype)
+    excess = (excess + rate * (1 - part) * (inner(momentum, momentum) / size - 1)).astype(state.excess.dtype)
     moved = tuple(
         (w + 0.5 * time * (q + p)).astype(w.dtype) for w, q, p in zip(state.position, kicked, momentum, strict=True)
     )
     away = displacement(state.position, center)
-    kinetic = 0.5 * (inner(state.momentum, state.momentum) / size + hot)
+    kinetic = (1 - part) * inner(state.momentum, state.momentum) / size + part * hot
     info = Info(loss, inner(force, force), inner(away, force), inner(away, away), kinetic)
     return SGNHTState(moved, momentum, excess), info
 
