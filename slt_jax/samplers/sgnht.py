@@ -46,7 +46,7 @@ def step(
         w'     = w + (h / 2) (q + p')
 
     Noise heats q more than p', and the positions in between: so weighted their heat is theirs (``underdamped``), which
-    is held at 1. With one half in place of m the positions of noisy chains end too cold, by 8 % where z is 0.5.
+    is held at 1. With one half in place of m the positions of noisy chains end too cold, by 8 % where z is 0.8.
 
     Target density: exp(-nbeta L_n(w) - (localization/2)|w - w*|^2 - |p|^2 / 2 - d excess^2 / A^2): the thermostat's
     rate A^2 / 2 a step damps its own swings critically. Gradient noise that is the same in all directions and at all
