@@ -136,6 +136,16 @@ def displacement(position: Position, center: Position) -> Position:
     return tuple(w - c for w, c in zip(position, center, strict=True))
 
 
+def part_of_kicked(keep: jax.Array) -> jax.Array:
+    """m in the thermometer m |q|^2 / d + (1 - m) |p|^2 / d of a BAOAB step: p before the kick, q after it.
+
+    ``keep``: the share of the momentum that friction leaves. Gradient noise heats q more than p, and the positions in
+    between; with these weights the excess over 1 is that of the positions, whatever the step and the friction. Half of
+    each would read 1 + ((1 - keep) / (1 + keep))^2 times as much.
+    """
+    return (1 + 3 * keep) / (4 * (1 + keep))
+
+
 def leaf_keys(key: jax.Array, position: Position) -> list[jax.Array]:
     """One independent key for each leaf."""
     return [jax.random.fold_in(key, i) for i in range(len(position))]

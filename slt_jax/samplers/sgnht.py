@@ -17,6 +17,7 @@ from slt_jax.samplers.base import (
     drift,
     gaussian,
     inner,
+    part_of_kicked,
 )
 
 
@@ -36,7 +37,7 @@ def step(
     """One step of the Nose-Hoover thermostat: a friction that grows while the momentum is too hot.
 
     Update, with h = sqrt(step_size), friction A, z = A + excess, T(p) = |p|^2 / d, and, of the z that the step begins
-    with, c = e^-z and m = (1 + 3 c) / (4 (1 + c))::
+    with, c = e^-z and m = (1 + 3 c) / (4 (1 + c)), as in ``part_of_kicked``::
 
         G      = nbeta grad L_m(w) + localization (w - w*)
         q      = p - h G
@@ -45,8 +46,8 @@ def step(
         excess = excess + (A^2 / 2) (1 - m) (T(p') - 1)
         w'     = w + (h / 2) (q + p')
 
-    Noise heats q more than p', and the positions in between: so weighted their heat is theirs (``underdamped``), which
-    is held at 1. With one half in place of m the positions of noisy chains end too cold, by 8 % where z is 0.8.
+    So weighted, the heat of q and p' is that of the positions, which is held at 1. With one half in place of m the
+    positions of noisy chains end too cold, by 8 % where z is 0.8.
 
     Target density: exp(-nbeta L_n(w) - (localization/2)|w - w*|^2 - |p|^2 / 2 - d excess^2 / A^2): the thermostat's
     rate A^2 / 2 a step damps its own swings critically. Gradient noise that is the same in all directions and at all
@@ -72,8 +73,7 @@ def step(
     force = drift(grad, state.position, center, hyper)
     time, size, rate = jnp.sqrt(hyper.step_size), dimension(state.position), hyper.friction**2 / 2
     kicked = tuple((p - time * f).astype(p.dtype) for p, f in zip(state.momentum, force, strict=True))
-    kept = jnp.exp(-(hyper.friction + state.excess))
-    part = (1 + 3 * kept) / (4 * (1 + kept))
+    part = part_of_kicked(jnp.exp(-(hyper.friction + state.excess)))
     hot = inner(kicked, kicked) / size
     excess = state.excess + rate * part * (hot - 1)
     friction = hyper.friction + excess

@@ -17,6 +17,7 @@ from slt_jax.samplers.base import (
     drift,
     gaussian,
     inner,
+    part_of_kicked,
     pull_back,
     root,
 )
@@ -65,12 +66,8 @@ def step(
         hyper: nbeta, localization, step_size and friction, scalars, and the metric.
 
     Returns:
-        The moved state, and Info with G'PG and the thermometer, with c = e^-f::
-
-            kinetic = ((3 + c) |p|^2 + (1 + 3 c) |q|^2) / (4 (1 + c) d)
-
-        The weights make its excess that of the positions: (|q|^2 + |p|^2) / (2 d), half each, would read
-        1 + ((1 - c) / (1 + c))^2 times the heat.
+        The moved state, and Info with G'PG and the thermometer: ``kinetic`` = (m |q|^2 + (1 - m) |p|^2) / d, where
+        m = (1 + 3 c) / (4 (1 + c)) and c = e^-f, as in ``part_of_kicked``.
 
     Error: no bias on a quadratic; second order in h elsewhere. Gradient noise of covariance S = nbeta^2 C / B heats
     a mode of curvature a by (step_size S / 4) coth(friction / 2) / (1 - step_size a / 4), and ``kinetic`` - 1 is just
@@ -93,11 +90,11 @@ def step(
     drifted = root(hyper.metric, tuple(q + p for q, p in zip(kicked, momentum, strict=True)))
     moved = tuple((w + 0.5 * time * x).astype(w.dtype) for w, x in zip(state.position, drifted, strict=True))
     away = displacement(state.position, center)
-    hot = (3 + keep) * inner(state.momentum, state.momentum) + (1 + 3 * keep) * inner(kicked, kicked)
-    kinetic = hot / (4 * (1 + keep) * dimension(kicked))
+    part = part_of_kicked(keep)
+    hot = part * inner(kicked, kicked) + (1 - part) * inner(state.momentum, state.momentum)
     drift_sq = inner(turned, turned)
     force_sq = (state.force_sq + MEMORY * (drift_sq - state.force_sq)).astype(jnp.float32)
-    info = Info(loss, drift_sq, inner(away, force), inner(away, away), kinetic, time=share)
+    info = Info(loss, drift_sq, inner(away, force), inner(away, away), hot / dimension(kicked), time=share)
     return UnderdampedState(moved, momentum, force_sq), info
 
 
