@@ -15,6 +15,8 @@ layer, y y' has the mean A^2 tr B^2, and so A is read off, U diag(a) U' becomes 
 on the other side. One round does not do: in the weights' own coordinates all layers push along the few stiffest
 directions, and what is a millionth of them is lost among the products, of few probes and in float32. Each round
 resolves more decades below; that of the weights' own coordinates alone is what made chains of deep networks crawl.
+Between rounds any root of A^-1 will do for (U / sqrt a), without eigenvectors, which are most of the work: until some
+a_i b_j is below the localization, which is a curvature of every direction.
 
 Last, t_ij is multiplied by the root mean square of y_ij over further probes. The two sets must differ: a direction that
 the first happened to miss has no part in *its* products, by construction of U and V, and would be taken for flat.
@@ -38,6 +40,8 @@ ROUNDS = 4  # from the weights' own coordinates
 PROBES = 4  # of a round, at each position
 WHITE_REACH = 0.3  # standard deviations: length of a secant in the metric's coordinates
 LARGE_SIDE = 1024  # from which on a GPU finds eigenvectors, rather than its host
+CLEAR = 10.0  # times the least curvature, from which on no direction of a leaf is taken to be below it
+POWERS = 20
 ROOT_ERROR, MOST_ROUNDS = 1e-9, 80  # of a matrix root
 LEAST_ALONG = 0.5  # cosine of a product and its vector, below which it is rounding
 _PRIOR = 2.0  # probes' worth of the product form, against the noise of few probes
@@ -97,10 +101,10 @@ def measure(
         reach: length of the secant for a unit of the probe in the weights' own coordinates. least: no curvature is
             taken to be below it.
     """
-    metric = begun
-    for number in range(1 if begun else ROUNDS):
+    metric, rounds = begun, 1 if begun else ROUNDS
+    for number in range(rounds):
         look = _Look(curvature, metric, positions, reach, jax.random.fold_in(key, number))
-        turned = functools.partial(_turned, probes=PROBES * len(positions), least=least)
+        turned = functools.partial(_turned, probes=PROBES * len(positions), least=least, last=number == rounds - 1)
         metric = _beside(look.leaf_by_leaf(PROBES, _grams, turned), positions)
         if metric is None:
             return None
@@ -170,31 +174,61 @@ def _squares(metric: Metric, found: Position, unit: float) -> list[list[jax.Arra
     return [[y * y] for y in _matrices(metric, found, unit)]
 
 
-def _turned(factor: Factor | tuple[()], grams: list[np.ndarray], probes: int, least: float) -> Factor:
-    """A leaf's factor after one round."""
-    old = _sides(factor) if factor else _Sides(None, None, np.ones([len(gram) for gram in grams]))
-    return _factor(_turn(old, grams, probes), least)
-
-
-def _turn(old: _Sides, grams: list[np.ndarray], probes: int) -> _Sides:
+def _turned(factor: Factor | tuple[()], grams: list[np.ndarray], probes: int, least: float, last: bool) -> Factor:
+    """A leaf's factor after one round: in its bases after the last one, or where some t_ij is below ``least``, which a
+    basis alone can mend; else in roots that are as good and need no eigenvectors.
+    """
+    left, right = grams
+    mean = left.mean() if left.ndim == 1 else np.trace(left) / len(left)
+    if not mean:  # the loss does not depend on it
+        bases = (None if gram.ndim == 1 else np.eye(len(gram)) for gram in grams)
+        return _factor(_Sides(*bases, np.zeros([*map(len, grams)])), least)
+    old = _sides(factor) if factor else _Sides(None, None, np.ones([*map(len, grams)]))
     t = old.curvature
-    left, a = _side(old.left, t.sum(1), grams[0], probes * t.shape[1])
-    right, b = _side(old.right, t.sum(0) / t.sum(), grams[1], probes * t.shape[0])
-    mean = grams[0].mean() if grams[0].ndim == 1 else np.trace(grams[0]) / len(t)
-    return _Sides(left, right, np.outer(a, b) / np.sqrt(max(mean, np.finfo(float).tiny)))
+    rows = _Side(old.left, t.sum(1)).into(left, probes * t.shape[1])
+    columns = _Side(old.right, t.sum(0) / t.sum()).into(right, probes * t.shape[0])
+    whole = last or rows.softest() * columns.softest() < CLEAR * least * np.sqrt(mean)
+    if whole:
+        rows, columns = rows.turned(), columns.turned()
+    t = np.outer(rows.values, columns.values) / np.sqrt(mean)
+    return _factor(_Sides(rows.root, columns.root, t), least if whole else 0.0)
 
 
-def _side(
-    basis: np.ndarray | None, values: np.ndarray, gram: np.ndarray, seen: int
-) -> tuple[np.ndarray | None, np.ndarray]:
-    """(basis, values) of Q sqrt(v) sqrt(gram) sqrt(v) Q'. ``seen``: vectors of which ``gram`` is the mean square."""
-    if gram.ndim == 1:
-        return None, values * np.sqrt(gram)
-    floor = _FLOOR * max(1.0, len(gram) / seen) * np.trace(gram) / len(gram)
-    if basis is None:
-        vectors, squares = _eigen(gram)
-        return vectors, values * np.sqrt(np.maximum(squares, 0) + floor)  # all values are equal at first
-    return _grown(basis * np.sqrt(values), gram, floor)
+class _Side(NamedTuple):
+    """A side of a leaf's curvature, A, as a root of its inverse: (Q / sqrt(v)) (Q / sqrt(v))' = A^-1. Q None: 1."""
+
+    root: np.ndarray | None
+    values: np.ndarray
+
+    def into(self, gram: np.ndarray, seen: int) -> "_Side":
+        """That of A once the mean square of its products in this root's coordinates is known to be ``gram``: with
+        S S' = sqrt(gram), A is (Q / sqrt(v))'^-1 S S' (Q / sqrt(v))^-1, of which (Q / sqrt(v)) S'^-1 is such a root.
+
+        ``seen``: vectors of which ``gram`` is the mean.
+        """
+        if gram.ndim == 1:
+            return _Side(None, self.values * np.sqrt(gram))
+        floor = _FLOOR * max(1.0, len(gram) / seen) * np.trace(gram) / len(gram)
+        size = np.exp(np.log(self.values).mean())
+        root = (np.eye(len(gram)) if self.root is None else self.root) / np.sqrt(self.values / size)
+        return _Side(_into(root, gram, floor), np.full(len(gram), size))
+
+    def softest(self) -> float:
+        """The smallest eigenvalue of A, or a little more, by power iteration on A^-1."""
+        if self.root is None:
+            return self.values.min()
+        vector, size = np.random.default_rng(0).normal(size=len(self.root)), 1.0
+        for _ in range(POWERS):
+            vector = self.root @ (self.root.T @ (vector / size))
+            size = np.linalg.norm(vector)
+        return self.values[0] / size
+
+    def turned(self) -> "_Side":
+        """The same in the eigenbasis of A."""
+        if self.root is None:
+            return self
+        vectors, squares = _eigen(self.root)
+        return _Side(vectors, self.values / np.maximum(squares, np.finfo(float).eps * squares.max()))
 
 
 def _on_accelerator(size: int) -> bool:
@@ -202,33 +236,38 @@ def _on_accelerator(size: int) -> bool:
     return jax.default_backend() == "gpu" and size >= LARGE_SIDE
 
 
-def _eigen(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(vectors, values) of a symmetric matrix, float64."""
-    if not _on_accelerator(len(matrix)):
-        values, vectors = np.linalg.eigh(matrix)
-        return vectors, values
+def _there_or_here(there: Callable, here: Callable, *given: Any) -> Any:
+    if not _on_accelerator(len(given[0])):
+        return here(*given)
     with jax.enable_x64(True):
-        values, vectors = map(np.asarray, jnp.linalg.eigh(jnp.asarray(matrix)))
-        return vectors, values
+        return jax.tree.map(np.asarray, there(*given))
 
 
-def _grown(half: np.ndarray, gram: np.ndarray, floor: float) -> tuple[np.ndarray, np.ndarray]:
-    """(vectors, values) of half sqrt(gram + floor) half'."""
-    if not _on_accelerator(len(gram)):
-        own, squares = _eigen(gram)
-        root_of = (own * np.sqrt(np.maximum(squares, 0) + floor)) @ own.T
-        vectors, values = _eigen(half @ root_of @ half.T)
-    else:
-        with jax.enable_x64(True):
-            vectors, values = map(np.asarray, _grown_there(half, gram, floor))
-    return vectors, np.maximum(values, 0)
+def _into(root: np.ndarray, gram: np.ndarray, floor: float) -> np.ndarray:
+    """root S'^-1, where S S' = sqrt(gram + floor); float64."""
+    return _there_or_here(_into_by_products, _into_by_vectors, root, gram, floor)
+
+
+def _eigen(root: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(vectors, values) of root root', float64."""
+    return _there_or_here(_eigen_there, lambda r: np.linalg.eigh(r @ r.T)[::-1], root)
+
+
+def _into_by_vectors(root: np.ndarray, gram: np.ndarray, floor: float) -> np.ndarray:
+    squares, vectors = np.linalg.eigh(gram)
+    return root @ (vectors * (np.maximum(squares, 0) + floor) ** -0.25)
 
 
 @jax.jit
-def _grown_there(half: jax.Array, gram: jax.Array, floor: float) -> tuple[jax.Array, jax.Array]:
-    """The square root by products alone, which cost a GPU next to nothing beside eigenvectors."""
-    root_of = square_root(gram + floor * jnp.eye(len(gram), dtype=gram.dtype))
-    values, vectors = jnp.linalg.eigh(half @ root_of @ half.T)
+def _into_by_products(root: jax.Array, gram: jax.Array, floor: float) -> jax.Array:
+    """These cost a GPU next to nothing beside eigenvectors."""
+    lower = jnp.linalg.cholesky(square_root(gram + floor * jnp.eye(len(gram), dtype=gram.dtype)))
+    return jax.scipy.linalg.solve_triangular(lower, root.T, lower=True).T
+
+
+@jax.jit
+def _eigen_there(root: jax.Array) -> tuple[jax.Array, jax.Array]:
+    values, vectors = jnp.linalg.eigh(root @ root.T)
     return vectors, values
 
 

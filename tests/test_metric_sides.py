@@ -7,35 +7,88 @@ import pytest
 import scipy.linalg
 
 import slt_jax.metric
-from slt_jax.metric import _side
+from slt_jax.metric import _Side, _turned
 from tests.matrices import spread
 
+RNG = np.random.default_rng(3)
+BASIS, VALUES = np.linalg.qr(RNG.normal(size=(9, 9)))[0], np.logspace(0, -8, 9)
+GRAM = spread(9, 4, 4)
+FLOOR = 1e-4 * np.trace(GRAM) / 9
 
-def test_a_gpu_takes_apart_what_its_host_would(monkeypatch):
-    """Twelve decades, which float32 would lose. Kills: single precision on the device, values and vectors swapped."""
-    rng = np.random.default_rng(3)
-    basis, values = np.linalg.qr(rng.normal(size=(9, 9)))[0], np.logspace(0, -12, 9)
-    gram = spread(9, 1, 4)
-    first, grown = _side(None, np.full(9, 2.0), gram, 1000), _side(basis, values, gram, 1000)
-    on_gpu, made = [], slt_jax.metric.square_root
-    monkeypatch.setattr(slt_jax.metric, "square_root", lambda matrix: on_gpu.append(len(matrix)) or made(matrix))
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    np.testing.assert_array_equal(_side(basis, values, gram, 1000)[1], grown[1])
-    assert not on_gpu  # its host has a small one before a GPU has a program for it
+
+def whole(side):
+    """A of (Q / sqrt(v)) (Q / sqrt(v))' = A^-1."""
+    inverse = np.linalg.inv(side.root / np.sqrt(side.values))
+    return inverse.T @ inverse
+
+
+def exact():
+    """half sqrt(gram + floor) half', half half' = Q v Q'."""
+    half = BASIS * np.sqrt(VALUES)
+    return half @ scipy.linalg.sqrtm(GRAM + FLOOR * np.eye(9)) @ half.T
+
+
+def close(found, wanted, rtol=1e-6):
+    """In the coordinates in which ``wanted`` is 1, so that its smallest directions count as its largest."""
+    values, vectors = np.linalg.eigh(wanted)
+    turn = vectors / np.sqrt(values)
+    np.testing.assert_allclose(turn.T @ found @ turn, np.eye(len(found)), atol=rtol)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_a_round_takes_a_side_by_the_root_of_its_products(monkeypatch, backend):
+    """Twelve decades, which float32 would lose. Kills: the products' squares, no floor, S for S'^-1, values squared."""
+    products, made = [], slt_jax.metric.square_root
+    monkeypatch.setattr(slt_jax.metric, "square_root", lambda matrix: products.append(len(matrix)) or made(matrix))
     monkeypatch.setattr(slt_jax.metric, "LARGE_SIDE", 9)
-    for (vectors, found), start in ((first, (None, np.full(9, 2.0))), (grown, (basis, values))):
-        there, also = _side(*start, gram, 1000)
-        np.testing.assert_allclose(also, found, rtol=1e-3)
-        np.testing.assert_allclose(np.abs(np.sum(vectors * there, 0)), 1, atol=1e-3)
-    assert on_gpu == [9]
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    slt_jax.metric._into_by_products.clear_cache()
+    grown = _Side(BASIS, VALUES).into(GRAM, 1000)
+    assert np.ptp(grown.values) == 0
+    close(whole(grown), exact())
+    turned = grown.turned()
+    np.testing.assert_allclose(turned.root.T @ turned.root, np.eye(9), atol=1e-9)
+    close((turned.root * turned.values) @ turned.root.T, exact(), 1e-4)
+    assert products == ([9] if backend == "gpu" else [])
+
+
+def test_a_small_side_is_its_host_s_on_a_gpu_too(monkeypatch):
+    """It has it before a GPU has a program for it."""
+    here = _Side(BASIS, VALUES).into(GRAM, 1000)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    np.testing.assert_array_equal(_Side(BASIS, VALUES).into(GRAM, 1000).root, here.root)
 
 
 def test_a_first_round_leaves_the_root_of_its_products():
     """U v U' = 2 sqrt(gram + floor). Kills: the values' squares, no floor."""
-    gram, floor = spread(9, 6, 4), 1e-4 * np.logspace(0, -6, 9).mean()
-    vectors, values = _side(None, np.full(9, 2.0), gram, 1000)
-    exact = scipy.linalg.sqrtm(gram + floor * np.eye(9))
-    np.testing.assert_allclose((vectors * values) @ vectors.T, 2 * exact, rtol=1e-8, atol=1e-12)
+    side = _Side(None, np.full(9, 2.0)).into(GRAM, 1000).turned()
+    wanted = 2 * scipy.linalg.sqrtm(GRAM + FLOOR * np.eye(9))
+    close((side.root * side.values) @ side.root.T, wanted)
+    few = _Side(None, np.full(9, 2.0)).into(GRAM, 3).turned()  # a floor three times as high for a third of the vectors
+    wanted = 2 * scipy.linalg.sqrtm(GRAM + 3 * FLOOR * np.eye(9))
+    close((few.root * few.values) @ few.root.T, wanted)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_leaf_after_a_round(last):
+    """Its grams are those of A (x) B: R R' = (A (x) B)^-1 but for the floors, with or without bases."""
+    a, b = 1e6 * spread(5, 1, 0), spread(4, 1, 1)
+    grams = [a @ a * np.trace(b @ b) / 4, b @ b * np.trace(a @ a) / 5]
+    left, right, scale = (np.asarray(x, float) for x in _turned((), grams, 10**6, 1e-9, last))
+    root = np.kron(left, right) * scale.reshape(-1)
+    close(np.linalg.inv(root @ root.T), np.kron(a, b), 0.02)
+    assert np.allclose(left.T @ left, np.eye(5), atol=1e-5) == last
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_leaf_that_the_loss_does_not_depend_on(last):
+    """Nothing is seen of it: no curvature but the least, and nothing that is not finite."""
+    found = _turned((), [np.zeros((3, 3)), np.zeros((2, 2))], 4, 25.0, last)
+    for side, size in ((found.left, 3), (found.right, 2)):
+        np.testing.assert_array_equal(side, np.eye(size))
+    np.testing.assert_allclose(found.scale, np.full((3, 2), 0.2))
+    vector = _turned((), [np.array([0.0, 16.0]), np.array([8.0])], 4, 1.0, last)
+    np.testing.assert_allclose(vector.scale[0], 1)
 
 
 @pytest.mark.parametrize("decades", [1, 4, 10])
