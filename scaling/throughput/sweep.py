@@ -1,8 +1,9 @@
 """A 6 x 6 x 3 grid on the demo's transformer: one sweep against 108 separate calls of ``estimate_llc``.
 
     python -m scaling.throughput.sweep --out scaling/throughput/results/sweep.json
-    python -m scaling.throughput.sweep --out scaling/throughput/results/sweep-accelerator.json --warmup 1000 \
-        --draws 1000 --memory-gib 8 --calls 18 --processes 0
+    XLA_FLAGS="--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false" python -m scaling.throughput.sweep \
+        --out scaling/throughput/results/sweep-accelerator.json --warmup 1000 --draws 2000 --memory-gib 8 --calls 5 \
+        --processes 0
 
 In turn, in one sitting, on an accelerator or on as many devices as there are cores: the sweep, with its compilation and
 within a memory budget, in a process of its own; 108 calls one after another in one process, which compile once; and
@@ -12,6 +13,7 @@ stands for the others: all are the same program. The first call of a process, wh
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -205,7 +207,7 @@ def main() -> None:
             args.folder = Path(scratch)
             args.folder = Path(in_a_process("train", args)["folder"])
         record: dict[str, Any] = {"machine": machine(), "grid": GRID, "plan": plan_of(args)}
-        record["budget_gib"] = args.memory_gib
+        record |= {"budget_gib": args.memory_gib, "xla_flags": os.environ.get("XLA_FLAGS", "")}
         for child in ("sweep", "calls"):
             record[child] = in_a_process(child, args)
             keep(record, args.out)
