@@ -69,15 +69,20 @@ def test_a_first_round_leaves_the_root_of_its_products():
     close((few.root * few.values) @ few.root.T, wanted)
 
 
-@pytest.mark.parametrize("last", [False, True])
-def test_a_leaf_after_a_round(last):
-    """Its grams are those of A (x) B: R R' = (A (x) B)^-1 but for the floors, with or without bases."""
-    a, b = 1e6 * spread(5, 1, 0), spread(4, 1, 1)
-    grams = [a @ a * np.trace(b @ b) / 4, b @ b * np.trace(a @ a) / 5]
-    left, right, scale = (np.asarray(x, float) for x in _turned((), grams, 10**6, 1e-9, last))
+A, B = 1e6 * spread(5, 1, 0), spread(4, 1, 1)  # a_i b_j from 1e4 to 1e6
+
+
+@pytest.mark.parametrize(("last", "least"), [(False, 1e-9), (False, 900.0), (False, 1.1e3), (True, 1e-9), (False, 1e5)])
+def test_a_leaf_after_a_round(last, least):
+    """Its grams are those of A (x) B: R R' = (A (x) B)^-1 but for the floors, with or without bases; these are found
+    where a direction could be below the least curvature, and it is raised to that.
+    """
+    grams = [A @ A * np.trace(B @ B) / 4, B @ B * np.trace(A @ A) / 5]
+    left, right, scale = (np.asarray(x, float) for x in _turned((), grams, 10**6, least, last))
     root = np.kron(left, right) * scale.reshape(-1)
-    close(np.linalg.inv(root @ root.T), np.kron(a, b), 0.02)
-    assert np.allclose(left.T @ left, np.eye(5), atol=1e-5) == last
+    values, vectors = np.linalg.eigh(np.kron(A, B))
+    close(np.linalg.inv(root @ root.T), (vectors * np.maximum(values, least)) @ vectors.T, 0.02)
+    assert np.allclose(left.T @ left, np.eye(5), atol=1e-5) == (last or least > 1e3)
 
 
 @pytest.mark.parametrize("last", [False, True])
