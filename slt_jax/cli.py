@@ -180,7 +180,8 @@ def _report(command: Report) -> int:
     from slt_jax.report import report
 
     out = command.out or command.run.with_suffix(".html")
-    print(report(command.run, out, overwrite=command.overwrite))
+    shown = {} if command.drift is None else {"drift": command.drift}
+    print(report(command.run, out, overwrite=command.overwrite, **shown))
     return 0
 
 

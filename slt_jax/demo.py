@@ -24,6 +24,7 @@ from slt_jax.estimate import estimate_llc
 from slt_jax.models.decoder import Decoder, DecoderConfig
 from slt_jax.models.hub import load_decoder, save_decoder
 from slt_jax.posterior import LocalPosterior
+from slt_jax.report import report
 from slt_jax.results import LLCResult
 from slt_jax.samplers.sgld import sgld
 from slt_jax.training import Trajectory
@@ -46,6 +47,7 @@ class DemoSize:
 
 
 FULL = DemoSize(DecoderConfig(256, 64, 128, 2, 4), (4, 9, 20, 33, 54, 88, 144, 234, 380, 610, 980), 50, 100)
+SHOWN = {"unit": "nats per byte", "drift": 0.0}  # of picture and page: in steps alone, as the curve rises all the time
 SMOKE = DemoSize(DecoderConfig(256, 32, 32, 1, 2), (2, 8, 20), 20, 30, 2, 8, 8, 5, 300)
 
 
@@ -145,10 +147,10 @@ def run_demo(out: Path, *, smoke: bool = False, show: bool = True) -> list[dict]
         posterior, centers, data, sampler=sgld(5e-4), num_chains=size.num_chains, num_draws=size.num_draws,
         num_warmup=size.num_warmup, batch_size=size.sample_batch, progress=show,
     )  # fmt: skip
-    found.save(folder / "trajectory.zarr", overwrite=True)
+    saved = found.save(folder / "trajectory.zarr", overwrite=True)
     picture, page = folder / "llc-over-training.png", folder / "report.html"
-    found.plot(picture, unit="nats per byte", drift=0.0)
-    found.report(page, overwrite=True)
+    found.plot(picture, **SHOWN)
+    report(saved, page, overwrite=True, **SHOWN)
     each = zip(found.steps, found.results["all"], strict=True)
     rows = [{"step": step, "loss": result.init_loss, **result.to_dict()} for step, result in each]
     (folder / "table.json").write_text(json.dumps(rows, indent=1))
@@ -160,7 +162,7 @@ def run_demo(out: Path, *, smoke: bool = False, show: bool = True) -> list[dict]
 
 def _print_stages(console: Console, found: Trajectory) -> None:
     """The boundaries drawn in the picture, with their intervals."""
-    if (stages := found.stages_of("all", drift=0.0)) is None:
+    if (stages := found.stages_of("all", SHOWN["drift"])) is None:
         return
     for b in stages.boundaries:
         console.print(

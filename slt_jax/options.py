@@ -139,6 +139,8 @@ class Report:
     """The page; default the run's name with .html."""
     overwrite: bool = False
     """Replace a page that exists."""
+    drift: float | None = None
+    """Of a trajectory: how far its level may drift within a stage, per checkpoint; default found. 0: in steps alone."""
 
 
 Command = (

@@ -20,13 +20,13 @@ from slt_jax.grid import Sweep, load_sweep
 from slt_jax.plots import plot_result
 from slt_jax.reading import estimate_text
 from slt_jax.results import LLCResult, load_result
+from slt_jax.samplers.base import NO_MOMENTUM
 from slt_jax.storage import SWEEP, TRAJECTORY, kind_of, write_file
 from slt_jax.training import Trajectory, load_trajectory
 
 GOOD, CAUTION, BAD, UNMEASURED = "good", "caution", "bad", "none"
 _SYMBOLS = {GOOD: "✓", CAUTION: "!", BAD: "✗", UNMEASURED: "–"}
 _UNKNOWN = "not known"
-_NO_MOMENTUM = ("euler", "matthews", "exact")  # families of samplers to which friction means nothing
 _GENERATOR = 'content="slt-jax report"'
 
 
@@ -78,17 +78,18 @@ class Page:
     sections: tuple[Section, ...]
 
 
-def report(source: Any, out: str | os.PathLike, *, overwrite: bool = False) -> Path:
+def report(source: Any, out: str | os.PathLike, *, overwrite: bool = False, **shown: Any) -> Path:
     """Write a result as one self-contained page.
 
     Args:
         source: an ``LLCResult``, a ``Sweep``, a ``Trajectory``, or a path that ``save`` of one of them wrote.
         out: the HTML file.
         overwrite: replace ``out``, if it is such a page.
+        shown: ``unit`` and ``drift`` of a trajectory, as its ``plot`` takes them.
 
     Raises:
         FileExistsError, FileNotFoundError: of ``out`` or its folder. What ``load_result`` raises for a bad source.
-        TypeError: something else.
+        TypeError: something else, or ``shown`` of what is no trajectory.
     """
     target = Path(out)
     if target.exists() and not overwrite:
@@ -98,7 +99,7 @@ def report(source: Any, out: str | os.PathLike, *, overwrite: bool = False) -> P
     if not target.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {target.parent} to write {target.name} to. Make it first.")
     path = str(source) if isinstance(source, (str, os.PathLike)) else None
-    text = render(page_of(source if path is None else _opened(path), path))
+    text = render(page_of(source if path is None else _opened(path), path, **shown))
     return write_file(target, text)
 
 
@@ -106,16 +107,17 @@ def _opened(path: str) -> Any:
     return {SWEEP: load_sweep, TRAJECTORY: load_trajectory}.get(kind_of(Path(path)), load_result)(path)
 
 
-def page_of(thing: Any, path: str | None = None) -> Page:
+def page_of(thing: Any, path: str | None = None, **shown: Any) -> Page:
     """The page about a result, a sweep or a trajectory, by its kind. ``path``: where it is saved."""
-    if isinstance(thing, LLCResult):
-        return _result_page(thing, path)
     from slt_jax.report_many import sweep_page, trajectory_page
 
-    if isinstance(thing, Sweep):
-        return sweep_page(thing, path)
     if isinstance(thing, Trajectory):
-        return trajectory_page(thing, path)
+        return trajectory_page(thing, path, **shown)
+    if isinstance(thing, (LLCResult, Sweep)):
+        if shown:
+            what = "a sweep" if isinstance(thing, Sweep) else "a result"
+            raise TypeError(f"{' and '.join(shown)} are of a trajectory's page, and this is {what}'s. Leave them out.")
+        return sweep_page(thing, path) if isinstance(thing, Sweep) else _result_page(thing, path)
     raise TypeError(f"a report is of a result, a sweep or a trajectory, or of a saved one, got {type(thing).__name__}.")
 
 
@@ -294,7 +296,7 @@ _MEANINGS = {
 
 def settings_sections(settings: dict[str, Any]) -> Iterable[Section]:
     forms = {float: lambda x: f"{x:.4g}", int: lambda x: f"{x:,}", bool: lambda x: "yes" if x else "no"}
-    still = ("friction",) if settings.get("family") in _NO_MOMENTUM else ()
+    still = ("friction",) if settings.get("family") in NO_MOMENTUM else ()
     still += ("mean_time",) if settings.get("mean_time") == 1 else ()
     known = {name: settings[name] for name in _MEANINGS if settings.get(name) is not None and name not in still}
     rows = tuple(Row((name, forms.get(type(value), str)(value), _MEANINGS[name])) for name, value in known.items())

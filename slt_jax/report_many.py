@@ -50,7 +50,9 @@ def sweep_page(sweep: Sweep, path: str | None) -> Page:
     return Page(kind, f"Sweep over {len(rows)} settings", tone, verdict, (), sections)
 
 
-def trajectory_page(found: Trajectory, path: str | None) -> Page:
+def trajectory_page(
+    found: Trajectory, path: str | None, *, unit: str = "nats per example", drift: float | None = None
+) -> Page:
     """LLC and loss over training, the stages, and a row for each checkpoint and part."""
     alt = "LLC and loss over training steps, with the boundaries of stages and their intervals."
     bad, whole = found.unserved(), found.results[WHOLE]
@@ -67,8 +69,8 @@ def trajectory_page(found: Trajectory, path: str | None) -> Page:
             rows.append(Row(cells, tone_of(result.verdict)))
     settings = {k: v for k, v in whole[-1].settings.items() if k not in ("probe", "gradients", "cost")}
     sections = (
-        Section("Over training", picture=picture(found.plot(), alt)),
-        Section("What it says", code=str(found)),
+        Section("Over training", picture=picture(found.plot(unit=unit, drift=drift), alt)),
+        Section("What it says", code=found.summary(drift)),
         Section("All estimates", header=("checkpoint", "loss", "LLC", "R-hat", "verdict"), rows=tuple(rows)),
         *settings_sections(settings),
         citation_section(settings, False),

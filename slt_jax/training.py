@@ -11,6 +11,7 @@ import numpy as np
 
 from slt_jax.plateau import HEATED, SETTLED
 from slt_jax.results import LLCResult
+from slt_jax.samplers.base import NO_MOMENTUM
 from slt_jax.stacked import stack, unstack
 from slt_jax.stages import Stages, find_stages
 from slt_jax.storage import TRAJECTORY, load, write
@@ -38,7 +39,7 @@ class Trajectory:
         """Loss at each checkpoint, nats per example."""
         return [result.init_loss for result in self.results[WHOLE]]
 
-    @functools.cached_property
+    @property
     def stages(self) -> Stages | None:
         """Stages of the whole's LLC; None with fewer than four checkpoints that have one."""
         return self.stages_of(WHOLE)
@@ -51,6 +52,15 @@ class Trajectory:
         """
         if part not in self.results:
             raise KeyError(f"no part '{part}' in this trajectory, which has {', '.join(self.results)}.")
+        if (part, drift) not in self._stages:
+            self._stages[part, drift] = self._cut(part, drift)
+        return self._stages[part, drift]
+
+    @functools.cached_property
+    def _stages(self) -> dict[tuple[str, float | None], Stages | None]:
+        return {}
+
+    def _cut(self, part: str, drift: float | None) -> Stages | None:
         found = self.results[part]
         llc, error = (np.array([getattr(r, name) for r in found]) for name in ("llc", "llc_stderr"))
         known = np.isfinite(llc) & np.isfinite(error) & (error > 0)
@@ -60,9 +70,10 @@ class Trajectory:
 
     @property
     def setting(self) -> dict[str, Any]:
-        """The numbers that all have in common."""
+        """The numbers that all have in common; no friction of a sampler without momentum."""
         first = self.results[WHOLE][0].settings
-        return {name: first.get(name) for name in ("nbeta", "localization", "step_size", "friction")}
+        own = () if first.get("family") in NO_MOMENTUM else ("friction",)
+        return {name: first.get(name) for name in ("nbeta", "localization", "step_size", *own)}
 
     @functools.cached_property
     def dataset(self) -> "xr.Dataset":
@@ -86,7 +97,11 @@ class Trajectory:
         return {s: r.verdict for s, r in zip(self.steps, self.results[WHOLE], strict=True) if r.verdict in bad}
 
     def __str__(self) -> str:
-        found = self.results[WHOLE]
+        return self.summary()
+
+    def summary(self, drift: float | None = None) -> str:
+        """What ``print`` says, with ``stages_of("all", drift)``."""
+        found, stages = self.results[WHOLE], self.stages_of(WHOLE, drift)
         numbers = ", ".join(f"{name} {value:.3g}" for name, value in self.setting.items() if value is not None)
         lines = [f"LLC at {len(found)} checkpoints, steps {self.steps[0]:,} to {self.steps[-1]:,}, all with {numbers}."]
         if bad := self.unserved():
@@ -94,7 +109,7 @@ class Trajectory:
             lines.append(f"The setting does not serve {told}: take a shorter step_size for all.")
         other = Counter(r.verdict for r in found if r.verdict not in SETTLED and r.verdict not in bad.values())
         lines += [f"{count} of them '{verdict}'." for verdict, count in other.most_common()]
-        lines.append(str(self.stages) if self.stages is not None else "Too few estimates to look for stages.")
+        lines.append(str(stages) if stages is not None else "Too few estimates to look for stages.")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,11 +132,14 @@ class Trajectory:
         results = self.results if len(self.results) > 1 else self.results[WHOLE]
         return plot_training(self.steps, self.losses, results, path, stages=self.stages_of(WHOLE, drift), unit=unit)
 
-    def report(self, path: str | os.PathLike, *, overwrite: bool = False) -> Path:
-        """Write everything as one self-contained HTML page."""
+    def report(
+        self, path: str | os.PathLike, *, overwrite: bool = False, unit: str = "nats per example",
+        drift: float | None = None,
+    ) -> Path:  # fmt: skip
+        """Write everything as one self-contained HTML page, with the picture and the stages that ``plot`` shows."""
         from slt_jax.report import report
 
-        return report(self, path, overwrite=overwrite)
+        return report(self, path, overwrite=overwrite, unit=unit, drift=drift)
 
     def to_xarray(self) -> "xr.DataTree":
         """DataTree: ``/`` is ``dataset``; ``sample_stats`` and ``warmup_sample_stats`` hold all traces."""

@@ -257,7 +257,9 @@ def test_the_demo_small(tmp_path, capsys):
     for row, result in zip(rows, saved.results["all"], strict=True):
         assert f"{row['loss']:.3f}" in first
         assert result.llc == pytest.approx(row["llc"], rel=1e-12)
-    assert "LLC at 3 checkpoints" in (folder / "smoke" / "report.html").read_text()
+    page = (folder / "smoke" / "report.html").read_text()
+    assert "LLC at 3 checkpoints" in page
+    assert "load_trajectory(" in page
     assert (folder / "smoke" / "llc-over-training.png").stat().st_size > 10_000
 
     assert main(["demo", "--smoke", "--quiet", "--out", str(folder)]) == 0

@@ -132,6 +132,7 @@ def test_the_step_size_serves_the_sharpest_checkpoint():
     found = of_scales((1.0, 10.0, 3.2), None, num_draws=300, num_warmup=200)
     sharpest = 50.0 * 100.0 * float(np.linalg.eigvalsh(np.asarray(DATA.T @ DATA) / 200)[-1])
     assert 0.02 < found.setting["step_size"] * sharpest < 0.5
+    assert found.setting["friction"] > 0
     assert not found.unserved()
     assert len({r.settings["step_size"] for r in found.results["all"]}) == 1
 
@@ -140,6 +141,7 @@ def test_a_setting_that_does_not_serve_is_told():
     found = of_scales((1.0, 3.0), slt.sgld(5e-3), localization=0.5, num_draws=2000, num_warmup=500)
     assert found.unserved() == {2: "biased by the step size"}
     assert "does not serve 2 (biased by the step size): take a shorter step_size for all" in str(found)
+    assert "friction" not in str(found)  # SGLD has none
 
 
 def test_parts_have_results_of_their_own():

@@ -9,8 +9,8 @@ counts against what can be sampled, not against the learning coefficient).
 ``default``: ``estimate_llc`` with nothing but a budget, from 100 to 8,000; the smallest from which on all are within
 5 %. Calibration, warm-up and every chain count. ``published``: one SGLD chain from w* at the published step size
 and localization, 40,000 steps; the running estimate after t steps is the mean over the last tenth of them, as
-published, or over the second half, which is kinder, and the number is the last t at which it was further off than 5 %. A
-method that never stays counts as the end of its ladder.
+published, or over the second half, which is kinder, and the number is the last t at which it was further off than 5 %.
+A method that never stays counts as the end of its ladder.
 """
 
 import argparse

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from slt_jax.kernels.langevin import normal
 
 HIGHEST = jax.lax.Precision.HIGHEST  # of a metric's products: in TF32 a flat direction would get the stiff ones' errors
+NO_MOMENTUM = ("euler", "matthews", "exact")  # families of samplers to which friction means nothing
 Position = tuple[jax.Array, ...]
 LossAndGrad = Callable[[Position], tuple[jax.Array, Position]]
 
