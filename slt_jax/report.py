@@ -186,7 +186,7 @@ def _estimate_section(result: LLCResult) -> Section:
         ("Bias of the step size", _num(bias.step_size, "+.3g"), "What steps of this length add, to first order."),
         ("Bias of minibatch noise", _num(bias.noise, "+.3g"), "What the noise of the gradients adds, to first order."),
         ("Raw to corrected", f"{_num(result.llc_raw)} → {_num(result.llc)}", f"{taken}: {bias.why}."),
-        ("Half the weights", f"{free / 2:g}", f"What a regular minimum with {free:,} free weights would read."),
+        ("Half the weights", f"{free / 2:,.10g}", f"What a regular minimum with {free:,} free weights would read."),
         ("Loss at w*", _num(result.init_loss, ".5g"), "Of the trained weights, nats per example."),
         ("Loss around w*", _num(around, ".5g"), "Mean over the draws, nats per example."),
     ]
