@@ -1,6 +1,6 @@
 """A toy model of superposition is trained; its LLC at the 5-gon and the 6-gon, and along training, is measured.
 
-    python -m scaling.tms.run --out scaling/tms/results          # half an hour of two cores
+    python -m scaling.tms.run --out scaling/tms/results          # seven minutes of two cores
     python -m scaling.tms.run --out scaling/tms/results --plot   # picture and tables of what is there
 
 Writes ``tms.json`` and ``tms.png``, and prints the tables of README.md.
