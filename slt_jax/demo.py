@@ -47,8 +47,8 @@ class DemoSize:
 
 
 FULL = DemoSize(DecoderConfig(256, 64, 128, 2, 4), (4, 9, 20, 33, 54, 88, 144, 234, 380, 610, 980), 50, 100)
-SHOWN = {"unit": "nats per byte", "drift": 0.0}  # of picture and page: in steps alone, as the curve rises all the time
 SMOKE = DemoSize(DecoderConfig(256, 32, 32, 1, 2), (2, 8, 20), 20, 30, 2, 8, 8, 5, 300)
+SHOWN = {"unit": "nats per byte", "drift": 0.0}  # of picture and page: in steps alone, as the curve rises all the time
 
 
 def source_bytes(num_files: int, seq_len: int) -> np.ndarray:

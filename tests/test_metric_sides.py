@@ -10,10 +10,12 @@ import slt_jax.metric
 from slt_jax.metric import _Side, _turned
 from tests.matrices import spread
 
-RNG = np.random.default_rng(3)
-BASIS, VALUES = np.linalg.qr(RNG.normal(size=(9, 9)))[0], np.logspace(0, -8, 9)
-GRAM = spread(9, 4, 4)
-FLOOR = 1e-4 * np.trace(GRAM) / 9
+BASIS = np.linalg.qr(np.random.default_rng(3).normal(size=(9, 9)))[0]
+VALUES, GRAM = np.logspace(0, -8, 9), spread(9, 4, 4)
+
+
+def floored(gram):
+    return gram + 1e-4 * np.trace(gram) / 9 * np.eye(9)
 
 
 def whole(side):
@@ -22,10 +24,10 @@ def whole(side):
     return inverse.T @ inverse
 
 
-def exact():
+def exact(values, gram):
     """half sqrt(gram + floor) half', half half' = Q v Q'."""
-    half = BASIS * np.sqrt(VALUES)
-    return half @ scipy.linalg.sqrtm(GRAM + FLOOR * np.eye(9)) @ half.T
+    half = BASIS * np.sqrt(values)
+    return half @ scipy.linalg.sqrtm(floored(gram)) @ half.T
 
 
 def close(found, wanted, rtol=1e-6):
@@ -36,19 +38,21 @@ def close(found, wanted, rtol=1e-6):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
-def test_a_round_takes_a_side_by_the_root_of_its_products(monkeypatch, backend):
+@pytest.mark.parametrize(("decades", "gram", "off"), [(8, GRAM, (1e-6, 1e-4)), (12, spread(9, 1, 4), (1e-4, 1e-3))])
+def test_a_round_takes_a_side_by_the_root_of_its_products(monkeypatch, backend, decades, gram, off):
     """Twelve decades, which float32 would lose. Kills: the products' squares, no floor, S for S'^-1, values squared."""
     products, made = [], slt_jax.metric.square_root
     monkeypatch.setattr(slt_jax.metric, "square_root", lambda matrix: products.append(len(matrix)) or made(matrix))
     monkeypatch.setattr(slt_jax.metric, "LARGE_SIDE", 9)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     slt_jax.metric._into_by_products.clear_cache()
-    grown = _Side(BASIS, VALUES).into(GRAM, 1000)
+    values = np.logspace(0, -decades, 9)
+    grown = _Side(BASIS, values).into(gram, 1000)
     assert np.ptp(grown.values) == 0
-    close(whole(grown), exact())
+    close(whole(grown), exact(values, gram), off[0])
     turned = grown.turned()
     np.testing.assert_allclose(turned.root.T @ turned.root, np.eye(9), atol=1e-9)
-    close((turned.root * turned.values) @ turned.root.T, exact(), 1e-4)
+    close((turned.root * turned.values) @ turned.root.T, exact(values, gram), off[1])
     assert products == ([9] if backend == "gpu" else [])
 
 
@@ -61,12 +65,12 @@ def test_a_small_side_is_its_host_s_on_a_gpu_too(monkeypatch):
 
 def test_a_first_round_leaves_the_root_of_its_products():
     """U v U' = 2 sqrt(gram + floor). Kills: the values' squares, no floor."""
-    side = _Side(None, np.full(9, 2.0)).into(GRAM, 1000).turned()
-    wanted = 2 * scipy.linalg.sqrtm(GRAM + FLOOR * np.eye(9))
-    close((side.root * side.values) @ side.root.T, wanted)
-    few = _Side(None, np.full(9, 2.0)).into(GRAM, 3).turned()  # a floor three times as high for a third of the vectors
-    wanted = 2 * scipy.linalg.sqrtm(GRAM + 3 * FLOOR * np.eye(9))
-    close((few.root * few.values) @ few.root.T, wanted)
+    gram = spread(9, 6, 4)
+    side = _Side(None, np.full(9, 2.0)).into(gram, 1000).turned()
+    close((side.root * side.values) @ side.root.T, 2 * scipy.linalg.sqrtm(floored(gram)), 1e-8)
+    few = _Side(None, np.full(9, 2.0)).into(gram, 3).turned()  # a floor three times as high for a third of the vectors
+    wanted = 2 * scipy.linalg.sqrtm(gram + 3 * (floored(gram) - gram))
+    close((few.root * few.values) @ few.root.T, wanted, 1e-8)
 
 
 A, B = 1e6 * spread(5, 1, 0), spread(4, 1, 1)  # a_i b_j from 1e4 to 1e6
