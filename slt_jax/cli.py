@@ -13,6 +13,7 @@ from typing import Any
 import tyro
 
 from slt_jax.options import Command, Course, Demo, Llc, Report, Sampling, SweepGrid
+from slt_jax.programs import keep_programs
 
 _INTERRUPTED = 130
 
@@ -35,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         config=(tyro.conf.FlagCreatePairsOff,),
     )  # fmt: skip
     _use_all_cores()
+    keep_programs()
     try:
         return _DOES[type(command)](command)
     except KeyboardInterrupt:
