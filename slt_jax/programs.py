@@ -16,9 +16,9 @@ def keep_programs() -> Path | None:
     """Have JAX keep what it compiles in the user's cache folder; return the folder.
 
     ``$XDG_CACHE_HOME/slt-jax/programs`` or ``~/.cache/slt-jax/programs``, and there one folder for each kind of
-    processor. None where nothing is changed: JAX was told of a cache or told to use none (``JAX_COMPILATION_CACHE_DIR``,
-    ``JAX_ENABLE_COMPILATION_CACHE``), or the folder cannot be written to. A program's weights, data and settings are its
-    arguments: another checkpoint of the same shapes finds it.
+    processor. None where nothing is changed: JAX was told of a cache, or told to use none
+    (``JAX_COMPILATION_CACHE_DIR``, ``JAX_ENABLE_COMPILATION_CACHE``), or the folder cannot be written to. A program's
+    weights, data and settings are its arguments: another checkpoint of the same shapes finds it.
     """
     if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
         return None
