@@ -18,6 +18,8 @@ README = ROOT / "README.md"
 TABLES = [
     ("README.md", compare.table, "scaling/throughput/results/cpu.json"),
     ("README.md", compare.table, "scaling/throughput/results/cpu-intel.json"),
+    ("README.md", compare.costs, "scaling/throughput/results/cpu.json"),
+    ("README.md", compare.costs, "scaling/throughput/results/cpu-intel.json"),
     ("docs/sweeps.md", sweep.table, "scaling/throughput/results/sweep.json"),
     ("docs/sweeps.md", sweep.table, "scaling/throughput/results/sweep-accelerator.json"),
     ("docs/transformers.md", memory.table, "scaling/throughput/results/memory.json"),

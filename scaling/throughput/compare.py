@@ -90,7 +90,7 @@ def main() -> None:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps(record["summary"], indent=1))
-    print(*table(record), sep="\n")
+    print(*table(record), "", *costs(record), sep="\n")
 
 
 def table(record: dict[str, Any]) -> Iterator[str]:
@@ -106,6 +106,18 @@ def table(record: dict[str, Any]) -> Iterator[str]:
         speeds, times = sums[work]["peers_steps_per_s"], sums[work]["times_faster"]
         cells = (f"{speeds[p]:,.4g} (ours is {times[p]:.2f}x)" if p in speeds else "" for p in peers)
         yield f"| {label} | **{sums[work]['steps_per_s']:,.4g}** | {' | '.join(cells)} |"
+
+
+def costs(record: dict[str, Any]) -> Iterator[str]:
+    """Lines of Markdown: what a step of each sampler takes over a bare gradient."""
+    names = {
+        "sgld": "SGLD", "leimkuhler-matthews": "Leimkuhler-Matthews", "preconditioned, rmsprop": "preconditioned",
+        "preconditioned, adam": "with Adam's moments", "underdamped": "underdamped", "sghmc": "SGHMC", "sgnht": "SGNHT",
+    }  # fmt: skip
+    yield f"| | {' | '.join(names.values())} |"
+    yield "|---" * (1 + len(names)) + "|"
+    cells = (f"{record['overhead']['overheads'][name]:+.1%}".replace("%", " %") for name in names)
+    yield f"| {record['cpu'].replace('(R)', '').removesuffix(' Processor')} | {' | '.join(cells)} |"
 
 
 def summary(record: dict[str, Any]) -> dict[str, Any]:
