@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from scaling.dln.records import Store
-from scaling.samplers import gradients, metric, teachers
+from scaling.samplers import gradients, metric, networks, teachers, verdicts
 from scaling.throughput import compare, memory, sweep
 from slt_jax.kernels import timing
 
@@ -47,7 +47,14 @@ def test_tables_of_studies_are_those_of_their_rows(capsys):
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     at_large = [line.replace("| 1e+08 ", "") for line in printed if "| 1e+08 |" in line]
     expected += [line for line in printed if "| nbeta |" not in line and "e+0" not in line] + at_large
-    assert len(expected) == 6 + 17 + 9
+    networks.tables(Store(results / "networks.jsonl", ("kind", "seed", "run")))
+    expected += [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("| ") and "| 40,000 |" not in line
+    ]
+    for problems in verdicts.PROBLEMS:
+        rows = [json.loads(line) for line in (results / f"verdicts-{problems}.jsonl").read_text().splitlines()]
+        expected += list(verdicts.table(problems, rows))
+    assert len(expected) == 6 + 17 + 9 + 11 + 9
     lines = README.read_text().splitlines()
     assert [line for line in expected if line not in lines] == []
 

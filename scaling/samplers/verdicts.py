@@ -88,18 +88,28 @@ def run(name: str, setting: str, options: dict) -> dict:
     return {"problem": name, "setting": setting, "exact": exact, "minimum": not away, **{k: summary[k] for k in keep}}
 
 
-def judge(rows: list[dict]) -> None:
-    """How often the verdict was right, and where it was not."""
+def judged(rows: list[dict]) -> tuple[list[dict], list[dict]]:
+    """(rows off by more than 10 %, those within 3 %); each row gets its ``error``, infinite where w* is no minimum."""
     for row in rows:
         off = row["llc"] is None or not row["minimum"]
         row["error"] = float("inf") if off else abs(row["llc"] / row["exact"] - 1)
-    bad = [r for r in rows if r["error"] > 0.1]
-    good = [r for r in rows if r["error"] <= 0.03]
-    caught = [r for r in bad if r["verdict"] != "converged"]
-    passed = [r for r in good if r["verdict"] == "converged"]
-    print(f"{len(rows)} runs")
-    print(f"off by more than 10 %: {len(bad)}, not called converged: {len(caught)} ({len(caught) / len(bad):.1%})")
-    print(f"within 3 %: {len(good)}, called converged: {len(passed)} ({len(passed) / len(good):.1%})")
+    return [r for r in rows if r["error"] > 0.1], [r for r in rows if r["error"] <= 0.03]
+
+
+def table(problems: str, rows: list[dict]) -> Iterator[str]:
+    """Lines of Markdown: how often the verdict was right."""
+    bad, good = judged(rows)
+    caught = sum(r["verdict"] != "converged" for r in bad) / len(bad)
+    passed = sum(r["verdict"] == "converged" for r in good) / len(good)
+    yield "| problems | runs | off by more than 10 % | not called converged | within 3 % | called converged |"
+    yield "|---|---|---|---|---|---|"
+    yield f"| {problems.replace('-', ' ')} | {len(rows)} | {len(bad)} | {caught:.1%} | {len(good)} | {passed:.1%} |"
+
+
+def tell(problems: str, rows: list[dict]) -> None:
+    """Print how often the verdict was right, and where it was not."""
+    bad, good = judged(rows)
+    print(*table(problems, rows), sep="\n")
     print("\n| verdict | within 3 % | 3 to 10 % | off by more |\n|---|---|---|---|")
     for verdict in sorted({r["verdict"] for r in rows}):
         errors = [r["error"] for r in rows if r["verdict"] == verdict]
@@ -126,7 +136,7 @@ def main() -> None:
             for name, setting, options in settings(args.problems):
                 file.write(json.dumps(run(name, setting, options)) + "\n")
                 file.flush()
-    judge([json.loads(line) for line in args.out.read_text().splitlines()])
+    tell(args.problems, [json.loads(line) for line in args.out.read_text().splitlines()])
 
 
 if __name__ == "__main__":
