@@ -101,7 +101,9 @@ def slopes(draws: np.ndarray, gap_var: np.ndarray, distance_sq: np.ndarray, nbet
     Derivation: with p proportional to exp(-nbeta L - localization D), D = |w - w*|^2 / 2, the derivative of E[L] by
     nbeta is -Var(L) and by localization -Cov(L, D). So LLC = nbeta (E[L] - L(w*)) has the slopes LLC - nbeta^2 Var(L)
     and -localization nbeta Cov(L, D). Var(L) is that of the whole loss: ``gap_var``, the variance of a minibatch's
-    mean, is subtracted from what the draws show. Standard errors from the spread over quarters of the chains.
+    mean, is subtracted from what the draws show. Standard errors from the spread over quarters of the chains; the first
+    is at least that of the law that nbeta (L - L(w*)) has at the asymptotic temperature: where no draw went far, the
+    variance is too small and its spread is too.
 
     Args:
         draws: nbeta (L_m(w) - L_m(w*)), (chain, draw). gap_var: per draw, of L_m(w) - L_m(w*). distance_sq: |w - w*|^2.
@@ -109,7 +111,18 @@ def slopes(draws: np.ndarray, gap_var: np.ndarray, distance_sq: np.ndarray, nbet
     if (parts := _quarters(draws, nbeta * (nbeta * np.float64(gap_var)), localization / 2 * distance_sq)) is None:
         return _UNKNOWN, _UNKNOWN
     energy, noise, pull = parts
-    return _mean_of(energy - (_product(energy, energy) - noise)), _mean_of(-_product(energy, pull))
+    up = _mean_of(energy - (_product(energy, energy) - noise))
+    least = _gamma_error(float(energy.mean()), ess_and_rhat(draws)[0])
+    return Slope(up.value, max(up.stderr, least)), _mean_of(-_product(energy, pull))
+
+
+def _gamma_error(shape: float, count: float) -> float:
+    """Standard error of mean - variance over ``count`` independent draws of a Gamma law of scale 1.
+
+    Its cumulants are shape (n - 1)!, so that the mean, the variance and their covariance have the variances
+    shape / count, (6 shape + 2 shape^2) / count and 2 shape / count.
+    """
+    return math.sqrt(max(0.0, shape * (2 * shape + 3)) / count) if count > 0 else 0.0
 
 
 def covariance_with_loss(draws: np.ndarray, gap_var: np.ndarray, drift_sq: np.ndarray, nbeta: float) -> Slope:
@@ -358,11 +371,12 @@ def _spiking(draws, facts):
 def _dependent(draws, facts):
     """Directions that the localization holds at this nbeta make the LLC rise with nbeta and fall with localization.
 
-    The two slopes are of one cause and of nearly independent noise, so they are weighed together. Where the chains
-    mix too slowly for slopes, the degree of the loss where they are still tells. A product of L layers near zero has
-    degree 2L by right, but then the loss itself holds more than half of the directions: L + 1 of 2L, if the widths are
-    equal. Where the localization holds more of them than the loss, a degree above a product of two layers comes from
-    how far out it lets them go.
+    The two slopes are of one cause and of nearly independent noise, so they are weighed together; but off a minimum the
+    LLC rises with the localization too, and then the first speaks for itself. Where the chains mix too slowly for
+    slopes, the degree of the loss where they are still tells. A product of L layers near zero has degree 2L by right,
+    but then the loss itself holds more than half of the directions: L + 1 of 2L, if the widths are equal. Where the
+    localization holds more of them than the loss, a degree above a product of two layers comes from how far out it lets
+    them go.
     """
     degree = facts.evidence.degree
     limit = HELD_DEGREE_LIMIT if facts.evidence.held > 0.5 else DEGREE_LIMIT
@@ -374,7 +388,8 @@ def _dependent(draws, facts):
     up, down = facts.evidence.nbeta_slope, facts.evidence.localization_slope
     if not (up.stderr > 0 and down.stderr > 0):
         return None
-    z = (up.value / up.stderr - down.value / down.stderr) / math.sqrt(2)
+    alone = up.value / up.stderr
+    z = max(alone, (alone - down.value / down.stderr) / math.sqrt(2))
     if z > SLOPE_SIGMA and up.value > SLOPE_LIMIT * abs(draws.mean()):
         return "depends on nbeta or localization", (
             f"a factor e in nbeta moves the estimate by {up.value:+.3g}, in localization by {down.value:+.3g}: it is "

@@ -1,4 +1,4 @@
-"""A small run that takes any argument, and what a refusal must say, for the tests of bad input."""
+"""A small run that takes any argument and what a refusal must say, for the tests of bad input; draws of a known law."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +22,11 @@ def posterior(loss_fn=square, center=None, num_data=40, **more):
 def estimate(target=None, data=DATA, **more):
     given = {"sampler": slt.sgld(1e-4), **PLAN, **more}
     return slt.estimate_llc(posterior() if target is None else target, data, **given)
+
+
+def gamma_draws(llc, chains=8, draws=4000, seed=0):
+    """Independent draws of nbeta (L - L*) at the asymptotic temperature."""
+    return np.random.default_rng(seed).gamma(llc, size=(chains, draws))
 
 
 def refuses(kind, call, *words):

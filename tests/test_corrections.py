@@ -9,16 +9,12 @@ import pytest
 
 import slt_jax as slt
 from slt_jax.corrections import Bias, bias_of, heating, thermometer
-from slt_jax.diagnostics import Evidence, Slope, assess, covariance_with_loss, degree_of, slopes
+from slt_jax.diagnostics import Evidence, Slope, assess, covariance_with_loss
 from slt_jax.series import extrapolate
+from tests.small import gamma_draws
 
 NAN2 = (math.nan, math.nan)
 SETTINGS = {"step_size": 0.01, "friction": 0.2}
-
-
-def gamma_draws(llc, chains=8, draws=4000, seed=0):
-    """Independent draws of nbeta (L - L*) at the asymptotic temperature."""
-    return np.random.default_rng(seed).gamma(llc, size=(chains, draws))
 
 
 @pytest.mark.quick
@@ -148,50 +144,6 @@ def test_the_thermometer_reads_heat():
     value, error = thermometer(kinetic, 200, 2000.0)
     assert abs(value - 2.0) < 4 * error
     assert error == pytest.approx(100 * 0.01 / math.sqrt(2000), rel=0.1)
-
-
-def test_slopes_of_a_hidden_direction():
-    """One direction x w^2 / 2 held by g w^2 / 2: LLC = x / (x + g) / 2, slopes +-x g / (x + g)^2 / 2."""
-    x, g = 3.0, 2.0
-    w = np.random.default_rng(0).normal(size=(16, 20_000)) / math.sqrt(x + g)
-    noise = np.random.default_rng(1).normal(size=w.shape) * 0.7
-    up, down = slopes(x * w**2 / 2 + noise, np.full(w.shape, 0.49), w**2, 1.0, g)
-    exact = x * g / (x + g) ** 2 / 2
-    assert abs(up.value - exact) < 4 * up.stderr
-    assert abs(down.value + exact) < 4 * down.stderr
-    assert up.stderr < 0.1 * exact
-
-
-def test_slopes_at_any_nbeta_are_those_in_its_units():
-    """Kills: nbeta squared before it meets float32, of which it is out of range above 2e19."""
-    rng, nbeta = np.random.default_rng(2), 1e22
-    draws = 1e4 * rng.normal(size=(64, 40)) ** 2
-    noise = 1e8 * rng.normal(size=draws.shape) ** 2
-    distance = rng.normal(size=draws.shape) ** 2
-    usual = slopes(draws, noise, distance, 1.0, 1.0)
-    found = slopes(draws, (noise / nbeta**2).astype(np.float32), distance, nbeta, 1.0)
-    np.testing.assert_allclose(found, usual, rtol=1e-3)
-
-
-def test_slopes_vanish_at_the_asymptotic_temperature():
-    draws = gamma_draws(3.5)
-    up, down = slopes(draws, np.zeros_like(draws), np.random.default_rng(1).normal(size=draws.shape) ** 2, 1.0, 1.0)
-    assert abs(up.value) < 4 * up.stderr
-    assert abs(down.value) < 4 * down.stderr
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize("degree", [2, 4])
-def test_degree_of_a_homogeneous_loss(degree):
-    """sum |w_i|^k: nbeta L is gamma distributed with shape d / k, and <w, nbeta grad L> is k nbeta L."""
-    rng = np.random.default_rng(0)
-    energy = rng.gamma(1 / degree, size=(8, 4000, 3))
-    away = (energy ** (2 / degree)).sum(-1)
-    noise = rng.normal(size=away.shape) * 0.5  # of a minibatch
-    found = degree_of(energy.sum(-1) + noise, degree * energy.sum(-1) + 0.7 * away, away, 0.7)
-    assert abs(found.value - degree) < 4 * found.stderr
-    assert found.stderr < 0.1
-    assert math.isnan(degree_of(-energy.sum(-1), away, away, 0.7).value)
 
 
 @pytest.mark.quick

@@ -1,0 +1,84 @@
+"""How an estimate depends on nbeta, localization and where the chains are, on draws whose law is known."""
+
+import math
+
+import numpy as np
+import pytest
+
+from slt_jax import diagnostics
+from slt_jax.diagnostics import Evidence, Slope, assess, degree_of, slopes
+from tests.small import gamma_draws
+
+
+def test_slopes_of_a_hidden_direction():
+    """One direction x w^2 / 2 held by g w^2 / 2: LLC = x / (x + g) / 2, slopes +-x g / (x + g)^2 / 2."""
+    x, g = 3.0, 2.0
+    w = np.random.default_rng(0).normal(size=(16, 20_000)) / math.sqrt(x + g)
+    noise = np.random.default_rng(1).normal(size=w.shape) * 0.7
+    up, down = slopes(x * w**2 / 2 + noise, np.full(w.shape, 0.49), w**2, 1.0, g)
+    exact = x * g / (x + g) ** 2 / 2
+    assert abs(up.value - exact) < 4 * up.stderr
+    assert abs(down.value + exact) < 4 * down.stderr
+    assert up.stderr < 0.1 * exact
+
+
+def test_slopes_at_any_nbeta_are_those_in_its_units():
+    """Kills: nbeta squared before it meets float32, of which it is out of range above 2e19."""
+    rng, nbeta = np.random.default_rng(2), 1e22
+    draws = 1e4 * rng.normal(size=(64, 40)) ** 2
+    noise = 1e8 * rng.normal(size=draws.shape) ** 2
+    distance = rng.normal(size=draws.shape) ** 2
+    usual = slopes(draws, noise, distance, 1.0, 1.0)
+    found = slopes(draws, (noise / nbeta**2).astype(np.float32), distance, nbeta, 1.0)
+    np.testing.assert_allclose(found, usual, rtol=1e-3)
+
+
+def test_slopes_vanish_at_the_asymptotic_temperature():
+    draws = gamma_draws(3.5)
+    up, down = slopes(draws, np.zeros_like(draws), np.random.default_rng(1).normal(size=draws.shape) ** 2, 1.0, 1.0)
+    assert abs(up.value) < 4 * up.stderr
+    assert abs(down.value) < 4 * down.stderr
+
+
+@pytest.mark.parametrize("shape", [0.25, 5.0])
+def test_the_least_error_of_the_slope_is_that_of_its_law(shape):
+    """A standard deviation of 4000 has a relative error of 1 / sqrt(8000), more as the law is skewed."""
+    x = np.random.default_rng(4).gamma(shape, size=(4000, 500))
+    assert diagnostics._gamma_error(shape, 500) == pytest.approx((x.mean(1) - x.var(1)).std(), rel=0.05)
+
+
+def test_a_slope_of_few_draws_is_not_taken_for_one():
+    """Where no draw went far, variance and spread are both too small: by the spread alone one in 15 is an alarm."""
+    rng, alarms = np.random.default_rng(5), 0
+    for _ in range(300):
+        draws = rng.gamma(0.25, size=(4, 100))
+        up, _ = slopes(draws, np.zeros(draws.shape), draws, 1.0, 1.0)
+        alarms += up.value > 2.5 * up.stderr
+    assert alarms <= 7  # at 0.6 % each, eight are one set in 1500
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("degree", [2, 4])
+def test_degree_of_a_homogeneous_loss(degree):
+    """sum |w_i|^k: nbeta L is gamma distributed with shape d / k, and <w, nbeta grad L> is k nbeta L."""
+    rng = np.random.default_rng(0)
+    energy = rng.gamma(1 / degree, size=(8, 4000, 3))
+    away = (energy ** (2 / degree)).sum(-1)
+    noise = rng.normal(size=away.shape) * 0.5  # of a minibatch
+    found = degree_of(energy.sum(-1) + noise, degree * energy.sum(-1) + 0.7 * away, away, 0.7)
+    assert abs(found.value - degree) < 4 * found.stderr
+    assert found.stderr < 0.1
+    assert math.isnan(degree_of(-energy.sum(-1), away, away, 0.7).value)
+
+
+RISES = {
+    "with both: off a minimum chains run downhill, and a localization keeps them from it": (20, 3, 15, 2),
+    "with nbeta and against the localization, either alone unsure": (4, 2, -4, 2),
+}
+
+
+@pytest.mark.parametrize("case", RISES)
+def test_an_estimate_that_depends_on_nbeta_or_localization(case):
+    up, up_error, down, down_error = map(float, RISES[case])
+    evidence = Evidence(num_free=100, nbeta_slope=Slope(up, up_error), localization_slope=Slope(down, down_error))
+    assert assess(gamma_draws(30.0, 4, 1000), evidence).verdict == "depends on nbeta or localization"
