@@ -371,12 +371,13 @@ def _spiking(draws, facts):
 def _dependent(draws, facts):
     """Directions that the localization holds at this nbeta make the LLC rise with nbeta and fall with localization.
 
-    The two slopes are of one cause and of nearly independent noise, so they are weighed together; but off a minimum the
-    LLC rises with the localization too, and then the first speaks for itself. Where the chains mix too slowly for
-    slopes, the degree of the loss where they are still tells. A product of L layers near zero has degree 2L by right,
-    but then the loss itself holds more than half of the directions: L + 1 of 2L, if the widths are equal. Where the
-    localization holds more of them than the loss, a degree above a product of two layers comes from how far out it lets
-    them go.
+    A homogeneous loss of degree k reads a function of nbeta / localization^(k / 2): the slope with nbeta is -k / 2
+    times that with the localization, of nearly independent noise, and their mean weighted by 1 / error^2 is known
+    better than either. Off a minimum the LLC rises with both, and then the first speaks for itself. Where chains mix
+    too slowly for slopes, the degree of the loss where they are still tells. A product of L layers near zero has
+    degree 2L by right, but then the loss itself holds more than half of the directions: L + 1 of 2L, if the widths are
+    equal. Where the localization holds more of them than the loss, a degree above a product of two layers comes from
+    how far out it lets them go.
     """
     degree = facts.evidence.degree
     limit = HELD_DEGREE_LIMIT if facts.evidence.held > 0.5 else DEGREE_LIMIT
@@ -388,9 +389,10 @@ def _dependent(draws, facts):
     up, down = facts.evidence.nbeta_slope, facts.evidence.localization_slope
     if not (up.stderr > 0 and down.stderr > 0):
         return None
-    alone = up.value / up.stderr
-    z = max(alone, (alone - down.value / down.stderr) / math.sqrt(2))
-    if z > SLOPE_SIGMA and up.value > SLOPE_LIMIT * abs(draws.mean()):
+    ratio = min(degree.value, limit) / 2 if degree.value > 0 else 1.0
+    share = 1 / (1 + (ratio * down.stderr / up.stderr) ** 2)
+    both = Slope(up.value - share * (up.value + ratio * down.value), math.sqrt(1 - share) * up.stderr)
+    if any(x.value > max(SLOPE_SIGMA * x.stderr, SLOPE_LIMIT * abs(draws.mean())) for x in (up, both)):
         return "depends on nbeta or localization", (
             f"a factor e in nbeta moves the estimate by {up.value:+.3g}, in localization by {down.value:+.3g}: it is "
             "right for this posterior, and not yet the learning coefficient. Raise nbeta, or lower localization, until "

@@ -71,14 +71,23 @@ def test_degree_of_a_homogeneous_loss(degree):
     assert math.isnan(degree_of(-energy.sum(-1), away, away, 0.7).value)
 
 
-RISES = {
-    "with both: off a minimum chains run downhill, and a localization keeps them from it": (20, 3, 15, 2),
-    "with nbeta and against the localization, either alone unsure": (4, 2, -4, 2),
+NAN = (math.nan, math.nan)
+DEPENDS = {
+    "with both: off a minimum chains run downhill, and a localization keeps them from it": ((20, 3, 15, 2), NAN, True),
+    "with nbeta and against the localization, either alone unsure": ((4, 2, -4, 2), NAN, True),
+    "a quartic's slope with nbeta is twice that with the localization": ((2, 3, -1, 0.2), (4, 0.1), True),
+    "a quadratic's is the same": ((2, 3, -1, 0.2), (2, 0.1), False),
+    "a small slope, however sure, makes no large one with nbeta": ((2, 1, -0.1, 0.03), (2, 0.1), False),
+    "a degree that is hardly known makes none either": ((2, 3, -0.2, 0.05), (40, 20), False),
 }
 
 
-@pytest.mark.parametrize("case", RISES)
-def test_an_estimate_that_depends_on_nbeta_or_localization(case):
-    up, up_error, down, down_error = map(float, RISES[case])
-    evidence = Evidence(num_free=100, nbeta_slope=Slope(up, up_error), localization_slope=Slope(down, down_error))
-    assert assess(gamma_draws(30.0, 4, 1000), evidence).verdict == "depends on nbeta or localization"
+@pytest.mark.parametrize("case", DEPENDS)
+def test_estimates_that_depend_on_nbeta_or_localization(case):
+    (up, up_error, down, down_error), degree, depends = DEPENDS[case]
+    evidence = Evidence(
+        num_free=100, nbeta_slope=Slope(up, up_error), localization_slope=Slope(down, down_error),
+        degree=Slope(*degree),
+    )  # fmt: skip
+    expected = "depends on nbeta or localization" if depends else "converged"
+    assert assess(gamma_draws(30.0, 4, 1000), evidence).verdict == expected
