@@ -112,7 +112,7 @@ def slopes(draws: np.ndarray, gap_var: np.ndarray, distance_sq: np.ndarray, nbet
         return _UNKNOWN, _UNKNOWN
     energy, noise, pull = parts
     up = _mean_of(energy - (_product(energy, energy) - noise))
-    least = _gamma_error(float(energy.mean()), ess_and_rhat(draws)[0])
+    least = _gamma_error(float(energy.mean()), ess_and_rhat((draws - draws.mean()) ** 2)[0])
     return Slope(up.value, max(up.stderr, least)), _mean_of(-_product(energy, pull))
 
 
@@ -371,7 +371,7 @@ def _spiking(draws, facts):
 def _dependent(draws, facts):
     """Directions that the localization holds at this nbeta make the LLC rise with nbeta and fall with localization.
 
-    A homogeneous loss of degree k reads a function of nbeta / localization^(k / 2): the slope with nbeta is -k / 2
+    A homogeneous loss of degree k reads a function of nbeta / localization^(k / 2): the slope with nbeta is -2 / k
     times that with the localization, of nearly independent noise, and their mean weighted by 1 / error^2 is known
     better than either. Off a minimum the LLC rises with both, and then the first speaks for itself. Where chains mix
     too slowly for slopes, the degree of the loss where they are still tells. A product of L layers near zero has
@@ -389,7 +389,7 @@ def _dependent(draws, facts):
     up, down = facts.evidence.nbeta_slope, facts.evidence.localization_slope
     if not (up.stderr > 0 and down.stderr > 0):
         return None
-    ratio = min(degree.value, limit) / 2 if degree.value > 0 else 1.0
+    ratio = 2 / float(np.clip(degree.value, 2.0, limit)) if degree.value > 0 else 1.0
     share = 1 / (1 + (ratio * down.stderr / up.stderr) ** 2)
     both = Slope(up.value - share * (up.value + ratio * down.value), math.sqrt(1 - share) * up.stderr)
     if any(x.value > max(SLOPE_SIGMA * x.stderr, SLOPE_LIMIT * abs(draws.mean())) for x in (up, both)):

@@ -8,6 +8,7 @@ import pytest
 from slt_jax import diagnostics
 from slt_jax.diagnostics import Evidence, Slope, assess, degree_of, slopes
 from tests.small import gamma_draws
+from tests.targets import by_name
 
 
 def test_slopes_of_a_hidden_direction():
@@ -75,10 +76,11 @@ NAN = (math.nan, math.nan)
 DEPENDS = {
     "with both: off a minimum chains run downhill, and a localization keeps them from it": ((20, 3, 15, 2), NAN, True),
     "with nbeta and against the localization, either alone unsure": ((4, 2, -4, 2), NAN, True),
-    "a quartic's slope with nbeta is twice that with the localization": ((2, 3, -1, 0.2), (4, 0.1), True),
-    "a quadratic's is the same": ((2, 3, -1, 0.2), (2, 0.1), False),
+    "a quadratic's slope with nbeta is minus that with the localization": ((2, 3, -2, 0.2), (2, 0.1), True),
+    "a quartic's is half of it": ((2, 3, -2, 0.2), (4, 0.1), False),
+    "a degree that is hardly known makes it no less than for the largest that goes": ((2, 3, -8, 1), (40, 20), True),
+    "a degree below a quadratic's makes it no more": ((2, 3, -1, 0.2), (0.5, 0.1), False),
     "a small slope, however sure, makes no large one with nbeta": ((2, 1, -0.1, 0.03), (2, 0.1), False),
-    "a degree that is hardly known makes none either": ((2, 3, -0.2, 0.05), (40, 20), False),
 }
 
 
@@ -91,3 +93,13 @@ def test_estimates_that_depend_on_nbeta_or_localization(case):
     )  # fmt: skip
     expected = "depends on nbeta or localization" if depends else "converged"
     assert assess(gamma_draws(30.0, 4, 1000), evidence).verdict == expected
+
+
+@pytest.mark.parametrize(("name", "degree"), [("quadratic, d = 1", 2), ("x^4", 4), ("|w|^6, d = 3", 6)])
+def test_the_slopes_of_a_homogeneous_loss_are_of_one_cause(name, degree):
+    """By quadrature: the one with nbeta is -2 / degree times that with the localization."""
+    exact, step = by_name(name).exact, 1e-3
+    up = (exact(20 * math.exp(step), 9.0) - exact(20 * math.exp(-step), 9.0)) / (2 * step)
+    down = (exact(20.0, 9 * math.exp(step)) - exact(20.0, 9 * math.exp(-step))) / (2 * step)
+    assert up > 0.02
+    assert up == pytest.approx(-2 / degree * down, rel=1e-3)
