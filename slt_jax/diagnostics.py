@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
 from slt_jax.corrections import Bias
 from slt_jax.series import Rise, ess_and_rhat, extrapolate, standard_error, trend_of
+from slt_jax.slopes import UNKNOWN, Slope, rises_with_nbeta
 
 RHAT_LIMIT = 1.05
 TREND_SIGMA = 3.0
@@ -22,20 +22,11 @@ HEAT_SIGMA = 4.0
 VIRIAL_LIMIT = 0.2
 SLOPE_SIGMA = 2.5
 _SPIKE_LIMIT = 4.0
-_NOISE_SHARE = 0.1  # of the variance of the loss, that minibatches may make
 DEGREE_LIMIT = 6.25  # x^2 y^4 has 6
 HELD_DEGREE_LIMIT = 4.0  # where the localization holds more directions than the loss
-ERROR_LIMIT = 0.125
+ERROR_LIMIT = 0.11
 
 
-class Slope(NamedTuple):
-    """A number found from the draws, such as d LLC / d log nbeta, and its standard error."""
-
-    value: float
-    stderr: float
-
-
-_UNKNOWN = Slope(math.nan, math.nan)
 _UNSEEN = Rise()
 
 
@@ -56,17 +47,17 @@ class Evidence:
     kinetic: float = math.nan
     acceptance: float = math.nan
     bias: Bias | None = None
-    nbeta_slope: Slope = _UNKNOWN
-    localization_slope: Slope = _UNKNOWN
-    degree: Slope = _UNKNOWN
+    nbeta_slope: Slope = UNKNOWN
+    localization_slope: Slope = UNKNOWN
+    degree: Slope = UNKNOWN
     held: float = math.nan
     hot: np.ndarray | None = None
     num_stopped: int = 0
     num_free: int = 1
     metric: bool = False
-    heat: Slope = _UNKNOWN
+    heat: Slope = UNKNOWN
     rise: Rise = _UNSEEN
-    tilt: Slope = _UNKNOWN
+    tilt: Slope = UNKNOWN
 
 
 @dataclass(frozen=True)
@@ -95,116 +86,16 @@ class Health:
         return self.evidence.virial
 
 
-def slopes(draws: np.ndarray, gap_var: np.ndarray, distance_sq: np.ndarray, nbeta: float, localization: float):
-    """(d LLC / d log nbeta, d LLC / d log localization), from the draws alone.
-
-    Derivation: with p proportional to exp(-nbeta L - localization D), D = |w - w*|^2 / 2, the derivative of E[L] by
-    nbeta is -Var(L) and by localization -Cov(L, D). So LLC = nbeta (E[L] - L(w*)) has the slopes LLC - nbeta^2 Var(L)
-    and -localization nbeta Cov(L, D). Var(L) is that of the whole loss: ``gap_var``, the variance of a minibatch's
-    mean, is subtracted from what the draws show. Standard errors from the spread over quarters of the chains; the first
-    is at least that of the law that nbeta (L - L(w*)) has at the asymptotic temperature: where no draw went far, the
-    variance is too small and its spread is too.
-
-    Args:
-        draws: nbeta (L_m(w) - L_m(w*)), (chain, draw). gap_var: per draw, of L_m(w) - L_m(w*). distance_sq: |w - w*|^2.
-    """
-    if (parts := _quarters(draws, nbeta * (nbeta * np.float64(gap_var)), localization / 2 * distance_sq)) is None:
-        return _UNKNOWN, _UNKNOWN
-    energy, noise, pull = parts
-    up = _mean_of(energy - (_product(energy, energy) - noise))
-    least = _gamma_error(float(energy.mean()), ess_and_rhat((draws - draws.mean()) ** 2)[0])
-    return Slope(up.value, max(up.stderr, least)), _mean_of(-_product(energy, pull))
-
-
-def _gamma_error(shape: float, count: float) -> float:
-    """Standard error of mean - variance over ``count`` independent draws of a Gamma law of scale 1.
-
-    Its cumulants are shape (n - 1)!, so that the mean, the variance and their covariance have the variances
-    shape / count, (6 shape + 2 shape^2) / count and 2 shape / count.
-    """
-    return math.sqrt(max(0.0, shape * (2 * shape + 3)) / count) if count > 0 else 0.0
-
-
-def covariance_with_loss(draws: np.ndarray, gap_var: np.ndarray, drift_sq: np.ndarray, nbeta: float) -> Slope:
-    """Cov(nbeta L, |G|^2) over all draws; unknown where minibatches make it up.
-
-    A minibatch of large examples has a large loss and a large gradient both: where its part of the loss's variance is
-    above a tenth, the covariance is of no use. Standard error from the spread over quarters of the chains.
-
-    Args:
-        draws: nbeta (L_m(w) - L_m(w*)), (chain, draw). gap_var: per draw, of L_m(w) - L_m(w*). drift_sq: G'PG.
-    """
-    parts = _quarters(draws, drift_sq)
-    if parts is None or not nbeta**2 * gap_var.mean(dtype=np.float64) <= _NOISE_SHARE * draws.var():
-        return _UNKNOWN
-    return _mean_of(_product(*parts))
-
-
-def tilt_of(tilt: np.ndarray, nbeta: float) -> Slope:
-    """nbeta <grad L(w*), E[w] - w*> / 2: what lies on a slope at w* takes from the estimate; 0 at a minimum.
-
-    Derivation, on a quadratic of Hessian H with gradient g at w*: the chains are centered on the minimum, w* less
-    g / H, which lies nbeta g'g / (2 H) lower than w*, in units of the LLC. The estimate is by as much less than it
-    would be around that minimum; and nbeta <g, E[w] - w*> is minus twice that, with the localization in H as well.
-
-    Args:
-        tilt: <grad L_m(w*), w - w*>, (chain, draw), NaN where it was not looked at.
-
-    Error: from the spread over quarters of the chains and that over chains, whichever is larger.
-    """
-    if tilt.shape[0] == 0 or tilt.shape[1] < 4:
-        return _UNKNOWN
-    values = nbeta / 2 * tilt.astype(np.float64)
-    parts = [part[np.isfinite(part)] for chain in values for part in np.array_split(chain, 4)]
-    if not all(len(part) for part in parts):
-        return _UNKNOWN
-    means = np.array([part.mean() for part in parts])
-    each = means.reshape(-1, 4).mean(1)
-    errors = [x.std(ddof=1) / math.sqrt(len(x)) for x in (means, each) if len(x) > 1]
-    return Slope(float(means.mean()), float(max(errors)))
+def is_dependent(evidence: Evidence, size: float) -> bool:
+    """Whether an estimate of this size rises too much with nbeta."""
+    degree = float(np.clip(evidence.degree.value, 2.0, DEGREE_LIMIT))
+    found = rises_with_nbeta(evidence.nbeta_slope, evidence.localization_slope, degree)
+    return any(x.value > max(SLOPE_SIGMA * x.stderr, SLOPE_LIMIT * size) for x in found)
 
 
 def is_tilted(tilt: Slope, size: float) -> bool:
     """Whether an estimate of this size lacks too much because w* lies on a slope."""
     return -tilt.value > max(TILT_LIMIT * size, TILT_SIGMA * tilt.stderr)
-
-
-def _quarters(*traces: np.ndarray) -> list[np.ndarray] | None:
-    """Each as rows of float64, a quarter of a chain each; None with fewer than 8 draws in one."""
-    count = traces[0].shape[1] // 4
-    if traces[0].shape[0] == 0 or count < 8:
-        return None
-    return [x[:, : 4 * count].reshape(-1, count).astype(np.float64) for x in traces]
-
-
-def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Around the grand means: a quarter's own would hide what moves slowly."""
-    return (a - a.mean()) * (b - b.mean())
-
-
-def _mean_of(rows: np.ndarray) -> Slope:
-    means = rows.mean(1)
-    return Slope(float(means.mean()), float(means.std(ddof=1) / math.sqrt(len(means))))
-
-
-def degree_of(draws: np.ndarray, virial: np.ndarray, distance_sq: np.ndarray, localization: float) -> Slope:
-    """The power of the distance from w* with which the loss grows where the chains are, and its standard error.
-
-    mean <w - w*, nbeta grad L> / mean nbeta (L - L(w*)): k, by Euler, for a homogeneous loss of degree k; 2 near a
-    regular minimum, 4 for x^2 y^2. A valley that bends adds to it, and a value far above says that the localization
-    holds the chains where w* no longer decides the shape of the loss.
-
-    Args:
-        draws: nbeta (L_m(w) - L_m(w*)), (chain, draw). virial: <w - w*, G>. distance_sq: |w - w*|^2.
-    """
-    if (parts := _quarters(draws, virial, distance_sq)) is None or not draws.mean() > 0:
-        return _UNKNOWN
-    energy, total, away = parts
-    fall = (total - localization * away).mean(1)
-    ratio = fall.mean() / energy.mean()
-    # of the ratio of two means, to first order
-    error = (fall - ratio * energy.mean(1)).std(ddof=1) / math.sqrt(len(fall)) / energy.mean()
-    return Slope(float(ratio), float(error))
 
 
 def assess(draws: np.ndarray, evidence: Evidence) -> Health:
@@ -371,13 +262,10 @@ def _spiking(draws, facts):
 def _dependent(draws, facts):
     """Directions that the localization holds at this nbeta make the LLC rise with nbeta and fall with localization.
 
-    A homogeneous loss of degree k reads a function of nbeta / localization^(k / 2): the slope with nbeta is -2 / k
-    times that with the localization, of nearly independent noise, and their mean weighted by 1 / error^2 is known
-    better than either. Off a minimum the LLC rises with both, and then the first speaks for itself. Where chains mix
-    too slowly for slopes, the degree of the loss where they are still tells. A product of L layers near zero has
-    degree 2L by right, but then the loss itself holds more than half of the directions: L + 1 of 2L, if the widths are
-    equal. Where the localization holds more of them than the loss, a degree above a product of two layers comes from
-    how far out it lets them go.
+    Off a minimum it rises with both, and the first slope speaks for itself. Where the chains mix too slowly for slopes,
+    the degree of the loss where they are still tells. A product of L layers near zero has degree 2L by right, but then
+    the loss itself holds more than half of the directions: L + 1 of 2L, if the widths are equal. Where the localization
+    holds more of them than the loss, a degree above a product of two layers comes from how far out it lets them go.
     """
     degree = facts.evidence.degree
     limit = HELD_DEGREE_LIMIT if facts.evidence.held > 0.5 else DEGREE_LIMIT
@@ -386,13 +274,8 @@ def _dependent(draws, facts):
             f"where the chains are, the loss grows like the power {degree.value:.2g} of the distance to w*: they are "
             "held far from where w* decides its shape. Raise nbeta or localization until the estimate stands."
         )
-    up, down = facts.evidence.nbeta_slope, facts.evidence.localization_slope
-    if not (up.stderr > 0 and down.stderr > 0):
-        return None
-    ratio = 2 / float(np.clip(degree.value, 2.0, limit)) if degree.value > 0 else 1.0
-    share = 1 / (1 + (ratio * down.stderr / up.stderr) ** 2)
-    both = Slope(up.value - share * (up.value + ratio * down.value), math.sqrt(1 - share) * up.stderr)
-    if any(x.value > max(SLOPE_SIGMA * x.stderr, SLOPE_LIMIT * abs(draws.mean())) for x in (up, both)):
+    if is_dependent(facts.evidence, abs(draws.mean())):
+        up, down = facts.evidence.nbeta_slope, facts.evidence.localization_slope
         return "depends on nbeta or localization", (
             f"a factor e in nbeta moves the estimate by {up.value:+.3g}, in localization by {down.value:+.3g}: it is "
             "right for this posterior, and not yet the learning coefficient. Raise nbeta, or lower localization, until "

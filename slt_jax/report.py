@@ -215,8 +215,7 @@ def _health_section(result: LLCResult) -> Section:
     room = d.KINETIC_LIMIT_METRIC if e.metric else d.KINETIC_LIMIT
     most = d.HELD_DEGREE_LIMIT if e.held > 0.5 else d.DEGREE_LIMIT
     up, down = e.nbeta_slope, e.localization_slope
-    z = (up.value / up.stderr - down.value / down.stderr) / math.sqrt(2) if up.stderr > 0 < down.stderr else math.nan
-    stands = _within(z, -math.inf, d.SLOPE_SIGMA if up.value > d.SLOPE_LIMIT * raw else math.inf)
+    stands = UNMEASURED if not up.stderr > 0 < down.stderr else BAD if d.is_dependent(e, raw) else GOOD
     bias, both = d.BIAS_LIMIT, f"under {d.SLOPE_SIGMA:g} standard errors, or {d.SLOPE_LIMIT:.0%} of the LLC"
     parts = [x / raw if raw else math.nan for x in (result.bias.step_size, result.bias.noise)]
     slope = lambda s: f"{_num(s.value, '+.3g')} ± {_num(s.stderr, '.2g')}" if s.stderr > 0 else _UNKNOWN  # noqa: E731

@@ -12,18 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slt_jax.corrections import Bias, bias_of, thermometer
-from slt_jax.diagnostics import (
-    Evidence,
-    Health,
-    Slope,
-    assess,
-    covariance_with_loss,
-    degree_of,
-    slopes,
-    tilt_of,
-)
+from slt_jax.diagnostics import Evidence, Health, assess
 from slt_jax.reading import READINGS, Reading, estimate_text
 from slt_jax.series import Rise, ess_and_rhat, rise_of, standard_error
+from slt_jax.slopes import Slope, covariance_with_loss, degree_of, slopes, tilt_of
 from slt_jax.storage import RESULT, digest, load, write
 
 if TYPE_CHECKING:

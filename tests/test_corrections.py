@@ -9,8 +9,9 @@ import pytest
 
 import slt_jax as slt
 from slt_jax.corrections import Bias, bias_of, heating, thermometer
-from slt_jax.diagnostics import Evidence, Slope, assess, covariance_with_loss
+from slt_jax.diagnostics import Evidence, assess
 from slt_jax.series import extrapolate
+from slt_jax.slopes import Slope, covariance_with_loss
 from tests.small import gamma_draws
 
 NAN2 = (math.nan, math.nan)

@@ -11,10 +11,11 @@ import slt_jax as slt
 import slt_jax.tilt as tilt_module
 from slt_jax.batches import as_source
 from slt_jax.corrections import Bias
-from slt_jax.diagnostics import TILT_LIMIT, TILT_SIGMA, Evidence, Slope, assess, tilt_of
+from slt_jax.diagnostics import TILT_LIMIT, TILT_SIGMA, Evidence, assess
 from slt_jax.engine import Engine, Schedule
 from slt_jax.memory import need_of
 from slt_jax.mesh import chain_mesh
+from slt_jax.slopes import Slope, tilt_of
 from slt_jax.storage import digest
 from slt_jax.tilt import Looks, looks_of
 from tests.small import estimate, refuses, square
