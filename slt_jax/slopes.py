@@ -37,7 +37,8 @@ def slopes(draws: np.ndarray, gap_var: np.ndarray, distance_sq: np.ndarray, nbet
         return UNKNOWN, UNKNOWN
     energy, noise, pull = parts
     up = _mean_of(energy - (_product(energy, energy) - noise))
-    least = _gamma_error(float(energy.mean()), ess_and_rhat((draws - draws.mean()) ** 2)[0])
+    away = np.abs(draws - draws.mean())
+    least = _gamma_error(float(energy.mean()), ess_and_rhat((away / (away.max() or 1.0)) ** 2)[0])  # in float32's range
     return Slope(up.value, max(up.stderr, least)), _mean_of(-_product(energy, pull))
 
 

@@ -35,6 +35,14 @@ def test_slopes_at_any_nbeta_are_those_in_its_units():
     np.testing.assert_allclose(found, usual, rtol=1e-3)
 
 
+def test_slopes_of_draws_whose_squares_are_out_of_float32_s_range():
+    draws = 1e22 * np.random.default_rng(3).random((4, 200))
+    up, _ = slopes(draws, np.zeros(draws.shape), draws, 1.0, 1.0)
+    assert math.isfinite(up.value)
+    assert 0 < up.stderr < math.inf
+    assert slopes(np.ones((4, 200)), np.zeros((4, 200)), np.ones((4, 200)), 1.0, 1.0)[0] == (1.0, 0.0)
+
+
 def test_slopes_vanish_at_the_asymptotic_temperature():
     draws = gamma_draws(3.5)
     up, down = slopes(draws, np.zeros_like(draws), np.random.default_rng(1).normal(size=draws.shape) ** 2, 1.0, 1.0)
