@@ -33,6 +33,7 @@ def untold(tmp_path, monkeypatch):
         jax.config.update(name, value)
 
 
+@pytest.mark.quick
 def test_where_and_how_much_is_kept(untold):
     folder = programs.keep_programs()
     assert folder is not None
@@ -52,6 +53,7 @@ def test_without_a_cache_folder_of_its_own_it_is_the_home_s(untold, monkeypatch)
         assert folder.parent == untold / ".cache" / "slt-jax" / "programs"
 
 
+@pytest.mark.quick
 def test_a_cache_that_the_user_chose_stays(untold, tmp_path):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
     assert programs.keep_programs() is None
@@ -59,6 +61,7 @@ def test_a_cache_that_the_user_chose_stays(untold, tmp_path):
     assert not untold.exists()
 
 
+@pytest.mark.quick
 def test_a_user_who_wants_none_has_none(untold):
     jax.config.update("jax_enable_compilation_cache", False)
     assert programs.keep_programs() is None
