@@ -11,6 +11,7 @@ from slt_jax.slopes import UNKNOWN, Slope, rises_with_nbeta
 
 RHAT_LIMIT = 1.05
 TREND_SIGMA = 3.0
+OWED_LIMIT = 0.03  # of the estimate, that slow directions may owe
 RISE_LIMIT = 0.03  # of the estimate, in one more doubling of the run
 BIAS_LIMIT = 0.15
 SLOPE_LIMIT = 0.05
@@ -41,6 +42,7 @@ class Evidence:
     directions that the localization holds and not the loss. ``hot``: which of the chains started hot. ``num_free``: d.
     ``metric``: whether the chains moved in a metric's coordinates. ``heat``: what ``thermometer`` found, as an LLC.
     ``rise``: of the chains started at w*, from doubling to doubling of the run. ``tilt``: see ``tilt_of``.
+    ``owed``, ``longer``: see ``reach.debt``.
     """
 
     virial: float = math.nan
@@ -58,6 +60,8 @@ class Evidence:
     heat: Slope = UNKNOWN
     rise: Rise = _UNSEEN
     tilt: Slope = UNKNOWN
+    owed: float = math.nan
+    longer: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -200,6 +204,14 @@ def _unexplored(draws, facts):
             f"the chains have come to rest in about {max(0.0, facts.virial):.0%} of the directions (virial ratio), and "
             "what the others would add is not known. Raise the budget, num_warmup or localization."
         )
+    owed, mean = facts.evidence.owed, float(draws.mean())
+    if owed > OWED_LIMIT * abs(mean):
+        text = (
+            f"by the curvatures at w*, soft directions that relax more slowly than these chains run owe {owed:.3g}: it "
+            f"would end near {mean + owed:.4g} (extrapolated). Raise the budget {facts.evidence.longer:.2g} times, or "
+            "localization."
+        )
+        return "still rising", text, mean + owed
 
 
 def _unsure(draws, facts):

@@ -13,9 +13,12 @@ from slt_jax.memory import Need
 from slt_jax.mesh import gathered, to_host
 from slt_jax.posterior import LocalPosterior
 from slt_jax.probe import Probe
+from slt_jax.reach import Chain, debt, is_known
 from slt_jax.results import LLCResult
 
 _PROBE_SHARE = 0.02  # of the steps' gradients, for looks at the chains' ends
+_HESSIAN_SHARE = 0.04  # the same, for all curvatures at w*
+_HESSIAN_BLOCKS = (2, 16)  # minibatches of examples that these are taken over, at least (or all there are) and at most
 
 
 def _looks_at_end(engine: Engine, num_chains: int) -> bool:
@@ -36,9 +39,11 @@ def last_probe(engine: Engine, num_chains: int, key: jax.Array, posterior: Local
 
 def look_bytes(engine: Engine, num_chains: int) -> list[int]:
     """Temporary bytes of the looks at the ends of an estimate of this many chains."""
-    if not _looks_at_end(engine, num_chains):
-        return []
-    return last_probe(engine, num_chains, engine.key).temporaries(calibrates=False)
+    found = []
+    if _looks_at_end(engine, num_chains):
+        found = last_probe(engine, num_chains, engine.key).temporaries(calibrates=False)
+    probe = _curvature_probe(engine, num_chains)
+    return found if probe is None else [*found, probe.hessian_temporaries()]
 
 
 def _looks(
@@ -69,6 +74,36 @@ def _looks(
     }
 
 
+def _debt(
+    engine: Engine, posterior: LocalPosterior, num_chains: int, step_size: float, friction: float | None, time: float
+) -> dict[str, float]:
+    """What slow directions owe the estimate, where all curvatures at w* are affordable and say how chains relax."""
+    plan, probe = engine.plan, _curvature_probe(engine, num_chains, posterior)
+    if probe is None:
+        return {}
+    curvatures = probe.curvatures(probe.center)
+    spent = {"curvature_gradients": probe.gradients}
+    if not np.isfinite(curvatures).all():
+        return spent
+    first, last = time * (plan.num_warmup + plan.thinning), time * plan.total_steps
+    chain = Chain(engine.sampler.name, step_size, math.nan if friction is None else friction, first, last)
+    owed, longer = debt(curvatures, posterior.localization, chain)
+    return {"owed": owed, "longer": longer, **spent}
+
+
+def _curvature_probe(engine: Engine, num_chains: int, posterior: LocalPosterior | None = None) -> Probe | None:
+    """What all curvatures at w* are found with; None where they cost too much or cannot be had or used."""
+    plan = engine.plan
+    steps = num_chains * plan.total_steps * (2 if plan.control_variate else 1)
+    everything = -(-engine.source.num_data // plan.batch_size)
+    least, most = (min(count, everything) for count in _HESSIAN_BLOCKS)
+    blocks = min(most, int(_HESSIAN_SHARE * steps / (2 * engine.posterior.num_free)))
+    if blocks < least or not is_known(engine.sampler.name):
+        return None
+    probe = Probe(engine, blocks, jax.random.fold_in(engine.key, 2**31 - 11), posterior)
+    return probe if probe.has_curvatures else None
+
+
 def result_of(
     engine: Engine, run: Run, posterior: LocalPosterior, step_size: float, friction: float | None, *,
     chains: range | None = None, key: jax.Array | None = None, full_loss: float | None = None,
@@ -84,14 +119,16 @@ def result_of(
     plan = engine.plan
     chains = range(plan.num_chains) if chains is None else chains
     mine = slice(chains.start, chains.stop)
+    kept = slice(plan.num_warmup + plan.thinning - 1, None, plan.thinning)
+    times = run.trace.time[mine, kept]
     seen = _looks(engine, run, posterior, chains, step_size, engine.key if key is None else key)
+    mean_time = float(np.nanmean(times)) if np.isfinite(times).any() else 1.0
+    seen |= _debt(engine, posterior, len(chains), step_size, friction, mean_time)
     probe = gathered(seen, engine.mesh)[0]
     steps = len(chains) * plan.total_steps * (2 if plan.control_variate else 1)
     passes = -(-engine.source.num_data // plan.batch_size) if plan.control_variate else 0
     spent = {"steps": steps, "calibration": choice.gradients if choice else 0.0, "control": passes}
-    spent["probe"] = probe.get("gradients", 0.0)
-    kept = slice(plan.num_warmup + plan.thinning - 1, None, plan.thinning)
-    times = run.trace.time[mine, kept]
+    spent["probe"] = probe.get("gradients", 0.0) + probe.get("curvature_gradients", 0.0)
     evenly = _evenly(times)
     loss, baseline, *others = (evenly(t[mine, kept]) for t in run.trace[:-2])
     also = {name: evenly(run.trace.also[mine, kept, k]) for k, name in enumerate(names)}
@@ -112,7 +149,7 @@ def result_of(
         "metric": engine.sampler.metric,
         "step_size": step_size,
         "friction": friction,
-        "mean_time": float(np.nanmean(times)) if np.isfinite(times).any() else 1.0,
+        "mean_time": mean_time,
         "gradients": spent,
         "calibration": choice.to_dict() if choice else {},
         "probe": probe,

@@ -7,10 +7,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 from slt_jax.posterior import LocalPosterior, LossProgram, can_be_lowered
 from slt_jax.samplers.base import Position, displacement, inner, noise_like, pull_back, root
 
+_ROWS = 16  # of a Hessian, side by side where the model is small
+_FEW = 10_000  # weights of such a model
 _TANGENTS = 2.2  # times what a gradient takes, for its derivative along a direction
 
 
@@ -122,6 +125,18 @@ def _hessian(program: LossProgram, position, direction, frozen, blocks, nbeta, l
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def _dense_hessian(program: LossProgram, position, frozen, blocks, nbeta):
+    """The whole Hessian of nbeta L, a row for each entry of the position."""
+    flat, unravel = ravel_pytree(position)
+    weights = sum(w.size for w in (*position, *frozen))
+
+    def row(unit):
+        return ravel_pytree(_hessian(program, position, unravel(unit), frozen, blocks, nbeta, 0.0))[0]
+
+    return jax.lax.map(row, jnp.eye(flat.size, dtype=flat.dtype), batch_size=_ROWS if weights < _FEW else 1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
 def _noise(program: LossProgram, position, center, frozen, halves, metric, nbeta):
     """Squared norms of g(w) and of g(w) - g(w*), with g the gradient of nbeta L over the first half less that over the
     second. Scaled before it is squared: float32 ends at 1e-38.
@@ -169,6 +184,11 @@ def _acceptance(program: LossProgram, position, center, frozen, blocks, nbeta, l
     return jnp.where(jnp.isfinite(change), jnp.exp(jnp.minimum(0.0, -change)), 0.0)
 
 
+def _temporaries(program: Any, given: tuple) -> int:
+    analysis = program.lower(*given).compile().memory_analysis()
+    return 0 if analysis is None else analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+
+
 class Probe:
     """Compiled looks at positions of one engine's posterior; ``gradients`` counts their cost in minibatch gradients.
 
@@ -191,7 +211,6 @@ class Probe:
         self._blocks = jax.tree.map(lambda x: x.reshape(self.num_blocks, self._batch, *x.shape[1:]), fetched)
         self.center, self._frozen = engine.alone(engine.center), engine.alone(engine.frozen)
         self.gradients = 0.0
-        self._forward: bool | None = None
 
     @property
     def _posterior(self) -> LocalPosterior:
@@ -213,8 +232,7 @@ class Probe:
             looks.append((_grad_blocks, self._for_gradient(self.center)))
         else:
             looks.append((_acceptance, self._for_acceptance(self.center, 1.0, self.center)))
-        analyses = [program.lower(*given).compile().memory_analysis() for program, given in looks]
-        found = [0 if a is None else a.temp_size_in_bytes + a.output_size_in_bytes for a in analyses]
+        found = [_temporaries(program, given) for program, given in looks]
         return [*found, int(_TANGENTS * found[-1])] if calibrates and self._engine.sampler.metric else found
 
     def sharpness(self, position: Position, iterations: int) -> float:
@@ -241,15 +259,39 @@ class Probe:
         """The same by the second derivative, whose rounding is a part of the product alone; by a secant for a loss that
         has none, such as a kernel's with a derivative of its own.
         """
-        posterior = self._posterior
-        numbers = (jnp.float32(x) for x in (posterior.nbeta, posterior.localization))
-        given = (posterior.program, position, direction, self._frozen, self._blocks, *numbers)
-        if self._forward is None:
-            self._forward = can_be_lowered(_hessian, *given)
-        if not self._forward:
+        if not self.has_hessian:
             return self.curvature(position, direction, reach)
         self.gradients += 2 * self.num_blocks
-        return _hessian(*given)
+        return _hessian(*self._for_hessian(position, direction))
+
+    @functools.cached_property
+    def has_hessian(self) -> bool:
+        """Whether the loss has a second derivative; a kernel's with a derivative of its own may not."""
+        return can_be_lowered(_hessian, *self._for_hessian(self.center, self.center))
+
+    @property
+    def has_curvatures(self) -> bool:
+        """The same for all of them at once: not traced twice if then ``curvatures`` are asked for."""
+        return can_be_lowered(_dense_hessian, *self._for_dense_hessian(self.center))
+
+    def _for_hessian(self, position: Position, direction: Position) -> tuple:
+        posterior = self._posterior
+        numbers = (jnp.float32(x) for x in (posterior.nbeta, posterior.localization or 0.0))
+        return posterior.program, position, direction, self._frozen, self._blocks, *numbers
+
+    def curvatures(self, position: Position) -> np.ndarray:
+        """All eigenvalues of the Hessian of nbeta L, ascending, float64; two gradients for each free weight."""
+        hessian = np.asarray(_dense_hessian(*self._for_dense_hessian(position)), np.float64)
+        self.gradients += 2 * len(hessian) * self.num_blocks
+        return np.linalg.eigvalsh((hessian + hessian.T) / 2)
+
+    def hessian_temporaries(self) -> int:
+        """Bytes that ``curvatures`` takes beside its arguments, on one device."""
+        return _temporaries(_dense_hessian, self._for_dense_hessian(self.center))
+
+    def _for_dense_hessian(self, position: Position) -> tuple:
+        posterior = self._posterior
+        return posterior.program, position, self._frozen, self._blocks, jnp.float32(posterior.nbeta)
 
     def loss_and_grad_norm(self, position: Position) -> tuple[float, float]:
         """Mean loss over the fixed examples, and the norm of its gradient."""

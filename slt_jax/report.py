@@ -218,6 +218,7 @@ def _health_section(result: LLCResult) -> Section:
     stands = UNMEASURED if not up.stderr > 0 < down.stderr else BAD if d.is_dependent(e, raw) else GOOD
     bias, both = d.BIAS_LIMIT, f"under {d.SLOPE_SIGMA:g} standard errors, or {d.SLOPE_LIMIT:.0%} of the LLC"
     parts = [x / raw if raw else math.nan for x in (result.bias.step_size, result.bias.noise)]
+    owed = e.owed / raw if raw else math.nan
     slope = lambda s: f"{_num(s.value, '+.3g')} ± {_num(s.stderr, '.2g')}" if s.stderr > 0 else _UNKNOWN  # noqa: E731
     trend = f"{_num(h.trend, '+.2g')} ({_num(h.trend_z, '+.1f')} standard errors)"
     pair = " and ".join(_num(x) for x in h.bracket)
@@ -245,6 +246,8 @@ def _health_section(result: LLCResult) -> Section:
         ("Virial ratio", _num(h.virial, ".3f"), f"at least {d.VIRIAL_LIMIT}",
          _within(h.virial, d.VIRIAL_LIMIT, math.inf),
          "Share of the directions that have come to rest: 1 when the chains have explored all they can."),
+        ("Owed by soft directions", _num(owed, ".1%"), f"at most {d.OWED_LIMIT:.0%} of the LLC",
+         _within(owed, 0, d.OWED_LIMIT), "What chains of this length lack in directions that are slow at w*."),
         ("Kinetic temperature", _num(e.kinetic, ".3f"), f"{hot - room:.2f} to {hot + room:.2f}",
          _within(e.kinetic, hot - room, hot + room), "1 when the sampler keeps the right temperature."),
         ("Acceptance of a step", _num(e.acceptance, ".2f"), "no limit", "",

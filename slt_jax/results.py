@@ -136,7 +136,7 @@ class LLCResult:
         if self.bias.applied:
             cool = self.llc / self.llc_raw  # the heat is spread like the draws
         by_nbeta, by_pull = slopes(cool * self.llc_draws, cool**2 * gap_var, away, s["nbeta"], s["localization"])
-        acceptance = s.get("probe", {}).get("acceptance", math.nan)
+        acceptance, owed, longer = (s.get("probe", {}).get(x, math.nan) for x in ("acceptance", "owed", "longer"))
         evidence = Evidence(
             float(virial / right),
             float(kinetic),
@@ -153,6 +153,8 @@ class LLCResult:
             self._heat,
             self._rise,
             tilt_of(self.tilt[kept], s["nbeta"]),
+            owed,
+            longer,
         )
         return assess(self.llc_draws, evidence)
 
@@ -261,7 +263,7 @@ class LLCResult:
             "localization_slope": h.evidence.localization_slope.value,
             "localization_slope_stderr": h.evidence.localization_slope.stderr, "degree": h.evidence.degree.value,
             "degree_stderr": h.evidence.degree.stderr, "held": h.evidence.held, "tilt": h.evidence.tilt.value,
-            "tilt_stderr": h.evidence.tilt.stderr,
+            "tilt_stderr": h.evidence.tilt.stderr, "owed": h.evidence.owed,
         }  # fmt: skip
         plain = {k: (v if math.isfinite(v) else None) for k, v in numbers.items()}
         stopped = {str(k): v for k, v in self.stopped.items()}

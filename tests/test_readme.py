@@ -54,7 +54,7 @@ def test_tables_of_studies_are_those_of_their_rows(capsys):
     for problems in verdicts.PROBLEMS:
         rows = [json.loads(line) for line in (results / f"verdicts-{problems}.jsonl").read_text().splitlines()]
         expected += list(verdicts.table(problems, rows))
-    assert len(expected) == 6 + 17 + 9 + 11 + 9
+    assert len(expected) == 6 + 17 + 9 + 13 + 9
     lines = README.read_text().splitlines()
     assert [line for line in expected if line not in lines] == []
 

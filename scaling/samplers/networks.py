@@ -1,6 +1,6 @@
 """Small networks with label noise at their minimum: the estimate against long runs over the whole data set.
 
-    python -m scaling.samplers.networks           # about forty minutes on two cores
+    python -m scaling.samplers.networks           # about fifty minutes on two cores
     python -m scaling.samplers.networks --table   # the tables, from what is there
 
 Minibatch noise does not vanish at w*, the curvatures of one network span five decades without a gap, and no theorem
@@ -31,6 +31,7 @@ from scaling.dln.records import Store
 
 NUM_DATA = 4000
 KINDS = {
+    "linear": ((60, 1), None),
     "softmax": ((10, 4), None),
     "tanh": ((5, 8, 3), jnp.tanh),
     "relu": ((5, 8, 3), jax.nn.relu),
@@ -40,6 +41,7 @@ KINDS = {
 BUDGETS = (10_000, 40_000, None)
 FIRST_SEED = 10  # the limits of the verdict were set on networks before
 FIT_STEPS = 1000
+INPUTS = 10**-2.5  # the smallest of a linear regression's, whose curvatures then span five decades
 KNOWN_RHAT = 1.1  # of a reference that is one
 
 
@@ -72,6 +74,8 @@ def make_network(kind: str, seed: int) -> tuple[Any, tuple[jax.Array, jax.Array]
         for a, b in pairwise(widths)
     ]
     x = jax.random.normal(next(keys), (NUM_DATA, widths[0]))
+    if kind == "linear":
+        x *= jnp.geomspace(1, INPUTS, widths[0])
     clean = apply(kind, params, x)
     if kind in ("softmax", "classifier"):
         data = x, jax.random.categorical(next(keys), 1.5 * clean)
@@ -105,7 +109,8 @@ def eigenvalues(kind: str, params: Any, data: tuple[jax.Array, jax.Array]) -> np
 def row_of(asked: dict, result: slt.LLCResult, seconds: float, **more: float) -> dict:
     summary = result.to_dict()
     settings = summary["settings"]
-    keep = ("llc", "llc_stderr", "llc_raw", "verdict", "flags", "rhat", "ess", "virial", "from_center", "from_hot")
+    keep = ("llc", "llc_stderr", "llc_raw", "verdict", "flags", "rhat", "ess", "virial", "from_center", "from_hot",
+            "owed", "extrapolated")  # fmt: skip
     return {
         **asked, **{name: summary[name] for name in keep}, "nbeta_slope": summary["nbeta_slope"],
         "nbeta_slope_stderr": summary["nbeta_slope_stderr"], "num_free": settings["num_free"],
