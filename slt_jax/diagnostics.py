@@ -26,6 +26,7 @@ _SPIKE_LIMIT = 4.0
 DEGREE_LIMIT = 6.25  # x^2 y^4 has 6
 HELD_DEGREE_LIMIT = 4.0  # where the localization holds more directions than the loss
 ERROR_LIMIT = 0.11
+_FEW = 30  # effective draws, whose error bar is itself not known well
 
 
 _UNSEEN = Rise()
@@ -125,7 +126,7 @@ def _findings(draws: np.ndarray, facts: Health) -> list[tuple[str, str, float]]:
     for rule in (_diverged, _too_short):
         if found := rule(draws, facts):
             return [(found[0], found[1], math.nan)]
-    rules = (_no_minimum, _moving, _apart, _unexplored, _unsure, _biased, _spiking, _dependent)
+    rules = (_no_minimum, _owing, _moving, _apart, _unexplored, _unsure, _biased, _spiking, _dependent)
     found = [rule(draws, facts) for rule in rules]
     return [(f[0], f[1], f[2] if len(f) == 3 else math.nan) for f in found if f]
 
@@ -162,6 +163,18 @@ def _no_minimum(draws, facts):
             f"the loss slopes at w*, and the chains gain {-tilt.value:.3g} by going down: around the minimum nearby "
             f"the estimate would be about {around:.4g}. Train further, or raise localization."
         )
+
+
+def _owing(draws, facts):
+    owed, mean = facts.evidence.owed, float(draws.mean())
+    falls = facts.trend_z < -TREND_SIGMA  # from somewhere else than w*
+    if owed > OWED_LIMIT * abs(mean) and not falls:
+        text = (
+            f"by the curvatures at w*, soft directions that relax more slowly than these chains run owe {owed:.3g}: it "
+            f"would end near {mean + owed:.4g} (extrapolated). Raise the budget {facts.evidence.longer:.2g} times, or "
+            "localization."
+        )
+        return "still rising", text, mean + owed
 
 
 def _moving(draws, facts):
@@ -204,20 +217,14 @@ def _unexplored(draws, facts):
             f"the chains have come to rest in about {max(0.0, facts.virial):.0%} of the directions (virial ratio), and "
             "what the others would add is not known. Raise the budget, num_warmup or localization."
         )
-    owed, mean = facts.evidence.owed, float(draws.mean())
-    if owed > OWED_LIMIT * abs(mean):
-        text = (
-            f"by the curvatures at w*, soft directions that relax more slowly than these chains run owe {owed:.3g}: it "
-            f"would end near {mean + owed:.4g} (extrapolated). Raise the budget {facts.evidence.longer:.2g} times, or "
-            "localization."
-        )
-        return "still rising", text, mean + owed
 
 
 def _unsure(draws, facts):
-    error = standard_error(draws, facts.ess)
-    if error > ERROR_LIMIT * abs(draws.mean()) or (facts.ess < 30 and error > 0.02 * abs(draws.mean())):
-        return "too few draws", f"{facts.ess:.0f} effective draws leave an error of {error:.2g}; draw more."
+    error, size = standard_error(draws, facts.ess), abs(draws.mean())
+    if error > ERROR_LIMIT * size or (facts.ess < _FEW and error > 0.02 * size):
+        times = max((error / (ERROR_LIMIT * size)) ** 2 if size else math.inf, _FEW / facts.ess, 1.1)
+        count = f"{times:.1f} times as many" if times < 100 else "many more"
+        return "too few draws", f"{facts.ess:.0f} effective draws leave an error of {error:.2g}; draw {count}."
 
 
 def _biased(draws, facts):

@@ -1,6 +1,7 @@
 """Effective sample size, error bars and verdicts on series whose truth is known."""
 
 import math
+import re
 
 import numpy as np
 import pytest
@@ -82,6 +83,23 @@ def test_every_verdict_has_its_case(verdict):
 def test_an_error_bar_as_large_as_the_estimate_is_too_few_draws():
     draws = series(np.random.default_rng(1), draws=40, rho=0.0)[:, :20] * 30 + 5
     assert assess(draws, Evidence()).verdict == "too few draws"
+
+
+def test_so_many_more_draws_are_enough():
+    """Kills: the ratio of the errors in place of its square; the limit of the few draws' error bars left out."""
+    few = series(np.random.default_rng(6), draws=120) + 0.45  # an error of 0.12, where 0.05 would do
+    times = float(re.search(r"draw (\S+) times as many", assess(few, Evidence()).reason).group(1))
+    assert 4 < times < 6
+    more = series(np.random.default_rng(3), draws=int(120 * times * 1.7)) + 0.45  # its own error is known to a fifth
+    assert "too few draws" not in assess(more, Evidence()).flags
+    less = series(np.random.default_rng(3), draws=int(120 * times / 2)) + 0.45
+    assert "too few draws" in assess(less, Evidence()).flags
+    short = series(np.random.default_rng(4), draws=5, rho=0.0) + 5
+    count = assess(short, Evidence()).ess
+    assert count <= 20
+    assert f"draw {30 / count:.1f} times as many" in assess(short, Evidence()).reason
+    centered = few - few.mean()
+    assert "draw many more" in assess(centered, Evidence()).reason
 
 
 @pytest.mark.parametrize("shape", [(0, 10), (1, 1), (4, 1), (4, 3)])

@@ -165,6 +165,10 @@ def test_a_debt_is_named_with_its_end_and_remedy():
     assert found.verdict == "still rising"
     assert found.extrapolated == pytest.approx(1.2 * mean)
     assert "7.5 times" in found.reason
+    falling = draws + np.linspace(1, -1, draws.shape[1])
+    assert assess(falling, Evidence(owed=0.2 * mean, longer=7.5)).verdict == "still falling"
+    rising = assess(draws - np.linspace(1, -1, draws.shape[1]), Evidence(owed=0.2 * mean, longer=7.5))
+    assert rising.extrapolated == pytest.approx(1.2 * mean)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="the temporaries of XLA's CPU compiler")
