@@ -17,7 +17,7 @@ from slt_jax.checkpoint import RunStore
 from slt_jax.engine import Engine, Schedule
 from slt_jax.memory import Need, layouts, need_of, weighs
 from slt_jax.mesh import automatic, check_mesh, gathered, leads, spans_processes
-from slt_jax.outcome import look_bytes, result_of
+from slt_jax.outcome import curvature_gradients, look_bytes, result_of
 from slt_jax.posterior import LocalPosterior, check_count, check_positive
 from slt_jax.results import LLCResult
 from slt_jax.running import abandon, check_also, check_at_center, full_loss_at_center, run_to_end
@@ -129,7 +129,8 @@ def estimate_llc(
     is_open = sampler.step_size is None or sampler.friction is None or posterior.localization is None
     few = mesh is None and chain_batch is None and jax.process_count() == 1
     lay = functools.partial(_lay_out, request, sampler, is_open, few, posterior.num_free)
-    chains, *_ = first = lay(0.0, 1)
+    control = bool(control_variate) and not is_open
+    chains, *_ = first = lay(*_cost(control, source.num_data, batch_size))
     mesh = None if mesh is None else check_mesh(automatic(mesh), chains)
 
     def schedule(lengths: tuple, control: bool, group: int) -> Schedule:
@@ -137,7 +138,6 @@ def estimate_llc(
         counts = (int(x) for x in (*counts, batch_size, micro_batches))  # off NumPy
         return Schedule(*counts, baseline, group, int(chunk_size), control, hotter)
 
-    control = bool(control_variate) and not is_open
     need = None
     for layout, group in layouts(chains, mesh, chain_batch, posterior.num_free):
         plan = schedule(first, control, group)
@@ -165,12 +165,15 @@ def estimate_llc(
         roomy = need is None or all(gathered(need.fits_with_control, mesh))
         choice = _calibrated(engine, store, sampler, posterior, request, roomy)
         engine.localize(choice.localization)
-        pass_over = -(-source.num_data // batch_size) if choice.control_variate else 0
-        lengths = lay(choice.gradients + pass_over, 2 if choice.control_variate else 1)
+        spent, cost = _cost(choice.control_variate, source.num_data, batch_size)
+        lengths = lay(spent + choice.gradients + curvature_gradients(engine, chains), cost)
         limit = math.inf if choice.limit is None else choice.limit
         engine.configure(schedule(lengths, choice.control_variate, group), choice.step_size, choice.friction, limit)
         if progress and leads(mesh):
             print(*(f"  {line}" for line in choice.lines), sep="\n", file=sys.stderr)
+    elif budget is not None and (more := curvature_gradients(engine, chains)):
+        spent, cost = _cost(control, source.num_data, batch_size)
+        engine.configure(schedule(lay(spent + more, cost), control, group), sampler.step_size, sampler.friction)
     run = run_to_end(engine, store, progress, checkpoint_seconds)
     used = choice or sampler
     return result_of(
@@ -194,6 +197,11 @@ def _check_request(request: _Request) -> None:
         raise ValueError(
             f"budget = {request.budget} and num_draws = {request.num_draws} both set the length. Give one of them."
         )
+
+
+def _cost(control: bool, num_data: int, batch_size: int) -> tuple[float, int]:
+    """Minibatch gradients (before the first step, in each), without or with control variates."""
+    return (float(-(-num_data // batch_size)), 2) if control else (0.0, 1)
 
 
 def _lay_out(

@@ -104,6 +104,12 @@ def _curvature_probe(engine: Engine, num_chains: int, posterior: LocalPosterior 
     return probe if probe.has_curvatures else None
 
 
+def curvature_gradients(engine: Engine, num_chains: int) -> float:
+    """What finding all curvatures at w* will take of the gradients of the engine's plan; 0 where they are not."""
+    probe = _curvature_probe(engine, num_chains)
+    return 0.0 if probe is None else 2.0 * probe.num_blocks * engine.posterior.num_free
+
+
 def result_of(
     engine: Engine, run: Run, posterior: LocalPosterior, step_size: float, friction: float | None, *,
     chains: range | None = None, key: jax.Array | None = None, full_loss: float | None = None,

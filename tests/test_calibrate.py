@@ -105,6 +105,15 @@ def test_the_budget_counts_everything_and_calibration_is_little_of_it(budget):
     assert plan["num_chains"] * (plan["num_warmup"] + plan["thinning"] * plan["num_draws"]) == spent["steps"]
 
 
+@pytest.mark.parametrize("control", [False, True])
+def test_the_budget_counts_everything_where_nothing_is_open(control):
+    """Kills: a step with control variates for one gradient; curvatures on top."""
+    given = {"sampler": slt.underdamped(1e-5, 0.3), "control_variate": control}
+    spent = estimate(posterior(localization=0.7), budget=3000, **given).settings["gradients"]
+    assert spent["calibration"] == 0
+    assert 0.9 * 3000 < sum(spent.values()) < 1.02 * 3000
+
+
 def test_what_is_given_is_taken():
     result = estimate(
         posterior(localization=0.7),
