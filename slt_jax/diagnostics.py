@@ -169,10 +169,11 @@ def _owing(draws, facts):
     owed, mean = facts.evidence.owed, float(draws.mean())
     falls = facts.trend_z < -TREND_SIGMA  # from somewhere else than w*
     if owed > OWED_LIMIT * abs(mean) and not falls:
+        times = facts.evidence.longer
+        remedy = f"Raise the budget {times:.2g} times" if times < 100 else "Take a longer step_size, or leave it out"
         text = (
             f"by the curvatures at w*, soft directions that relax more slowly than these chains run owe {owed:.3g}: it "
-            f"would end near {mean + owed:.4g} (extrapolated). Raise the budget {facts.evidence.longer:.2g} times, or "
-            "localization."
+            f"would end near {mean + owed:.4g} (extrapolated). {remedy}, or raise localization."
         )
         return "still rising", text, mean + owed
 

@@ -61,7 +61,8 @@ def debt(curvature: np.ndarray, localization: float, chain: Chain) -> tuple[floa
         curvature: the eigenvalues of the Hessian of nbeta L at w*, where the chain starts.
 
     Returns:
-        The first in units of the LLC, from below: directions that are stiffer away from w* are filled by more.
+        The first in units of the LLC, and a little too much: directions that are stiffer away from
+        w*, and all in chains that started hot, are filled by more.
     """
     counting = np.where(curvature > FLOOR * curvature.max(initial=0.0), curvature, 0.0)
     held = counting + localization

@@ -164,7 +164,8 @@ def test_a_debt_is_named_with_its_end_and_remedy():
     found = health(Evidence(owed=0.2 * mean, longer=7.5))
     assert found.verdict == "still rising"
     assert found.extrapolated == pytest.approx(1.2 * mean)
-    assert "7.5 times" in found.reason
+    assert "Raise the budget 7.5 times, or raise localization" in found.reason
+    assert "longer step_size" in health(Evidence(owed=0.2 * mean, longer=1e5)).reason
     falling = draws + np.linspace(1, -1, draws.shape[1])
     assert assess(falling, Evidence(owed=0.2 * mean, longer=7.5)).verdict == "still falling"
     rising = assess(draws - np.linspace(1, -1, draws.shape[1]), Evidence(owed=0.2 * mean, longer=7.5))
