@@ -128,9 +128,12 @@ def estimate_llc(
     others = named_data(also)
     is_open = sampler.step_size is None or sampler.friction is None or posterior.localization is None
     few = mesh is None and chain_batch is None and jax.process_count() == 1
-    lay = functools.partial(_lay_out, request, sampler, is_open, few, posterior.num_free)
+    lay = functools.partial(
+        _lay_out, request, sampler, is_open, few, posterior.num_free, -(-source.num_data // batch_size)
+    )
+    at_end = functools.partial(curvature_gradients, sampler, posterior.num_free, source.num_data, batch_size)
     control = bool(control_variate) and not is_open
-    chains, *_ = first = lay(*_cost(control, source.num_data, batch_size))
+    chains, *_ = first = lay(0.0 if is_open else at_end(budget or 0), control)
     mesh = None if mesh is None else check_mesh(automatic(mesh), chains)
 
     def schedule(lengths: tuple, control: bool, group: int) -> Schedule:
@@ -165,15 +168,11 @@ def estimate_llc(
         roomy = need is None or all(gathered(need.fits_with_control, mesh))
         choice = _calibrated(engine, store, sampler, posterior, request, roomy)
         engine.localize(choice.localization)
-        spent, cost = _cost(choice.control_variate, source.num_data, batch_size)
-        lengths = lay(spent + choice.gradients + curvature_gradients(engine, chains), cost)
+        lengths = lay(choice.gradients + at_end(_total(engine, request)), choice.control_variate)
         limit = math.inf if choice.limit is None else choice.limit
         engine.configure(schedule(lengths, choice.control_variate, group), choice.step_size, choice.friction, limit)
         if progress and leads(mesh):
             print(*(f"  {line}" for line in choice.lines), sep="\n", file=sys.stderr)
-    elif budget is not None and (more := curvature_gradients(engine, chains)):
-        spent, cost = _cost(control, source.num_data, batch_size)
-        engine.configure(schedule(lay(spent + more, cost), control, group), sampler.step_size, sampler.friction)
     run = run_to_end(engine, store, progress, checkpoint_seconds)
     used = choice or sampler
     return result_of(
@@ -199,18 +198,16 @@ def _check_request(request: _Request) -> None:
         )
 
 
-def _cost(control: bool, num_data: int, batch_size: int) -> tuple[float, int]:
-    """Minibatch gradients (before the first step, in each), without or with control variates."""
-    return (float(-(-num_data // batch_size)), 2) if control else (0.0, 1)
-
-
 def _lay_out(
-    request: _Request, sampler: Sampler, is_open: bool, few: bool, num_free: int, spent: float, cost: int
-) -> tuple[int, int, int, int, float]:
-    """(num_chains, num_draws, num_warmup, thinning, hot) for a step that costs ``cost`` gradients.
+    request: _Request, sampler: Sampler, is_open: bool, few: bool, num_free: int, full_pass: int, spent: float,
+    control: bool,
+) -> tuple[int, int, int, int, float]:  # fmt: skip
+    """(num_chains, num_draws, num_warmup, thinning, hot) where ``spent`` gradients go elsewhere.
 
-    ``few``: whether a small budget may have fewer than four chains.
+    ``few``: whether a small budget may have fewer than four chains. ``full_pass``: minibatches of all the data.
+    ``control``: with control variates, which take a pass over the data, and two gradients a step.
     """
+    spent, cost = (spent + full_pass, 2) if control else (spent, 1)
     chains = 4 if request.num_chains is None else request.num_chains
     if request.budget is None and (not is_open or request.num_draws is not None):
         draws = 500 if request.num_draws is None else request.num_draws

@@ -15,6 +15,7 @@ from slt_jax.posterior import LocalPosterior
 from slt_jax.probe import Probe
 from slt_jax.reach import Chain, debt, is_known
 from slt_jax.results import LLCResult
+from slt_jax.samplers.base import Sampler
 
 _PROBE_SHARE = 0.02  # of the steps' gradients, for looks at the chains' ends
 _HESSIAN_SHARE = 0.04  # the same, for all curvatures at w*
@@ -42,7 +43,7 @@ def look_bytes(engine: Engine, num_chains: int) -> list[int]:
     found = []
     if _looks_at_end(engine, num_chains):
         found = last_probe(engine, num_chains, engine.key).temporaries(calibrates=False)
-    probe = _curvature_probe(engine, num_chains)
+    probe = _curvature_probe(engine, num_chains, engine.key)
     return found if probe is None else [*found, probe.hessian_temporaries()]
 
 
@@ -75,10 +76,11 @@ def _looks(
 
 
 def _debt(
-    engine: Engine, posterior: LocalPosterior, num_chains: int, step_size: float, friction: float | None, time: float
-) -> dict[str, float]:
+    engine: Engine, posterior: LocalPosterior, num_chains: int, step_size: float, friction: float | None, time: float,
+    key: jax.Array,
+) -> dict[str, float]:  # fmt: skip
     """What slow directions owe the estimate, where all curvatures at w* are affordable and say how chains relax."""
-    plan, probe = engine.plan, _curvature_probe(engine, num_chains, posterior)
+    plan, probe = engine.plan, _curvature_probe(engine, num_chains, key, posterior)
     if probe is None:
         return {}
     curvatures = probe.curvatures(probe.center)
@@ -91,23 +93,33 @@ def _debt(
     return {"owed": owed, "longer": longer, **spent}
 
 
-def _curvature_probe(engine: Engine, num_chains: int, posterior: LocalPosterior | None = None) -> Probe | None:
+def _curvature_probe(
+    engine: Engine, num_chains: int, key: jax.Array, posterior: LocalPosterior | None = None
+) -> Probe | None:
     """What all curvatures at w* are found with; None where they cost too much or cannot be had or used."""
-    plan = engine.plan
-    steps = num_chains * plan.total_steps * (2 if plan.control_variate else 1)
-    everything = -(-engine.source.num_data // plan.batch_size)
-    least, most = (min(count, everything) for count in _HESSIAN_BLOCKS)
-    blocks = min(most, int(_HESSIAN_SHARE * steps / (2 * engine.posterior.num_free)))
-    if blocks < least or not is_known(engine.sampler.name):
+    plan, size = engine.plan, engine.posterior.num_free
+    steps = _step_gradients(plan, num_chains)
+    blocks = _curvature_blocks(engine.sampler, size, engine.source.num_data, plan.batch_size, steps)
+    if not blocks:
         return None
-    probe = Probe(engine, blocks, jax.random.fold_in(engine.key, 2**31 - 11), posterior)
-    return probe if probe.has_curvatures else None
+    probe = Probe(engine, blocks, jax.random.fold_in(key, 2**31 - 11), posterior)
+    return probe if probe.has_hessian else None
 
 
-def curvature_gradients(engine: Engine, num_chains: int) -> float:
-    """What finding all curvatures at w* will take of the gradients of the engine's plan; 0 where they are not."""
-    probe = _curvature_probe(engine, num_chains)
-    return 0.0 if probe is None else 2.0 * probe.num_blocks * engine.posterior.num_free
+def _curvature_blocks(sampler: Sampler, num_free: int, num_data: int, batch_size: int, gradients: float) -> int:
+    """Minibatches to find all curvatures at w* over, beside so many gradients in steps; 0 where they are not found."""
+    least, most = (min(count, max(1, num_data // batch_size)) for count in _HESSIAN_BLOCKS)
+    blocks = min(most, int(_HESSIAN_SHARE * gradients / (2 * num_free)))
+    return blocks if blocks >= least and is_known(sampler.name) else 0
+
+
+def curvature_gradients(sampler: Sampler, num_free: int, num_data: int, batch_size: int, gradients: float) -> float:
+    """What finding all curvatures at w* will take of so many minibatch gradients, at most."""
+    return 2.0 * num_free * _curvature_blocks(sampler, num_free, num_data, batch_size, gradients)
+
+
+def _step_gradients(plan: Schedule, num_chains: int) -> int:
+    return num_chains * plan.total_steps * (2 if plan.control_variate else 1)
 
 
 def result_of(
@@ -127,11 +139,12 @@ def result_of(
     mine = slice(chains.start, chains.stop)
     kept = slice(plan.num_warmup + plan.thinning - 1, None, plan.thinning)
     times = run.trace.time[mine, kept]
-    seen = _looks(engine, run, posterior, chains, step_size, engine.key if key is None else key)
+    key = engine.key if key is None else key
+    seen = _looks(engine, run, posterior, chains, step_size, key)
     mean_time = float(np.nanmean(times)) if np.isfinite(times).any() else 1.0
-    seen |= _debt(engine, posterior, len(chains), step_size, friction, mean_time)
+    seen |= _debt(engine, posterior, len(chains), step_size, friction, mean_time, key)
     probe = gathered(seen, engine.mesh)[0]
-    steps = len(chains) * plan.total_steps * (2 if plan.control_variate else 1)
+    steps = _step_gradients(plan, len(chains))
     passes = -(-engine.source.num_data // plan.batch_size) if plan.control_variate else 0
     spent = {"steps": steps, "calibration": choice.gradients if choice else 0.0, "control": passes}
     spent["probe"] = probe.get("gradients", 0.0) + probe.get("curvature_gradients", 0.0)

@@ -269,11 +269,6 @@ class Probe:
         """Whether the loss has a second derivative; a kernel's with a derivative of its own may not."""
         return can_be_lowered(_hessian, *self._for_hessian(self.center, self.center))
 
-    @property
-    def has_curvatures(self) -> bool:
-        """The same for all of them at once: not traced twice if then ``curvatures`` are asked for."""
-        return can_be_lowered(_dense_hessian, *self._for_dense_hessian(self.center))
-
     def _for_hessian(self, position: Position, direction: Position) -> tuple:
         posterior = self._posterior
         numbers = (jnp.float32(x) for x in (posterior.nbeta, posterior.localization or 0.0))

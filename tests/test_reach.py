@@ -116,14 +116,16 @@ def schedule(steps, batch_size=8, control=False):
 
 def test_steps_that_cost_two_gradients_afford_it_sooner():
     engine = engine_of(400, nbeta=1.0, localization=LOCALIZATION)
-    assert _curvature_probe(engine, 2).num_blocks == 3  # 2 x 400 steps, of which 4 % are 32 gradients, in 10s
+    assert (
+        _curvature_probe(engine, 2, engine.key).num_blocks == 3
+    )  # 2 x 400 steps, of which 4 % are 32 gradients, in 10s
     engine.configure(schedule(400, control=True), 2e-4, 0.1)
-    assert _curvature_probe(engine, 2).num_blocks == 6
+    assert _curvature_probe(engine, 2, engine.key).num_blocks == 6
 
 
 def test_shortened_steps_are_so_many_fewer():
     engine = engine_of(400, nbeta=1.0, localization=LOCALIZATION)
-    found = _debt(engine, engine.posterior, 2, 2e-4, 0.1, 0.5)
+    found = _debt(engine, engine.posterior, 2, 2e-4, 0.1, 0.5, engine.key)
     expected = debt(CURVATURE, LOCALIZATION, Chain("sgld", 2e-4, 0.1, 0.5, 200))
     assert (found["owed"], found["longer"]) == pytest.approx(expected, rel=1e-4)
 

@@ -8,7 +8,7 @@ gives the answer: here chains are slow, and an estimate that stopped half-way lo
 Everything is by default but the budget. The reference samples the same posterior, nbeta and localization, by
 underdamped Langevin over all examples at once: no minibatch noise, so that a friction of 0.01 will do, which mixes
 fast, and a bias of second order in the step. Beside it, the value that the Hessian at w* gives: sum of
-x / (x + localization) / 2 over its eigenvalues x, times nbeta.
+x / (x + localization) / 2 over its eigenvalues x, times nbeta. Of linear regressions that is exact.
 
 One JSON line for a network and a run; a row that is there is not run again.
 """
