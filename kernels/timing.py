@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from slt_jax.checkpoint import versions
+from slt_jax.engine.checkpoint import versions
 
 
 def measure(compiled: Mapping[str, Any], arguments: Callable[[], tuple], rounds: int) -> dict[str, dict]:

@@ -10,7 +10,7 @@ import sys
 import jax
 
 import slt_jax as slt
-from tests.targets import TARGETS, Target
+from scaling.known_answers import TARGETS, Target
 
 
 def row(target: Target) -> str:

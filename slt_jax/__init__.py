@@ -1,19 +1,25 @@
 """slt-jax: local learning coefficients of neural networks, with error bars."""
 
-from slt_jax.adapters import from_linen, from_nnx, next_token_loss
-from slt_jax.batches import hf_dataset, token_file
-from slt_jax.compare import Comparison, compare
-from slt_jax.crosschecks import CrossCheck, two_temperature_estimator, variance_estimator
-from slt_jax.estimate import estimate_llc
-from slt_jax.fleet import Fleet, run_fleet
-from slt_jax.grid import Sweep, load_sweep
-from slt_jax.posterior import LocalPosterior
-from slt_jax.results import LLCResult, load_result
-from slt_jax.samplers import Sampler, hmc, mala, mclmc, nuts, preconditioned_sgld, sghmc, sgld, sgnht, underdamped
-from slt_jax.stages import Stages, find_stages
-from slt_jax.sweep import sweep
-from slt_jax.training import Trajectory, load_trajectory
-from slt_jax.trajectory import trajectory
+from slt_jax.estimators.crosschecks import CrossCheck, two_temperature_estimator, variance_estimator
+from slt_jax.estimators.llc import estimate_llc
+from slt_jax.estimators.sweep import sweep
+from slt_jax.estimators.trajectory import trajectory
+from slt_jax.fleet.run import Fleet, run_fleet
+from slt_jax.posterior.files import hf_dataset, token_file
+from slt_jax.posterior.flax import from_linen, from_nnx, next_token_loss
+from slt_jax.posterior.local import LocalPosterior
+from slt_jax.results.comparison import Comparison, compare
+from slt_jax.results.llc import LLCResult, load_result
+from slt_jax.results.stages import Stages, find_stages
+from slt_jax.results.sweep import Sweep, load_sweep
+from slt_jax.results.trajectory import Trajectory, load_trajectory
+from slt_jax.samplers.base import Sampler
+from slt_jax.samplers.exact import hmc, mala, mclmc, nuts
+from slt_jax.samplers.preconditioned import preconditioned_sgld
+from slt_jax.samplers.sghmc import sghmc
+from slt_jax.samplers.sgld import sgld
+from slt_jax.samplers.sgnht import sgnht
+from slt_jax.samplers.underdamped import underdamped
 
 __version__ = "0.1.0"
 __all__ = [

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-from slt_jax import fleet, fleet_jobs
+from slt_jax.fleet import jobs as fleet_jobs
+from slt_jax.fleet import run as fleet
 
 submitit = pytest.importorskip("submitit")
 cloudpickle = pytest.importorskip("cloudpickle")

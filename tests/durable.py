@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-from slt_jax.engine import Engine
+from slt_jax.engine.loop import Engine
 
 DATA = np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32)
 PLAN = {"num_chains": 4, "num_draws": 16, "num_warmup": 8, "batch_size": 8, "chunk_size": 3, "checkpoint_seconds": 0}
@@ -48,7 +48,7 @@ SLOWLY = """
 import sys, time
 import jax
 jax.config.update("jax_num_cpu_devices", 2)
-from slt_jax.engine import Engine
+from slt_jax.engine.loop import Engine
 
 advance = Engine.advance
 def slowly(self, run, *rest):

@@ -10,8 +10,12 @@ from typing import NamedTuple
 
 import pytest
 
-from slt_jax.samplers import preconditioned_sgld, sghmc, sgld, sgnht, underdamped
 from slt_jax.samplers.base import Sampler
+from slt_jax.samplers.preconditioned import preconditioned_sgld
+from slt_jax.samplers.sghmc import sghmc
+from slt_jax.samplers.sgld import sgld
+from slt_jax.samplers.sgnht import sgnht
+from slt_jax.samplers.underdamped import underdamped
 
 FRICTION = 0.3
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from slt_jax.batches import HostData
+from slt_jax.posterior.data import HostData
 
 
 class Rows(HostData):

@@ -138,7 +138,7 @@ def test_the_peer_at_a_tiny_size(capsys):
 
 
 def test_what_a_stopped_peer_had_found_counts(monkeypatch):
-    script = "print('RESULT {\"case\": \"eager\", \"step_s\": 1}', flush=True); import time; time.sleep(60)"
+    script = 'print(\'RESULT {"case": "eager", "step_s": 1}\', flush=True); import time; time.sleep(60)'
     started = subprocess.Popen
     command = [sys.executable, "-c", script]
     monkeypatch.setattr(accelerator_torch.subprocess, "Popen", lambda _, **options: started(command, **options))

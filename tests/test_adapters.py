@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from slt_jax.adapters import from_linen, from_nnx, next_token_loss
+from slt_jax.posterior.flax import from_linen, from_nnx, next_token_loss
 
 
 class Net(nnx.Module):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-from slt_jax.mesh import chain_mesh
+from slt_jax.engine.mesh import chain_mesh
 from tests.sources import Rows
 
 DIMENSION, NBETA, GAMMA = 50, 40.0, 2.0
@@ -107,7 +107,7 @@ def test_what_is_no_named_data_set_is_refused(also):
 
 
 def test_a_file_too_large_to_hold_is_refused(monkeypatch):
-    monkeypatch.setattr("slt_jax.batches._HELD", 100)
+    monkeypatch.setattr("slt_jax.posterior.data._HELD", 100)
     with pytest.raises(ValueError, match=r"'big' would take .* 25 examples at most"):
         estimate(also={"big": Rows(OTHER)})
 

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import slt_jax as slt
-from slt_jax.engine import _chunk_indices
+from slt_jax.engine.loop import _chunk_indices
 from slt_jax.models import Decoder, DecoderConfig
 from tests.small import estimate, refuses
 

@@ -9,18 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slt_jax import batches
-from slt_jax.batches import (
-    ArrayData,
-    HostData,
-    Prefetcher,
-    as_source,
-    check_batch_size,
-    draw_indices,
-    hf_dataset,
-    token_file,
-)
 from slt_jax.kernels.langevin import random_words, reference, uniform_index
+from slt_jax.posterior import data as batches
+from slt_jax.posterior.data import ArrayData, HostData, Prefetcher, as_source, check_batch_size, draw_indices
+from slt_jax.posterior.files import hf_dataset, token_file
 
 TOKENS = np.random.default_rng(0).integers(0, 50, 1003)
 INDICES = np.array([[[0, 3], [99, 7]], [[3, 3], [50, 0]], [[1, 2], [98, 97]]])  # (chains, steps, batch)

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-from slt_jax import memory
-from slt_jax.calibrate import default_budget
-from slt_jax.chunk import run_chunk
-from slt_jax.corrections import heating
-from slt_jax.mesh import chain_mesh
-from tests.targets import by_name
+from scaling.known_answers import by_name
+from slt_jax import _machine as memory
+from slt_jax.calibration.choose import default_budget
+from slt_jax.diagnostics.bias import heating
+from slt_jax.engine.chunk import run_chunk
+from slt_jax.engine.mesh import chain_mesh
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(4000, 8)).astype(np.float32)

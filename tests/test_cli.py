@@ -14,7 +14,7 @@ import pytest
 from flax import nnx
 
 import slt_jax as slt
-from slt_jax.cli import main
+from slt_jax.cli.commands import main
 from slt_jax.models import Decoder, DecoderConfig
 from slt_jax.models.hub import save_decoder
 
@@ -224,7 +224,7 @@ def test_an_interrupted_run_says_how_to_go_on(files, tmp_path):
     """Ctrl-C once the chains are running: exit code 130, and the words that the same command resumes it."""
     # A child of a background shell inherits SIGINT ignored, and would never see it.
     start = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    start += "from slt_jax.cli import run; run()"
+    start += "from slt_jax.cli.commands import run; run()"
     command = [
         sys.executable, "-c", start, "llc", str(files / "model"), "--tokens", str(files / "t.npy"), "--chains", "2",
         "--warmup", "2", "--batch-size", "4", "--quiet", "--json", "--checkpoint-dir", str(tmp_path / "run"),

@@ -10,7 +10,7 @@ from scipy.optimize import root_scalar
 from scipy.stats import norm
 
 import slt_jax as slt
-from slt_jax.compare import compare
+from slt_jax.results.comparison import compare
 
 SETTINGS = {
     "num_draws": 200, "num_warmup": 5, "thinning": 1, "batch_size": 8, "nbeta": 100.0, "step_size": 1e-3,

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-from slt_jax.corrections import Bias, bias_of, heating, thermometer
-from slt_jax.diagnostics import Evidence, assess
-from slt_jax.series import extrapolate
-from slt_jax.slopes import Slope, covariance_with_loss
+from slt_jax.diagnostics.bias import Bias, bias_of, heating, thermometer
+from slt_jax.diagnostics.sensitivity import Slope, covariance_with_loss
+from slt_jax.diagnostics.series import extrapolate
+from slt_jax.diagnostics.verdict import Evidence, assess
 from tests.small import gamma_draws
 
 NAN2 = (math.nan, math.nan)

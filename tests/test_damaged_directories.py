@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from slt_jax.checkpoint import MANIFEST, RunStore
+from slt_jax.engine.checkpoint import MANIFEST, RunStore
 from tests import durable
 from tests.durable import TOTAL, assert_equal, broken_orbax, contents, estimate, watched
 

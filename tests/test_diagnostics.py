@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from slt_jax.diagnostics import Evidence, assess
-from slt_jax.series import ess_and_rhat, standard_error, trend_of
+from slt_jax.diagnostics.series import ess_and_rhat, standard_error, trend_of
+from slt_jax.diagnostics.verdict import Evidence, assess
 
 RHO = 0.8
 SHRINK = (1 - RHO) / (1 + RHO)  # effective draws per draw of an AR(1) series

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-from slt_jax.batches import HostData
-from slt_jax.checkpoint import MANIFEST
+from slt_jax.engine.checkpoint import MANIFEST
+from slt_jax.posterior.data import HostData
 from tests import durable
 from tests.durable import DATA, TOTAL, TRACES, Child, assert_equal, contents, estimate, loss_fn, posterior, watched
 
@@ -23,7 +23,9 @@ unbroken, interrupted, half, collected = durable.unbroken, durable.interrupted, 
 
 # Interrupted and resumed
 
-CHILD = durable.SLOWLY + """
+CHILD = (
+    durable.SLOWLY
+    + """
 import jax.numpy as jnp, numpy as np
 import slt_jax as slt
 
@@ -41,6 +43,7 @@ result = slt.estimate_llc(
 assert not result.notes and not result.stopped
 np.savez(sys.argv[1], **{name: getattr(result, name) for name in %r})
 """
+)
 
 
 def test_killed_at_random_moments_and_resumed_is_bit_for_bit_the_unbroken_run(tmp_path):

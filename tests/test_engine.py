@@ -9,9 +9,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import slt_jax as slt
-from slt_jax.batches import as_source, draw_indices
-from slt_jax.engine import Engine, Schedule
-from slt_jax.mesh import chain_mesh
+from slt_jax.engine.loop import Engine
+from slt_jax.engine.mesh import chain_mesh
+from slt_jax.engine.plan import Schedule
+from slt_jax.posterior.data import as_source, draw_indices
 from slt_jax.samplers.base import Info, Sampler
 from tests.sources import Rows
 

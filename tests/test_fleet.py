@@ -14,8 +14,8 @@ import pytest
 import xarray as xr
 
 import slt_jax as slt
-from slt_jax import fleet_jobs
-from slt_jax.fleet import run_fleet
+from slt_jax.fleet import jobs as fleet_jobs
+from slt_jax.fleet.run import run_fleet
 from tests import cluster as played
 from tests.cluster import Cluster, Killed, first_time, result
 

@@ -10,7 +10,7 @@ import threading
 import numpy as np
 import pytest
 
-from slt_jax.fleet import run_fleet
+from slt_jax.fleet.run import run_fleet
 from tests import cluster as played
 from tests.cluster import result
 from tests.small import refuses

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-from slt_jax.batches import as_source, check_key
-from slt_jax.calibrate import _Pilot
-from slt_jax.corrections import heating
-from slt_jax.engine import Engine, Schedule
-from slt_jax.mesh import chain_mesh
-from slt_jax.outcome import _evenly, result_of
+from scaling.known_answers import by_name
+from slt_jax._checks import check_key
+from slt_jax.calibration.choose import _Pilot
+from slt_jax.diagnostics.bias import heating
+from slt_jax.engine.loop import Engine
+from slt_jax.engine.mesh import chain_mesh
+from slt_jax.engine.plan import Schedule
+from slt_jax.estimators.outcome import _evenly, result_of
+from slt_jax.estimators.request import calibrated
+from slt_jax.posterior.data import as_source
 from slt_jax.samplers.base import Hyper
-from slt_jax.setting import calibrated
-from tests.targets import by_name
 
 CUSP = by_name("(y^2 - x^3)^2")
 NBETA, PULL, STEP = 2000.0, 1.0, 4e-5

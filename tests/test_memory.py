@@ -13,14 +13,15 @@ import pytest
 from flax import nnx
 
 import slt_jax as slt
-from slt_jax import memory
-from slt_jax.batches import as_source
-from slt_jax.engine import Engine, Schedule
-from slt_jax.memory import Need, layouts, need_of
-from slt_jax.mesh import chain_mesh
+from slt_jax.engine import memory
+from slt_jax.engine.loop import Engine
+from slt_jax.engine.memory import Need, layouts, need_of
+from slt_jax.engine.mesh import chain_mesh
+from slt_jax.engine.plan import Schedule
+from slt_jax.engine.progress import span
 from slt_jax.models import Decoder, DecoderConfig
 from slt_jax.models.hub import save_decoder
-from slt_jax.progress import span
+from slt_jax.posterior.data import as_source
 from tests.sources import Rows
 
 WIDTH = 512
@@ -116,7 +117,7 @@ def test_a_run_tells_what_it_will_take(capfd, monkeypatch):
 
 
 def test_the_time_to_go_is_told_after_the_first_steps(monkeypatch, capfd):
-    monkeypatch.setattr("slt_jax.progress._WORTH_TELLING", 0)
+    monkeypatch.setattr("slt_jax.engine.progress._WORTH_TELLING", 0)
     estimate(num_draws=20, progress=True)
     assert re.search(r"  [\d.e-]+ s a step of all chains: about \d+ s to go", capfd.readouterr().err)
     assert [span(s) for s in (0.2, 119, 200, 7300, 200_000)] == ["0 s", "119 s", "3 min", "2 h", "2.3 days"]
@@ -167,7 +168,7 @@ def test_layouts_keep_to_what_was_given():
 
 RUN = """
 import json, resource, sys
-from slt_jax.cli import main
+from slt_jax.cli.commands import main
 code = main(json.loads(sys.argv[1]))
 print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, file=sys.stderr)
 """

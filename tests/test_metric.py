@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-import slt_jax.metric
-import slt_jax.whitening
-from slt_jax.batches import as_source
-from slt_jax.engine import Engine, Schedule
+import slt_jax.calibration.metric_pilot
+import slt_jax.samplers.kronecker
+from slt_jax.calibration.probe import Probe, _acceptance, _noise
+from slt_jax.engine.loop import Engine
+from slt_jax.engine.mesh import chain_mesh
+from slt_jax.engine.plan import Schedule
+from slt_jax.engine.progress import Progress
 from slt_jax.kernels.langevin import normal
-from slt_jax.mesh import chain_mesh
-from slt_jax.metric import PROBES, ROUNDS, largest, matrix_shape, measure
-from slt_jax.probe import Probe, _acceptance, _noise
-from slt_jax.progress import Progress
+from slt_jax.posterior.data import as_source
 from slt_jax.samplers.base import Factor, Hyper, pull_back, root
+from slt_jax.samplers.kronecker import PROBES, ROUNDS, largest, matrix_shape, measure
 from tests.matrices import spread
 
 ROWS, COLUMNS, PULL = 12, 7, 1.0
@@ -110,9 +111,9 @@ def test_scales_come_from_other_probes_than_bases(monkeypatch):
     one = np.outer(np.ones(COLUMNS), np.ones(COLUMNS)) / COLUMNS
     hessian = 1e4 * np.kron(np.eye(ROWS), one)
     largest_of = lambda found: np.linalg.eigvalsh((r := dense_root(found[0])).T @ hessian @ r).max()  # noqa: E731
-    monkeypatch.setattr(slt_jax.metric, "ROUNDS", 1)  # a second one sees the others too
+    monkeypatch.setattr(slt_jax.samplers.kronecker, "ROUNDS", 1)  # a second one sees the others too
     assert largest_of(measured(hessian, (ROWS, COLUMNS))) < 10
-    monkeypatch.setattr(slt_jax.metric, "_rescaled", lambda factor, *_, **__: factor)
+    monkeypatch.setattr(slt_jax.samplers.kronecker, "_rescaled", lambda factor, *_, **__: factor)
     assert largest_of(measured(hessian, (ROWS, COLUMNS))) > 50
 
 
@@ -142,7 +143,7 @@ def slow_share(rounds):
         return leaves(jnp.asarray(hessian @ flat, jnp.float32))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slt_jax.metric, "ROUNDS", rounds)
+        patch.setattr(slt_jax.samplers.kronecker, "ROUNDS", rounds)
         metric = measure(product, [leaves(jnp.zeros(len(hessian)))], 8, 1.0, 1e7, jax.random.key(0))
     columns = jax.vmap(lambda unit: jnp.concatenate([x.reshape(-1) for x in root(metric, leaves(unit))]))
     turn = np.asarray(columns(jnp.eye(len(hessian))), np.float64).T
@@ -153,7 +154,7 @@ def slow_share(rounds):
 
 def test_layers_that_push_along_the_same_few_directions_do_not_hide_the_others():
     """Seven layers, eight decades. One round, in the weights' own coordinates, leaves ten times as much crawling."""
-    share, most = slow_share(slt_jax.metric.ROUNDS)
+    share, most = slow_share(slt_jax.samplers.kronecker.ROUNDS)
     assert share < 0.01
     assert most < 10
     assert slow_share(1)[0] > 5 * share
@@ -186,10 +187,10 @@ def test_a_metric_is_taken_up_where_another_one_left_off():
     """One round from there, with the curvature a hundred times higher meanwhile; and it is no longer that of before."""
     reaches = []
     begun = measured(DENSE, (ROWS, COLUMNS), reaches=reaches)
-    assert reaches == [1.0] * PROBES + [slt_jax.metric.WHITE_REACH] * ((ROUNDS - 1) * PROBES + 8)
+    assert reaches == [1.0] * PROBES + [slt_jax.samplers.kronecker.WHITE_REACH] * ((ROUNDS - 1) * PROBES + 8)
     reaches.clear()
     found = measured(100 * DENSE, (ROWS, COLUMNS), seed=1, begun=begun, reaches=reaches)
-    assert reaches == [slt_jax.metric.WHITE_REACH] * (PROBES + 8)
+    assert reaches == [slt_jax.samplers.kronecker.WHITE_REACH] * (PROBES + 8)
     matrix = dense_root(found[0])
     values = np.linalg.eigvalsh(matrix.T @ (100 * DENSE) @ matrix)
     assert values.max() / values.min() < 20
@@ -305,7 +306,7 @@ def estimate(begun):
         return measure(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slt_jax.whitening, "measure", noted)
+        patch.setattr(slt_jax.calibration.metric_pilot, "measure", noted)
         return slt.estimate_llc(posterior(), DATA, sampler=slt.underdamped(metric="kronecker"), budget=6000)
 
 
@@ -375,7 +376,7 @@ def products_of(closed):
 def test_a_metric_multiplies_in_full_precision(metric):
     """Accelerators take TF32 unless told otherwise, and a flat direction would get the stiff ones' errors."""
     tree, full = (jnp.ones((ROWS, COLUMNS)),), jax.lax.Precision.HIGHEST
-    looked = lambda m, t: slt_jax.metric._grams(m, t, 1.0)  # noqa: E731
+    looked = lambda m, t: slt_jax.samplers.kronecker._grams(m, t, 1.0)  # noqa: E731
     for program, count in ((root, 2), (pull_back, 2), (looked, 4)):
         found = list(products_of(jax.make_jaxpr(program)(metric, tree)))
         assert len(found) == count
@@ -384,14 +385,14 @@ def test_a_metric_multiplies_in_full_precision(metric):
 
 def test_what_takes_long_to_compile_is_compiled_once(estimate):
     """A metric's root without a metric and with one; the chunk as it is planned, before there is one."""
-    slt_jax.metric._root.clear_cache()
+    slt_jax.samplers.kronecker._root.clear_cache()
     target, plan = posterior(), Schedule(2, 20, 20, 1, 50, 1, "paired", 1, 20)
     sampler = slt.underdamped(metric="kronecker")
     engine = Engine(target, as_source(DATA), sampler, plan, jax.random.key(0), chain_mesh(2, jax.devices()[:1]))
     planned = engine.lower().as_text()
     engine.localize(PULL)
     probe = Probe(engine, 2, jax.random.key(1))
-    slt_jax.whitening.Whitening(engine, probe, 1e4).explore(1e6, PULL)
+    slt_jax.calibration.metric_pilot.Whitening(engine, probe, 1e4).explore(1e6, PULL)
     assert engine.metric
     assert engine.lower().as_text() == planned
-    assert slt_jax.metric._root._cache_size() == 2
+    assert slt_jax.samplers.kronecker._root._cache_size() == 2

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-import slt_jax.metric
-from slt_jax.metric import _Side, _turned
+import slt_jax.samplers.kronecker
+from slt_jax.samplers.kronecker import _Side, _turned
 from tests.matrices import spread
 
 BASIS = np.linalg.qr(np.random.default_rng(3).normal(size=(9, 9)))[0]
@@ -41,11 +41,13 @@ def close(found, wanted, rtol=1e-6):
 @pytest.mark.parametrize(("decades", "gram", "off"), [(8, GRAM, (1e-6, 1e-4)), (12, spread(9, 1, 4), (1e-4, 1e-3))])
 def test_a_round_takes_a_side_by_the_root_of_its_products(monkeypatch, backend, decades, gram, off):
     """Twelve decades, which float32 would lose. Kills: the products' squares, no floor, S for S'^-1, values squared."""
-    products, made = [], slt_jax.metric.square_root
-    monkeypatch.setattr(slt_jax.metric, "square_root", lambda matrix: products.append(len(matrix)) or made(matrix))
-    monkeypatch.setattr(slt_jax.metric, "LARGE_SIDE", 9)
+    products, made = [], slt_jax.samplers.kronecker.square_root
+    monkeypatch.setattr(
+        slt_jax.samplers.kronecker, "square_root", lambda matrix: products.append(len(matrix)) or made(matrix)
+    )
+    monkeypatch.setattr(slt_jax.samplers.kronecker, "LARGE_SIDE", 9)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    slt_jax.metric._into_by_products.clear_cache()
+    slt_jax.samplers.kronecker._into_by_products.clear_cache()
     values = np.logspace(0, -decades, 9)
     grown = _Side(BASIS, values).into(gram, 1000)
     assert np.ptp(grown.values) == 0
@@ -104,6 +106,6 @@ def test_a_leaf_that_the_loss_does_not_depend_on(last):
 def test_a_square_root_by_products(decades):
     with jax.enable_x64(True):
         matrix = 1e30 * spread(40, decades, 5)
-        found = np.asarray(slt_jax.metric.square_root(jnp.asarray(matrix)))
+        found = np.asarray(slt_jax.samplers.kronecker.square_root(jnp.asarray(matrix)))
     np.testing.assert_allclose(np.linalg.eigvalsh(found), 1e15 * np.logspace(-decades / 2, 0, 40), rtol=1e-5)
     np.testing.assert_allclose(found @ found, matrix, rtol=0, atol=1e-9 * 1e30)

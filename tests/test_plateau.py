@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from slt_jax.plateau import read_grid, weighted_line, weighted_mean
+from slt_jax.results.plateau import read_grid, weighted_line, weighted_mean
 
 STEPS = np.geomspace(1e-6, 1e-3, 6)
 PULLS = np.array([1.0, 3.0, 10.0, 30.0])
@@ -71,6 +71,7 @@ def test_where_nothing_settled_the_remedy_is_told():
 @pytest.mark.parametrize("seed", range(5))
 def test_the_raw_estimate_ends_at_its_value_without_a_step(seed):
     """Linear up to a step of 1e-4, then steeper. Kills: the corrected estimates taken; all steps taken."""
+
     def raw(b, g, e):
         return 5.0 + 2e4 * e + 5e8 * max(0.0, e - 1e-4) ** 1.0 / 1e4
 

@@ -10,7 +10,9 @@ from matplotlib.colors import LogNorm, to_hex
 from matplotlib.patches import Rectangle
 
 import slt_jax as slt
-from slt_jax import heatmaps, plots, series
+from slt_jax.diagnostics import series
+from slt_jax.report import heatmaps
+from slt_jax.report import traces as plots
 
 SETTINGS = {
     "num_warmup": 10, "thinning": 3, "nbeta": 10.0, "step_size": 1e-3, "localization": 2.0, "num_data": 100,

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-from slt_jax.engine import Engine, Schedule
-from slt_jax.mesh import chain_mesh
-from slt_jax.probe import Probe, _hessian
+from slt_jax.calibration.probe import Probe, _hessian
+from slt_jax.engine.loop import Engine
+from slt_jax.engine.mesh import chain_mesh
+from slt_jax.engine.plan import Schedule
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(64, 5)).astype(np.float32) * np.geomspace(0.3, 3, 5, dtype=np.float32)
@@ -26,7 +27,7 @@ def linear(p, xy):
 
 def probe_of(loss_fn, data=(X, Y), batch_size=16, blocks=4, size=5, nbeta=NBETA, sampler=SGLD):
     posterior = slt.LocalPosterior(loss_fn, {"w": jnp.zeros(size)}, 64, nbeta=nbeta, localization=PULL)
-    from slt_jax.batches import as_source
+    from slt_jax.posterior.data import as_source
 
     plan = Schedule(4, 10, 10, 1, batch_size, 1, "paired", 1, 8)
     engine = Engine(posterior, as_source(data), sampler, plan, jax.random.key(0), chain_mesh(4))

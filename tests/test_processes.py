@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-from slt_jax import checkpoint, engine
-from slt_jax.batches import HostData
-from slt_jax.mesh import chain_mesh
+from slt_jax.engine import checkpoint
+from slt_jax.engine import loop as engine
+from slt_jax.engine.mesh import chain_mesh
+from slt_jax.posterior.data import HostData
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROWS = np.random.default_rng(0).normal(size=(400, 5)).astype(np.float32)

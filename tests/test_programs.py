@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from slt_jax import programs
+from slt_jax.cli import program_cache as programs
 from slt_jax.models import Decoder, DecoderConfig
 from slt_jax.models.hub import save_decoder
 

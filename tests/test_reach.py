@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-from slt_jax.batches import as_source
-from slt_jax.diagnostics import Evidence, assess
-from slt_jax.engine import Engine, Schedule
-from slt_jax.mesh import chain_mesh
-from slt_jax.outcome import _curvature_probe, _debt, look_bytes
-from slt_jax.reach import DONE, Chain, debt, relaxation
+from slt_jax.diagnostics.relaxation import DONE, Chain, debt, relaxation
+from slt_jax.diagnostics.verdict import Evidence, assess
+from slt_jax.engine.loop import Engine
+from slt_jax.engine.mesh import chain_mesh
+from slt_jax.engine.plan import Schedule
+from slt_jax.estimators.outcome import _curvature_probe, _debt, look_bytes
+from slt_jax.posterior.data import as_source
 from tests.small import gamma_draws
 
 CURVATURE = np.array([100.0, 10.0, 1.0, 0.1, 0.01])

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slt_jax import language
-from slt_jax.cli import main
+from slt_jax.cli import language
+from slt_jax.cli.commands import main
 from slt_jax.models.hub import load_checkpoint
 
 LENGTH, COUNT = 32, 512

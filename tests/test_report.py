@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-from slt_jax import series
-from slt_jax.report import Picture, page_of, render, report
-from slt_jax.report_many import sweep_page
+from slt_jax.diagnostics import series
+from slt_jax.report.page import Picture, render
+from slt_jax.report.sweep import sweep_page
+from slt_jax.report.write import page_of
 from tests.test_plots import grid, run
 
 EVIL = "<script>alert('x')</script> & \"more\""
@@ -92,7 +93,7 @@ def page(result, path=None):
 
 @pytest.mark.quick
 def test_a_number_of_weights_is_told_whole(monkeypatch):
-    monkeypatch.setattr("slt_jax.report.picture", lambda *_: None)
+    monkeypatch.setattr("slt_jax.report.result.picture", lambda *_: None)
     page = render(page_of(sound(num_free=124_000_001)))
     assert Reader(page).rows["Half the weights"][0] == "62,000,000.5"
 
@@ -102,7 +103,7 @@ def test_a_page_holds_the_result(tmp_path):
     lines = ["step_size 0.001: 0.1 / curvature"]
     result = sound(calibration={"lines": lines}, cost=cost, gradients={"steps": 90, "probe": 10.0})
     saved = result.save(tmp_path / "r.zarr")
-    out = report(saved, tmp_path / "r.html")
+    out = write_report(saved, tmp_path / "r.html")
     text = out.read_text(encoding="utf-8")
     found = Reader(text)
     assert result.verdict == "converged"
@@ -283,19 +284,19 @@ def test_all_numbers_are_there_as_json():
 
 @pytest.mark.usefixtures("undrawn")
 def test_an_existing_file_is_kept_unless_told(tmp_path):
-    out = report(sound(), tmp_path / "r.html")
+    out = write_report(sound(), tmp_path / "r.html")
     first = out.read_bytes()
     with pytest.raises(FileExistsError, match="overwrite=True"):
-        report(run(), out)
+        write_report(run(), out)
     assert out.read_bytes() == first
-    report(run(), out, overwrite=True)
+    write_report(run(), out, overwrite=True)
     assert out.read_bytes() != first
     mine = tmp_path / "mine.html"
     mine.write_text("precious")
     with pytest.raises(FileExistsError, match="not a report of slt-jax"):
-        report(run(), mine, overwrite=True)
+        write_report(run(), mine, overwrite=True)
     with pytest.raises(FileExistsError, match="not a report of slt-jax"):
-        report(run(), tmp_path, overwrite=True)
+        write_report(run(), tmp_path, overwrite=True)
     assert mine.read_text() == "precious"
 
 
@@ -303,13 +304,13 @@ def test_an_existing_file_is_kept_unless_told(tmp_path):
 def test_what_is_no_result_is_refused(tmp_path):
     (tmp_path / "foreign.zarr").mkdir()
     with pytest.raises(FileNotFoundError, match="no result at"):
-        report(tmp_path / "none.zarr", tmp_path / "r.html")
+        write_report(tmp_path / "none.zarr", tmp_path / "r.html")
     with pytest.raises(ValueError, match="not a result written by slt-jax"):
-        report(tmp_path / "foreign.zarr", tmp_path / "r.html")
+        write_report(tmp_path / "foreign.zarr", tmp_path / "r.html")
     with pytest.raises(TypeError, match="got dict"):
-        report({}, tmp_path / "r.html")
+        write_report({}, tmp_path / "r.html")
     with pytest.raises(FileNotFoundError, match="there is no folder"):
-        report(sound(), tmp_path / "missing" / "r.html")
+        write_report(sound(), tmp_path / "missing" / "r.html")
     assert [p.name for p in tmp_path.iterdir()] == ["foreign.zarr"]
 
 
@@ -360,7 +361,7 @@ def test_a_saved_sweep_is_read(tmp_path):
     axes = {"nbeta": np.array([10.0, 20.0]), "localization": np.array([2.0]), "step_size": sizes}
     sweep = slt.Sweep(axes, tuple(cells), np.array([[1.0, 0.01]]))
     saved = sweep.save(tmp_path / "s.zarr")
-    text = report(saved, tmp_path / "s.html").read_text()
+    text = write_report(saved, tmp_path / "s.html").read_text()
     assert "<h1>Sweep over 6 settings</h1>" in text
     assert Reader(text).rows["nbeta 20, localization 2, step_size 0.001"][0] == cells[5].estimate_text("±")
     assert f"slt.load_sweep(&#39;{saved}&#39;)" in text

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-from slt_jax.cli import main
-from slt_jax.report import report
+from slt_jax.cli.commands import main
 from tests.test_report import Reader, sound
 
 
@@ -19,7 +18,7 @@ def test_a_trajectory_has_a_page(tmp_path):
     lost = dataclasses.replace(whole, stopped=dict.fromkeys(range(4), 3), **gone)
     found = slt.Trajectory((10, 100, 1000, 3000), {"all": (*results, lost), "layer 0": (*results, results[0])})
     saved = found.save(tmp_path / "t.zarr")
-    text = report(saved, tmp_path / "t.html").read_text()
+    text = write_report(saved, tmp_path / "t.html").read_text()
     page = Reader(text)
     assert "<h1>LLC at 4 checkpoints</h1>" in text
     assert page.rows["step 100"][1] == results[1].estimate_text("±")
@@ -48,5 +47,5 @@ def test_a_trajectory_s_page_shows_the_stages_that_are_asked_for(tmp_path):
     assert main(["report", str(saved), "--drift", "0"]) == 0
     assert "3 stages; within a stage" in (tmp_path / "t.html").read_text()
     with pytest.raises(TypeError, match="drift are of a trajectory's page, and this is a result's"):
-        report(rising[0], tmp_path / "c.html", drift=0.0)
+        write_report(rising[0], tmp_path / "c.html", drift=0.0)
     assert not (tmp_path / "c.html").exists()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-from slt_jax.plots import plot_training
+from slt_jax.report.training import plot_training
 
 SETTINGS = {
     "num_chains": 3, "num_draws": 40, "num_warmup": 5, "thinning": 2, "batch_size": 8, "nbeta": 10.0, "step_size": 1e-3,

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-from slt_jax.diagnostics import RISE_LIMIT, Evidence, assess
-from slt_jax.series import Rise, rise_of
+from slt_jax.diagnostics.series import Rise, rise_of
+from slt_jax.diagnostics.verdict import RISE_LIMIT, Evidence, assess
 
 RNG = np.random.default_rng(0)
 

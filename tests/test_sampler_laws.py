@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slt_jax.corrections import heating
-from slt_jax.samplers import preconditioned_sgld
+from slt_jax.diagnostics.bias import heating
 from slt_jax.samplers.base import Hyper
+from slt_jax.samplers.preconditioned import preconditioned_sgld
 from tests.sampler_cases import CASES, FRICTION, every
 
 

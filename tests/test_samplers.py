@@ -9,8 +9,9 @@ import pytest
 
 import slt_jax as slt
 from slt_jax.kernels.langevin import normal
-from slt_jax.samplers import preconditioned_sgld, sgld
 from slt_jax.samplers.base import Hyper
+from slt_jax.samplers.preconditioned import preconditioned_sgld
+from slt_jax.samplers.sgld import sgld
 from tests.sampler_cases import CASES, FRICTION, every
 
 CENTER = (jnp.linspace(-1, 1, 6).reshape(2, 3), jnp.array([0.5, -2.0]))

@@ -6,10 +6,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from slt_jax.diagnostics import Evidence, assess
-from slt_jax.slopes import Slope, _gamma_error, degree_of, slopes
+from scaling.known_answers import by_name
+from slt_jax.diagnostics.sensitivity import Slope, _gamma_error, degree_of, slopes
+from slt_jax.diagnostics.verdict import Evidence, assess
 from tests.small import gamma_draws
-from tests.targets import by_name
 
 
 def test_slopes_of_a_hidden_direction():

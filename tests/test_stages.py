@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy.stats import multivariate_normal
 
-from slt_jax import stages as module
-from slt_jax.stages import Stage, find_stages
+from slt_jax.results import stages as module
+from slt_jax.results.stages import Stage, find_stages
 
 RECORD = Path(__file__).parent.parent / "scaling" / "dln" / "results" / "development.json"
 RISING = (

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-from slt_jax.grid import AXES, table_of
-from slt_jax.results import TRACES
+from slt_jax.results.llc import TRACES
+from slt_jax.results.sweep import AXES, table_of
 from tests.durable import SLOWLY, Child, watched
 
 GRID = {"nbeta": [10.0, 30.0], "localization": [1.0, 3.0], "step_size": [1e-3, 3e-3, 1e-2]}
@@ -164,7 +164,9 @@ OFTEN = {"chunk_size": 30, "checkpoint_seconds": 0}
 def in_parts():
     """A budget in which four cells fit."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["slt_jax.sweep"], "state_bytes", lambda engine: engine.plan.num_chains * 2**30)
+        patch.setattr(
+            sys.modules["slt_jax.estimators.sweep"], "state_bytes", lambda engine: engine.plan.num_chains * 2**30
+        )
         yield {"memory_gib": 9.0}
 
 
@@ -198,12 +200,14 @@ def test_interrupted_and_resumed(data, whole, in_parts, tmp_path, stop_at):
         sweep((posterior(), data), **options, step_size=[1e-3, 2e-3, 1e-2], checkpoint_dir=tmp_path / "run")
 
 
-KILLED = SLOWLY + """
+KILLED = (
+    SLOWLY
+    + """
 import numpy as np
 import slt_jax as slt
 from tests.test_sweep import CURVED, GRID, PLAN, posterior
 
-sys.modules["slt_jax.sweep"].state_bytes = lambda engine: engine.plan.num_chains * 2**30
+sys.modules["slt_jax.estimators.sweep"].state_bytes = lambda engine: engine.plan.num_chains * 2**30
 data = jax.random.normal(jax.random.key(1), (400, 10)) * CURVED
 found = slt.sweep(
     posterior(), data, **GRID, **PLAN, sampler=slt.sgld(), memory_gib=9.0, chunk_size=5, checkpoint_seconds=0,
@@ -211,6 +215,7 @@ found = slt.sweep(
 )
 np.save(sys.argv[1], np.stack([r.loss_trace for r in found.results]))
 """
+)
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.targets import by_name
+from scaling.known_answers import by_name
 
 
 @pytest.mark.parametrize("nbeta", [500.0, 16_384.0])

@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-import slt_jax.tilt as tilt_module
-from slt_jax.batches import as_source
-from slt_jax.corrections import Bias
-from slt_jax.diagnostics import TILT_LIMIT, TILT_SIGMA, Evidence, assess
-from slt_jax.engine import Engine, Schedule
-from slt_jax.memory import need_of
-from slt_jax.mesh import chain_mesh
-from slt_jax.slopes import Slope, tilt_of
-from slt_jax.storage import digest
-from slt_jax.tilt import Looks, looks_of
+import slt_jax.engine.center_slope as tilt_module
+from slt_jax.diagnostics.bias import Bias
+from slt_jax.diagnostics.sensitivity import Slope, tilt_of
+from slt_jax.diagnostics.verdict import TILT_LIMIT, TILT_SIGMA, Evidence, assess
+from slt_jax.engine.center_slope import Looks, looks_of
+from slt_jax.engine.loop import Engine
+from slt_jax.engine.memory import need_of
+from slt_jax.engine.mesh import chain_mesh
+from slt_jax.engine.plan import Schedule
+from slt_jax.posterior.data import as_source
+from slt_jax.results.storage import digest
 from tests.small import estimate, refuses, square
 from tests.sources import Rows
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-from slt_jax.plateau import SETTLED
-from slt_jax.results import TRACES
+from slt_jax.results.llc import TRACES
+from slt_jax.results.plateau import SETTLED
 from tests.durable import watched
 
 DATA = jax.random.normal(jax.random.key(1), (200, 6))
@@ -146,6 +146,7 @@ def test_a_setting_that_does_not_serve_is_told():
 
 def test_parts_have_results_of_their_own():
     """Two halves of the weights: their LLCs add up to the whole's, as the loss is a sum over them."""
+
     def half(posterior, low):
         mask = {"on": np.zeros(6, bool), "w": (np.arange(6) < 3) == low}
         return slt.LocalPosterior(posterior.loss_fn, posterior.center, 200, 50.0, 0.5, mask)

@@ -9,7 +9,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from slt_jax.mesh import chain_mesh
+from slt_jax.engine.mesh import chain_mesh
 
 
 def cluster(

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 import slt_jax as slt
-from tests.targets import Target, by_name
+from scaling.known_answers import Target, by_name
 
 PROBLEMS = {
     "in-view": (

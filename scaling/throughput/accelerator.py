@@ -34,12 +34,13 @@ from flax import nnx
 import slt_jax as slt
 from scaling.throughput.accelerator_torch import BATCHES, LOCALIZATION, NBETA, STEP_SIZE, add_sizes, run_apart
 from scaling.throughput.compare import machine
-from slt_jax.batches import as_source
-from slt_jax.checkpoint import versions
-from slt_jax.engine import Engine, Run, Schedule
-from slt_jax.mesh import chain_mesh
+from slt_jax.engine.checkpoint import versions
+from slt_jax.engine.loop import Engine, Run
+from slt_jax.engine.mesh import chain_mesh
+from slt_jax.engine.plan import Schedule
+from slt_jax.engine.progress import peak_memory
 from slt_jax.models import Decoder, DecoderConfig
-from slt_jax.progress import peak_memory
+from slt_jax.posterior.data import as_source
 
 # Dense bfloat16 TFLOP/s of one device, by the makers' data sheets; the first name found in JAX's device_kind counts.
 PEAK_TFLOPS = {

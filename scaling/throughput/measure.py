@@ -83,6 +83,7 @@ def overhead(folder: Path, rounds: int = 7, steps: int = 10) -> dict[str, Any]:
             begin = time.perf_counter()
             loop(steps)
             seconds[name].append((time.perf_counter() - begin) / steps)
+
     def ratio(name: str) -> float:
         return statistics.median(own / bare for own, bare in zip(seconds[name], seconds["bare"], strict=True))
 
@@ -92,9 +93,10 @@ def overhead(folder: Path, rounds: int = 7, steps: int = 10) -> dict[str, Any]:
 
 def _stepper(work: Any, sampler: Any, total: int) -> Callable[[int], None]:
     """A function that moves one chain by so many steps, ``total`` in all."""
-    from slt_jax.batches import as_source
-    from slt_jax.engine import Engine, Schedule
-    from slt_jax.mesh import chain_mesh
+    from slt_jax.engine.loop import Engine
+    from slt_jax.engine.mesh import chain_mesh
+    from slt_jax.engine.plan import Schedule
+    from slt_jax.posterior.data import as_source
 
     plan = Schedule(1, total, 0, 1, work.batch_size, 1, "full", 1, 512)
     mesh = chain_mesh(1, jax.devices()[:1])

@@ -41,7 +41,7 @@ MODELS = {
 RUN = """
 import json, os, resource, sys
 os.sched_setaffinity(0, json.loads(sys.argv[2]))
-from slt_jax.cli import main
+from slt_jax.cli.commands import main
 code = main(json.loads(sys.argv[1]))
 print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr)
 """

@@ -29,9 +29,9 @@ import numpy as np
 
 import slt_jax as slt
 from scaling.throughput.compare import machine
-from slt_jax.demo import FULL, source_bytes, train
+from slt_jax.cli.demo import FULL, source_bytes, train
+from slt_jax.engine.progress import peak_memory
 from slt_jax.models.hub import load_decoder
-from slt_jax.progress import peak_memory
 
 GRID = {
     "nbeta": [10.0, 30.0, 100.0],

@@ -11,7 +11,7 @@ from scaling.tms.model import loss_fn, mean_loss, own_loss_fn
 from scaling.tms.polygons import Nearest, nearest
 from scaling.tms.stages import ELSEWHERE, Stage, match, stages_of, strays
 from scaling.tms.training import Params, Start, checkpoints, train
-from slt_jax.plateau import SETTLED
+from slt_jax.results.plateau import SETTLED
 
 STEPS = checkpoints(25, 6000, 26)
 NUM_DATA = 100_000

@@ -4,7 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from slt_jax.posterior import check_count, check_positive
+from slt_jax._checks import check_count, check_positive
 
 _DERIVED: Any = None  # filled in from the other fields
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]

@@ -19,7 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slt_jax.posterior import LocalPosterior, path_of
+from slt_jax.posterior.local import LocalPosterior
+from slt_jax.posterior.tree import path_of
 
 PyTree = Any
 Path = tuple[str, ...]

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from slt_jax.posterior import check_count, check_positive
+from slt_jax._checks import check_count, check_positive
 from slt_jax.samplers.base import Hyper, Info, LossAndGrad, Position, Sampler, displacement, drift, inner
 
 

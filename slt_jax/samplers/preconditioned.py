@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from slt_jax.posterior import check_positive
+from slt_jax._checks import check_positive
 from slt_jax.samplers.base import (
     Hyper,
     Info,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from slt_jax.posterior import check_positive
+from slt_jax._checks import check_positive
 from slt_jax.samplers.base import (
     Hyper,
     Info,

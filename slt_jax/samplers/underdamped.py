@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from slt_jax.posterior import check_positive
+from slt_jax._checks import check_positive
 from slt_jax.samplers.base import (
     Hyper,
     Info,
@@ -105,8 +105,8 @@ def underdamped(step_size: float | None = None, friction: float | None = None, *
         step_size: the square of the time step, in squared units of weight: a tenth of 1 / (largest curvature) is safe.
         friction: share of the momentum lost in one step; 0.1 mixes fast, 1 is close to SGLD. Low friction with noisy
             gradients heats the chain.
-        metric: ``"kronecker"`` moves in coordinates in which the posterior is nearly round, see ``slt_jax.metric``; the
-            calibration measures them, and ``step_size`` is then in their units. None: the weights' own coordinates.
+        metric: ``"kronecker"`` moves in coordinates in which the posterior is nearly round, see
+            ``slt_jax.samplers.kronecker``; the calibration measures them, and ``step_size`` is then in their units. None: the weights' own coordinates.
 
     What is left out is chosen by the calibration.
     """

@@ -16,7 +16,7 @@ import slt_jax as slt
 from scaling.dln import devices
 from scaling.dln.methods import estimate, ours
 from scaling.dln.teachers import KINDS, SIZES, make_teacher
-from slt_jax.fleet import run_fleet
+from slt_jax.fleet.run import run_fleet
 
 
 def run_one(case: dict[str, Any]) -> slt.LLCResult:

@@ -1,0 +1,57 @@
+"""Checks of arguments that every entrance uses."""
+
+import math
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def check_positive(name: str, value: Any, remedy: str, *, zero: bool = False) -> None:
+    """Raise unless ``value`` is a finite real number above zero (or, with ``zero``, at least zero)."""
+    allowed = f"{name} must be a finite number {'>=' if zero else '>'} 0, got {value!r}. {remedy}"
+    kind = getattr(value, "dtype", type(value))
+    scalar = isinstance(value, numbers.Real) or (hasattr(value, "dtype") and np.ndim(value) == 0)
+    if not scalar or kind in (bool, np.bool_) or not (isinstance(value, numbers.Real) or _is_real(kind)):
+        raise TypeError(allowed)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ValueError(allowed) from None
+    if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
+        raise ValueError(allowed)
+
+
+def _is_real(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
+
+
+def check_count(name: str, value: Any, least: int, remedy: str = "") -> None:
+    """Raise unless ``value`` is a whole number of at least ``least``."""
+    sentence = f"{name} must be a whole number >= {least}, got {value!r}. {remedy}".rstrip()
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(sentence)
+    if value < least:
+        raise ValueError(sentence)
+
+
+def check_key(key: Any) -> jax.Array:
+    """A typed threefry key from a key or a whole number. Raises TypeError for old-style and ``rbg`` keys."""
+    if isinstance(key, int | np.integer) and not isinstance(key, bool):
+        if not -(2**63) <= key < 2**63:
+            raise ValueError(f"key must fit 64 bits as a seed, got {key}. Take a smaller number.")
+        return jax.random.key(int(key), impl="threefry2x32")
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        kind = f"an array of {key.dtype}" if hasattr(key, "dtype") else repr(key)
+        raise TypeError(
+            f"key must be a jax.random.key(...) or a whole number, got {kind}. "
+            "Old-style keys (jax.random.PRNGKey) go through jax.random.wrap_key_data(key)."
+        )
+    if key.shape != () or str(jax.random.key_impl(key)) not in ("fry", "threefry2x32"):
+        raise TypeError(
+            f"key must be one threefry key, got shape {key.shape} of {jax.random.key_impl(key)}. "
+            "Use jax.random.key(seed, impl='threefry2x32')."
+        )
+    return key

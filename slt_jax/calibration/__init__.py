@@ -1,0 +1,1 @@
+"""What nobody should have to pick by eye: step size, friction, localization, control variates."""

@@ -1,0 +1,334 @@
+"""Looks at single positions: curvature, gradient noise, acceptance. Each costs a few gradients and moves no chain."""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from slt_jax.posterior.local import LocalPosterior
+from slt_jax.posterior.program import LossProgram, can_be_lowered
+from slt_jax.samplers.base import Position, displacement, inner, noise_like, pull_back, root
+
+_ROWS = 16  # of a Hessian, side by side where the model is small
+_FEW = 10_000  # weights of such a model
+_TANGENTS = 2.2  # times what a gradient takes, for its derivative along a direction
+
+
+class Noise(NamedTuple):
+    """Trace of the covariance of nbeta grad L_m(w): of the plain gradient, and with control variates at w*.
+
+    In the coordinates of the engine's metric, if it has one.
+    """
+
+    plain: float
+    controlled: float
+
+
+def _grad_over(program: LossProgram, frozen: Any, blocks: Any, position: Position) -> tuple[jax.Array, Position]:
+    """Mean loss and its gradient over all blocks, one block at a time."""
+
+    def add(total, block):
+        found = jax.value_and_grad(program.mean_loss)(position, frozen, block)
+        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, found), None
+
+    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, position))
+    total, _ = jax.lax.scan(add, zero, blocks)
+    count = jax.tree.leaves(blocks)[0].shape[0]
+    return jax.tree.map(lambda x: x / count, total)
+
+
+_square = jax.jit(lambda tree: inner(tree, tree))
+
+
+def _norm(tree: Position) -> jax.Array:
+    """Of entries whose squares float32 does not hold, too."""
+    largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in tree]))
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0)
+    within = _scaled(1 / unit, tree)
+    return unit * jnp.sqrt(inner(within, within))
+
+
+def _scaled(factor: jax.Array, tree: Position) -> Position:
+    return tuple((factor * x).astype(x.dtype) for x in tree)
+
+
+def _plus(a: Position, b: Position) -> Position:
+    return tuple(x + y for x, y in zip(a, b, strict=True))
+
+
+def _grad_change(program: LossProgram, frozen: Any, blocks: Any, position: Position, v: Position, reach) -> Position:
+    """Mean of grad L(w + reach v) - grad L(w - reach v) over all blocks; one moved position and one sum at a time."""
+
+    def side(total, sign):
+        moved = _plus(position, _scaled(sign * reach, v))
+
+        def add(total, block):
+            grad = jax.grad(program.mean_loss)(moved, frozen, block)
+            return tuple(t + (sign * g).astype(t.dtype) for t, g in zip(total, grad, strict=True)), None
+
+        return jax.lax.scan(add, total, blocks)[0], None
+
+    total, _ = jax.lax.scan(side, jax.tree.map(jnp.zeros_like, position), jnp.array([1.0, -1.0]))
+    count = jax.tree.leaves(blocks)[0].shape[0]
+    return jax.tree.map(lambda x: x / count, total)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sharpness(program: LossProgram, position, frozen, blocks, nbeta, floor, reach, start, iterations):
+    """Power iteration on secants of the gradient, as long as one standard deviation of the posterior they find.
+
+    The product with the Hessian is (grad L(w + s v) - grad L(w - s v)) / (2 s): two gradients, no second derivative of
+    the model. s settles at 1 / sqrt(curvature), so that where the Hessian vanishes (a quartic) this is the curvature
+    that a chain meets. The length is averaged with the last one's logarithm: alone, a quartic's would swing for ever.
+    """
+
+    def body(_, carry):
+        v, s, _ = carry
+        unit = s / _norm(v)
+        product = _scaled(nbeta / (2 * s), _grad_change(program, frozen, blocks, position, v, unit))
+        found = _norm(product)
+        good = jnp.isfinite(found) & (found > 0)
+        product = tuple(jnp.where(good, p, x) for p, x in zip(product, v, strict=True))
+        s = jnp.where(good, jnp.sqrt(s / jnp.sqrt(found + floor)), s / 10)
+        return product, s, jnp.where(good, found, 0.0)
+
+    _, _, found = jax.lax.fori_loop(0, iterations, body, (start, reach, jnp.float32(0)))
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _grad_blocks(program: LossProgram, position, frozen, blocks):
+    return _grad_over(program, frozen, blocks, position)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _curvature(program: LossProgram, position, direction, frozen, blocks, nbeta, localization, reach):
+    """(nbeta Hessian of L + localization) times ``direction``, by a central secant ``reach`` times as long as it."""
+    change = _grad_change(program, frozen, blocks, position, direction, reach)
+    bent = _scaled(nbeta / (2 * reach), change)
+    return _plus(bent, _scaled(localization, direction))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _hessian(program: LossProgram, position, direction, frozen, blocks, nbeta, localization):
+    """The same by the derivative of the gradient along ``direction``."""
+
+    def add(total, block):
+        _, bent = jax.jvp(lambda w: jax.grad(program.mean_loss)(w, frozen, block), (position,), (direction,))
+        return tuple(t + x.astype(t.dtype) for t, x in zip(total, bent, strict=True)), None
+
+    total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, position), blocks)
+    return _plus(_scaled(nbeta / jax.tree.leaves(blocks)[0].shape[0], total), _scaled(localization, direction))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _dense_hessian(program: LossProgram, position, frozen, blocks, nbeta):
+    """The whole Hessian of nbeta L, a row for each entry of the position."""
+    flat, unravel = ravel_pytree(position)
+    weights = sum(w.size for w in (*position, *frozen))
+
+    def row(unit):
+        return ravel_pytree(_hessian(program, position, unravel(unit), frozen, blocks, nbeta, 0.0))[0]
+
+    return jax.lax.map(row, jnp.eye(flat.size, dtype=flat.dtype), batch_size=_ROWS if weights < _FEW else 1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _noise(program: LossProgram, position, center, frozen, halves, metric, nbeta):
+    """Squared norms of g(w) and of g(w) - g(w*), with g the gradient of nbeta L over the first half less that over the
+    second. Scaled before it is squared: float32 ends at 1e-38.
+    """
+
+    def add(carry, i):
+        total, plain = carry
+        half = jax.tree.map(lambda x: x[i % 2], halves)
+        at = tuple(jnp.where(i < 2, w, c) for w, c in zip(position, center, strict=True))
+        sign = jnp.array([1.0, -1.0, -1.0, 1.0])[i]
+        grad = jax.grad(program.mean_loss)(at, frozen, half)
+        total = tuple(t + (sign * nbeta * g).astype(t.dtype) for t, g in zip(total, grad, strict=True))
+        return (total, jnp.where(i == 1, square(total), plain)), None
+
+    def square(tree):
+        turned = pull_back(metric, tree)
+        return inner(turned, turned)
+
+    zero = (jax.tree.map(jnp.zeros_like, position), jnp.float32(0))
+    (rest, plain), _ = jax.lax.scan(add, zero, jnp.arange(4))
+    return plain, square(rest)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _acceptance(program: LossProgram, position, center, frozen, blocks, nbeta, localization, step_size, metric, fresh):
+    """Metropolis acceptance of one Euler-Maruyama step, which is one leapfrog step from the ``fresh`` momentum."""
+    time = jnp.sqrt(step_size)
+
+    def kick(i, carry):  # half a kick before the move, half a kick after it
+        w, momentum, losses, distances, squares = carry
+        loss, grad = _grad_over(program, frozen, blocks, w)
+        away = displacement(w, center)
+        force = pull_back(metric, tuple(nbeta * g + localization * x for g, x in zip(grad, away, strict=True)))
+        before = inner(momentum, momentum)
+        momentum = tuple(p - 0.5 * time * f for p, f in zip(momentum, force, strict=True))
+        losses, distances = losses.at[i].set(loss), distances.at[i].set(inner(away, away))
+        squares = squares.at[i].set(jnp.where(i == 0, before, inner(momentum, momentum)))
+        return _plus(w, root(metric, _scaled(time, momentum))), momentum, losses, distances, squares
+
+    pair = jnp.zeros(2, jnp.float32)
+    start = (position, fresh, pair, pair, pair)
+    *_, losses, distances, squares = jax.lax.fori_loop(0, 2, kick, start)
+    change = nbeta * (losses[1] - losses[0]) + 0.5 * localization * (distances[1] - distances[0])
+    change += 0.5 * (squares[1] - squares[0])
+    return jnp.where(jnp.isfinite(change), jnp.exp(jnp.minimum(0.0, -change)), 0.0)
+
+
+def _temporaries(program: Any, given: tuple) -> int:
+    analysis = program.lower(*given).compile().memory_analysis()
+    return 0 if analysis is None else analysis.temp_size_in_bytes + analysis.output_size_in_bytes
+
+
+class Probe:
+    """Compiled looks at positions of one engine's posterior; ``gradients`` counts their cost in minibatch gradients.
+
+    On the first device alone, where the mesh is one of whole chains of this process. ``center``: w* there.
+
+    Args:
+        engine: whose posterior, data and batch size are meant.
+        blocks: minibatches in the fixed set of examples that curvature and acceptance are taken over.
+        key: draws the examples. posterior: looked at in place of the engine's: the same with other numbers.
+    """
+
+    def __init__(self, engine: Any, blocks: int, key: jax.Array, posterior: LocalPosterior | None = None):
+        self._engine, self._own, self._key = engine, posterior, engine.alone(key)
+        self._batch = engine.plan.batch_size
+        self._random = np.random.default_rng(np.asarray(jax.random.key_data(key)))
+        num = engine.source.num_data
+        self.num_blocks = max(1, min(blocks, num // self._batch))
+        chosen = self._random.choice(num, self.num_blocks * self._batch, replace=num < self._batch)
+        fetched = engine.fetch(np.sort(chosen))
+        self._blocks = jax.tree.map(lambda x: x.reshape(self.num_blocks, self._batch, *x.shape[1:]), fetched)
+        self.center, self._frozen = engine.alone(engine.center), engine.alone(engine.frozen)
+        self.gradients = 0.0
+
+    @property
+    def _posterior(self) -> LocalPosterior:
+        return self._engine.posterior if self._own is None else self._own
+
+    def _next_key(self) -> jax.Array:
+        self._key, out = jax.random.split(self._key)
+        return out
+
+    def temporaries(self, *, calibrates: bool) -> list[int]:
+        """Bytes that its looks take beside their arguments, on one device; compiled here, and not again for them.
+
+        Args:
+            calibrates: those that a calibration takes; else those at a run's end.
+        """
+        looks = [(_noise, self._for_noise(self.center))]
+        if calibrates:
+            looks.append((_sharpness, self._for_sharpness(self.center, 1, self.center)))
+            looks.append((_grad_blocks, self._for_gradient(self.center)))
+        else:
+            looks.append((_acceptance, self._for_acceptance(self.center, 1.0, self.center)))
+        found = [_temporaries(program, given) for program, given in looks]
+        return [*found, int(_TANGENTS * found[-1])] if calibrates and self._engine.sampler.metric else found
+
+    def sharpness(self, position: Position, iterations: int) -> float:
+        """Largest curvature of nbeta L at ``position``, from below, by ``iterations`` rounds; 0 on flat ground."""
+        start = noise_like(self._next_key(), position)
+        found = _sharpness(*self._for_sharpness(position, iterations, start))
+        self.gradients += 2 * iterations * self.num_blocks
+        return float(found)
+
+    def _for_sharpness(self, position: Position, iterations: int, start: Position) -> tuple:
+        posterior = self._posterior
+        size = float(jnp.sqrt(_square(position)))
+        numbers = (jnp.float32(x) for x in (posterior.nbeta, 1e-12, 1e-3 * (1 + size)))
+        return posterior.program, position, self._frozen, self._blocks, *numbers, start, iterations
+
+    def curvature(self, position: Position, direction: Position, reach: float) -> Position:
+        """(nbeta Hessian + localization) times ``direction``, by a secant ``reach`` times as long; two gradients."""
+        posterior = self._posterior
+        self.gradients += 2 * self.num_blocks
+        numbers = (jnp.float32(x) for x in (posterior.nbeta, posterior.localization, reach))
+        return _curvature(posterior.program, position, direction, self._frozen, self._blocks, *numbers)
+
+    def hessian(self, position: Position, direction: Position, reach: float) -> Position:
+        """The same by the second derivative, whose rounding is a part of the product alone; by a secant for a loss that
+        has none, such as a kernel's with a derivative of its own.
+        """
+        if not self.has_hessian:
+            return self.curvature(position, direction, reach)
+        self.gradients += 2 * self.num_blocks
+        return _hessian(*self._for_hessian(position, direction))
+
+    @functools.cached_property
+    def has_hessian(self) -> bool:
+        """Whether the loss has a second derivative; a kernel's with a derivative of its own may not."""
+        return can_be_lowered(_hessian, *self._for_hessian(self.center, self.center))
+
+    def _for_hessian(self, position: Position, direction: Position) -> tuple:
+        posterior = self._posterior
+        numbers = (jnp.float32(x) for x in (posterior.nbeta, posterior.localization or 0.0))
+        return posterior.program, position, direction, self._frozen, self._blocks, *numbers
+
+    def curvatures(self, position: Position) -> np.ndarray:
+        """All eigenvalues of the Hessian of nbeta L, ascending, float64; two gradients for each free weight."""
+        hessian = np.asarray(_dense_hessian(*self._for_dense_hessian(position)), np.float64)
+        self.gradients += 2 * len(hessian) * self.num_blocks
+        return np.linalg.eigvalsh((hessian + hessian.T) / 2)
+
+    def hessian_temporaries(self) -> int:
+        """Bytes that ``curvatures`` takes beside its arguments, on one device."""
+        return _temporaries(_dense_hessian, self._for_dense_hessian(self.center))
+
+    def _for_dense_hessian(self, position: Position) -> tuple:
+        posterior = self._posterior
+        return posterior.program, position, self._frozen, self._blocks, jnp.float32(posterior.nbeta)
+
+    def loss_and_grad_norm(self, position: Position) -> tuple[float, float]:
+        """Mean loss over the fixed examples, and the norm of its gradient."""
+        loss, grad = _grad_blocks(*self._for_gradient(position))
+        self.gradients += self.num_blocks
+        return float(loss), float(jnp.sqrt(_square(grad)))
+
+    def _for_gradient(self, position: Position) -> tuple:
+        return self._posterior.program, position, self._frozen, self._blocks
+
+    def noise(self, position: Position, repeats: int) -> tuple[Noise, Noise]:
+        """Mean and standard error over ``repeats`` fresh batches, by the difference of a batch's two halves.
+
+        None where a batch is the whole data set.
+        """
+        if self._engine.takes_all:
+            return Noise(0.0, 0.0), Noise(0.0, 0.0)
+        half, found = max(1, self._batch // 2), []
+        for _ in range(repeats):
+            found.append(_noise(*self._for_noise(position)))
+            self.gradients += 4 * half / self._batch
+        values = half / (2 * self._batch) * np.array([[float(x) for x in pair] for pair in found])
+        error = values.std(0, ddof=1) / math.sqrt(repeats) if repeats > 1 else np.full(2, np.nan)
+        return Noise(*values.mean(0).tolist()), Noise(*error.tolist())
+
+    def _for_noise(self, position: Position) -> tuple:
+        engine, half = self._engine, max(1, self._batch // 2)
+        drawn = self._random.integers(0, engine.source.num_data, 2 * half)
+        halves = jax.tree.map(lambda x: x.reshape(2, half, *x.shape[1:]), engine.fetch(drawn))
+        around = (self._posterior.program, position, self.center, self._frozen)
+        return *around, halves, engine.alone(engine.metric), jnp.float32(self._posterior.nbeta or 0)
+
+    def acceptance(self, position: Position, step_size: float) -> float:
+        """Metropolis acceptance of one Euler-Maruyama step of this size from ``position``, on the fixed examples."""
+        self.gradients += 2 * self.num_blocks
+        momentum = noise_like(self._next_key(), position)
+        return float(_acceptance(*self._for_acceptance(position, step_size, momentum)))
+
+    def _for_acceptance(self, position: Position, step_size: float, momentum: Position) -> tuple:
+        engine, posterior = self._engine, self._posterior
+        gamma = 1.0 if posterior.localization is None else posterior.localization
+        numbers = (jnp.float32(x) for x in (posterior.nbeta, gamma, step_size))
+        around = (posterior.program, position, self.center, self._frozen, self._blocks)
+        return *around, *numbers, engine.alone(engine.metric), momentum

@@ -1,0 +1,196 @@
+"""What ``slt-jax llc`` does: checkpoint and tokens in; the plan, and one LLC or a table of refined ones, out."""
+
+import functools
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from slt_jax.estimators.llc import estimate_llc
+from slt_jax.models.decoder import Decoder
+from slt_jax.models.hub import load_checkpoint
+from slt_jax.models.restrict import restricted
+from slt_jax.posterior.data import as_source
+from slt_jax.posterior.files import token_file
+from slt_jax.posterior.flax import from_nnx
+from slt_jax.posterior.local import LocalPosterior
+from slt_jax.results.llc import LLCResult
+
+NBETA, LOCALIZATION = 30.0, 300.0  # what published work on language models uses
+
+
+@dataclass(frozen=True)
+class Case:
+    """A checkpoint, its data, and the posterior around it.
+
+    ``given``: what of the posterior the user set. ``also``: further data sets by name.
+    """
+
+    model: Decoder
+    posterior: LocalPosterior
+    data: Any
+    length: int
+    given: frozenset[str]
+    also: dict[str, Any]
+
+
+def model_losses(model: Decoder, batch: Any) -> Any:
+    return model.losses(batch)
+
+
+def open_case(
+    checkpoint: str | os.PathLike,
+    *,
+    tokens: Path | None = None,
+    text: Path | None = None,
+    dtype: str = "uint16",
+    seq_len: int | None = None,
+    nbeta: float | None = None,
+    localization: float | None = None,
+    bfloat16: bool = False,
+    also: Mapping[str, Path] | None = None,
+) -> Case:
+    """Read everything and say what is wrong before anything is sampled.
+
+    Args:
+        checkpoint: a folder or a repository's name, see ``load_checkpoint``.
+        tokens: a one-dimensional ``.npy`` or raw ``.bin`` file of token ids; or
+        text: a text file, for the ``tokenizer.json`` beside the checkpoint.
+        nbeta, localization: default ``NBETA`` and ``LOCALIZATION``.
+        also: further data sets: token files (.npy, .bin) or text.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError.
+    """
+    if (tokens is None) == (text is None):
+        raise ValueError("give the data with either --tokens FILE or --text FILE.")
+    model, _ = load_checkpoint(checkpoint)
+    length = model.config.context_length if seq_len is None else seq_len
+
+    def read(file: Path, is_text: bool) -> Any:
+        if is_text:
+            return as_source(tokenized(Path(checkpoint), file, length))
+        return token_file(file, length, dtype=dtype, vocab_size=model.config.vocab_size)
+
+    data = read(tokens or text, text is not None)
+    others = {name: read(file, file.suffix not in (".npy", ".bin")) for name, file in (also or {}).items()}
+    params, loss_fn = from_nnx(model, model_losses)
+    forward = jnp.bfloat16 if bfloat16 else None
+    posterior = LocalPosterior(
+        loss_fn, params, data.num_data, NBETA if nbeta is None else nbeta,
+        LOCALIZATION if localization is None else localization, forward_dtype=forward,
+    )  # fmt: skip
+    given = {name for name, value in {"nbeta": nbeta, "localization": localization}.items() if value is not None}
+    return Case(model, posterior, data, length, frozenset(given), others)
+
+
+def open_course(checkpoints: Sequence[str], **options: Any) -> tuple[Case, dict[int, Callable[[], Any]]]:
+    """(the case of the first checkpoint, training step -> what loads its parameters).
+
+    Args:
+        checkpoints: folders whose names end in the training step, of one model.
+        options: of ``open_case``.
+
+    Raises:
+        ValueError: a name without a number, or two with the same; and what ``open_case`` raises.
+    """
+    if not checkpoints:
+        raise ValueError("a trajectory needs checkpoints: step-100 step-1000 step-10000.")
+    paths: dict[int, str] = {}
+    for checkpoint in checkpoints:
+        number = re.search(r"(\d+)\D*$", Path(checkpoint).name)
+        if number is None:
+            raise ValueError(f"the name of {checkpoint} has no training step. Name it step-100.")
+        if (step := int(number[1])) in paths:
+            raise ValueError(f"{paths[step]} and {checkpoint} both say that they are of step {step}. Leave one out.")
+        paths[step] = checkpoint
+    case = open_case(paths[min(paths)], **options)
+    return case, {step: functools.partial(_params_of, path) for step, path in paths.items()}
+
+
+def _params_of(checkpoint: str) -> Any:
+    return from_nnx(load_checkpoint(checkpoint)[0], model_losses)[0]
+
+
+def tokenized(checkpoint: Path, text: Path, length: int) -> np.ndarray:
+    """The file's tokens by the checkpoint's own tokenizer, int32 ``(examples, length)``; a rest is left out."""
+    rules = checkpoint / "tokenizer.json"
+    if not rules.is_file():
+        raise FileNotFoundError(f"{checkpoint} has no tokenizer.json. Give token ids with --tokens FILE.")
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise ImportError("--text needs the package tokenizers: pip install 'slt-jax[hf]'.") from error
+    ids = Tokenizer.from_file(str(rules)).encode(text.read_text(), add_special_tokens=False).ids
+    rows = len(ids) // length
+    if rows < 2:
+        raise ValueError(f"{text} has {len(ids)} tokens, fewer than two examples of {length}. Give more, or --seq-len.")
+    return np.asarray(ids[: rows * length], np.int32).reshape(rows, length)
+
+
+def plan_of(case: Case, free: LocalPosterior, options: dict[str, Any]) -> list[str]:
+    """What is going to happen, and where each value came from.
+
+    Args:
+        free: the posterior that is sampled: the case's own or a part of it.
+        options: of ``estimate_llc``.
+    """
+    weights = sum(x.size for x in jax.tree.leaves(case.posterior.center))
+    chains, draws, batch_size = (options[name] for name in ("num_chains", "num_draws", "batch_size"))
+    warmup = draws if options["num_warmup"] is None else options["num_warmup"]
+    each = warmup + draws * options["thinning"]
+    step_size = options["sampler"].step_size
+    source = {name: "given" if name in case.given else "as published" for name in ("nbeta", "localization")}
+    return [
+        f"model: {weights:,} weights, {free.num_free:,} of them free",
+        f"data: {free.num_data:,} examples of {case.length} tokens, {batch_size} a step"
+        + "".join(f"; also {name}: {other.num_data:,}" for name, other in case.also.items()),
+        f"run: {chains} chains of {warmup} + {each - warmup} steps, {chains * each:,} gradients, "
+        f"{chains * each * batch_size * case.length:,} tokens",
+        f"nbeta {free.nbeta:g} ({source['nbeta']}), localization {free.localization:g} ({source['localization']}), "
+        f"step_size {'calibrated' if step_size is None else f'{step_size:g} (given)'}",
+        f"one copy of the weights that move: {4 * free.num_free / 2**20:,.1f} MiB",
+    ]
+
+
+def refined(
+    posterior: LocalPosterior,
+    data: Any,
+    names: list[str],
+    *,
+    told: Callable[[str, LLCResult], None] | None = None,
+    **options: Any,
+) -> dict[str, LLCResult]:
+    """The LLC of each named part with all else held fast: refined LLCs.
+
+    All parts of one shape share one compiled program.
+
+    Args:
+        posterior: over the whole decoder. names: see ``slt_jax.models.restrict``.
+        told: called with each result as it comes.
+        options: of ``estimate_llc``.
+    """
+    found = {}
+    for name in names:
+        found[name] = estimate_llc(restricted(posterior, name), data, **options)
+        if told is not None:
+            told(name, found[name])
+    return found
+
+
+def table(found: dict[str, LLCResult]) -> Iterator[str]:
+    """Lines of Markdown: a row for each part, with a column for each further data set."""
+    names = list(next(iter(found.values())).also) if found else []
+    others = (f"on {name}, raw" for name in names)
+    yield f"| {' | '.join(['part', 'weights', 'LLC ± standard error', *others, 'R-hat', 'verdict'])} |"
+    yield "|---" * (5 + len(names)) + "|"
+    for part, result in found.items():
+        values = [f"{x.llc:.3g} ± {x.llc_stderr:.2g}" for x in (result, *result.also.values())]
+        numbers = f"{result.settings['num_free']:,} | {' | '.join(values)} | {result.health.rhat:.3f}"
+        yield f"| {part} | {numbers} | {result.verdict} |"

@@ -1,0 +1,1 @@
+"""Is an estimate to be believed? Numbers from the draws, and the verdict on them."""

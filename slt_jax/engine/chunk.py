@@ -1,0 +1,297 @@
+"""The compiled program: some steps of every chain, on every device.
+
+Inside a chunk each device runs its chains in groups of ``chain_batch`` (vmap within a group, one group after another),
+each through all the chunk's steps. Chains never talk to each other: the program has no collectives on the chain axis.
+Every random number comes from ``fold_in(chain key, global step)``: results do not depend on how steps fall into chunks.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from slt_jax.posterior.data import draw_indices, gather
+from slt_jax.posterior.program import LossProgram
+from slt_jax.samplers.base import Hyper, Metric, displacement, inner
+
+PyTree = Any
+BATCH, _NOISE, _ALSO = 0, 1, 2  # what a step's key is folded with; from _ALSO on, one for each further data set
+
+
+class Trace(NamedTuple):
+    """Per chain and step, float32 ``(num_chains, total_steps)``; NaN where nothing was recorded.
+
+    ``gap_var``: variance of the batch mean of the per-example losses less their baseline, by their spread in the batch;
+    0 where the batch is the whole data set. ``tilt``: <grad L_m(w*), w - w*>, at every ``Window.tilt_every``-th draw.
+    ``also``: with K further data sets, ``(num_chains, total_steps, K, 3)``: loss, baseline and gap_var on each; () with
+    none. The other names are those of ``Info``.
+    """
+
+    loss: Any
+    baseline: Any
+    gap_var: Any
+    tilt: Any
+    drift_sq: Any
+    virial: Any
+    distance_sq: Any
+    kinetic: Any
+    acceptance: Any
+    pull: Any
+    time: Any
+    also: Any = ()
+
+
+def blank(xp: Any, shape: tuple[int, ...], num_also: int) -> Trace:
+    """A trace of NaN in ``xp``, NumPy or ``jax.numpy``, each name of this shape."""
+    full = functools.partial(xp.full, fill_value=xp.nan, dtype=xp.float32)
+    each = [full(shape) for _ in Trace._fields[:-1]]
+    return Trace(*each, full((*shape, num_also, 3)) if num_also else ())
+
+
+class Static(NamedTuple):
+    program: LossProgram
+    sampler_step: Callable
+    num_data: int
+    batch_size: int
+    micro_batches: int
+    group: int
+    length: int
+    paired: bool
+    gather: Callable | None
+    mesh: Mesh
+    control_variate: bool = False
+    exact: bool = False
+    also_data: tuple[int, ...] = ()  # examples of each further data set
+    tilt: str = ""  # how the slope at w* is looked at: "gradient", by that over all data, "forward", or not at all
+
+
+class Window(NamedTuple):
+    """Which steps a chunk takes, and what depends on their numbers. ``offset``: of the first one in ``batches``.
+
+    ``tilt_every``: draws from one look at the slope at w* to the next.
+    """
+
+    start: jax.Array
+    count: jax.Array
+    offset: jax.Array
+    num_warmup: jax.Array
+    thinning: jax.Array
+    tilt_every: jax.Array
+    hot: jax.Array
+
+
+class Row(NamedTuple):
+    """What differs from chain to chain, ``(num_chains,)`` each; the names are those of ``Hyper``.
+
+    ``number``: of the chain in its own estimate, of which the odd ones may start hot.
+    """
+
+    number: Any
+    nbeta: Any
+    localization: Any
+    step_size: Any
+    friction: Any
+    limit: Any
+
+
+def loss_and_grad_on(static: Static, frozen: PyTree, batch: PyTree) -> Callable:
+    """position -> (losses, gradient of their mean) on the batch, over micro-batches when there are several."""
+    parts = static.micro_batches
+
+    def on(part):
+        def mean(position):
+            losses = static.program.losses(position, frozen, part)
+            return jnp.mean(losses), losses
+
+        def evaluate(position):
+            (_, losses), grad = jax.value_and_grad(mean, has_aux=True)(position)
+            return losses, grad
+
+        return evaluate
+
+    if parts == 1:
+        return on(batch)
+
+    def accumulated(position):
+        split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+
+        def add(total, part):
+            losses, grad = on(part)(position)
+            return jax.tree.map(jnp.add, total, grad), losses
+
+        total, losses = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, position), split)
+        return losses.reshape(-1), jax.tree.map(lambda g: g / parts, total)
+
+    return accumulated
+
+
+def _losses_at(static: Static, position: PyTree, frozen: PyTree, batch: PyTree) -> jax.Array:
+    parts = static.micro_batches
+    if parts == 1:
+        return static.program.losses(position, frozen, batch)
+    split = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    return jax.lax.map(lambda part: static.program.losses(position, frozen, part), split).reshape(-1)
+
+
+def takes_all(static: Static, num_data: int) -> bool:
+    """Whether a step's batch is the whole data set of ``num_data`` examples, and so without noise."""
+    return static.exact or static.batch_size == num_data
+
+
+def _spread(static: Static, gap: jax.Array, num_data: int) -> jax.Array:
+    """Variance of the mean of a batch's per-example values; NaN where it cannot be told from them.
+
+    Over the whole data set the mean has no sampling noise, however much its examples differ.
+    """
+    size = static.batch_size
+    if takes_all(static, num_data) or num_data == 1:
+        return jnp.float32(0)
+    if gap.size != size or size == 1:
+        return jnp.float32(jnp.nan)
+    return jnp.var(gap, ddof=1) / size
+
+
+def _read_also(static: Static, frozen: PyTree, also: tuple, key: jax.Array, position: PyTree, center: PyTree):
+    """(loss, loss at w*, variance of their difference) on a batch of each further data set: float32 ``(K, 3)``."""
+    rows = []
+    for k, (arrays, size) in enumerate(zip(also, static.also_data, strict=True)):
+        batch = arrays
+        if not takes_all(static, size):
+            drawn = draw_indices(jax.random.fold_in(key, _ALSO + k), size, static.batch_size)
+            batch = gather(arrays, drawn)
+        here, there = (_losses_at(static, at, frozen, batch) for at in (position, center))
+        spread = _spread(static, here - there, size)
+        rows.append(jnp.stack([jnp.mean(here), jnp.mean(there), spread]).astype(jnp.float32))
+    return jnp.stack(rows)
+
+
+def _read_center(static: Static, kept, looked, position: PyTree, center: PyTree, frozen: PyTree, batch: PyTree):
+    """(L_m(w*) of each example, <grad L_m(w*), w - w*>), NaN where they are not asked for.
+
+    The product is taken forward, with the losses: no gradient is held. Unless that is the way, it is always NaN.
+    """
+
+    def losses_at(at):
+        return _losses_at(static, at, frozen, batch)
+
+    def both():
+        losses, slopes = jax.jvp(losses_at, (center,), (displacement(position, center),))
+        return losses, jnp.mean(slopes).astype(jnp.float32)
+
+    unknown = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(losses_at, center))
+    nothing = lambda: (unknown, jnp.float32(jnp.nan))  # noqa: E731
+    alone = (lambda: (losses_at(center), jnp.float32(jnp.nan))) if static.paired else nothing
+    if static.tilt == "forward":
+        return jax.lax.switch(kept.astype(jnp.int32) + looked.astype(jnp.int32), [nothing, alone, both])
+    return jax.lax.cond(kept, alone, nothing)
+
+
+def _at_step(window: Window, step: jax.Array, row: Row, metric: Metric) -> Hyper:
+    """The step's own numbers: statistics adapt, and the odd chains cool, over the first half of the warm-up.
+
+    A chain hotter by F moves with a step longer by its root: right for a quartic, on the safe side for a quadratic.
+    """
+    cooling = jnp.maximum(1, window.num_warmup // 2)
+    heat = jnp.where(row.number % 2 == 1, window.hot ** jnp.maximum(0.0, 1.0 - step / cooling), 1.0)
+    step_size, adapt = row.step_size * jnp.sqrt(heat), step < window.num_warmup // 2
+    return Hyper(row.nbeta / heat, row.localization, step_size, row.friction, adapt, metric, row.limit)
+
+
+def _one_chain(static: Static, shared: tuple, window: Window, state, key, row, alive, batches):
+    """All steps of the chunk for one chain; stops when the chain (with vmap: its whole group) is no longer finite."""
+    center, frozen, arrays, metric, center_grad, also = shared
+
+    def go_on(carry):
+        i, _, still, _ = carry
+        any_alive = jax.lax.pmax(still.astype(jnp.int32), "group") > 0 if static.group > 1 else still
+        return (i < window.count) & any_alive
+
+    def body(carry):
+        i, state, still, trace = carry
+        step = window.start + i
+        step_key = jax.random.fold_in(key, step)
+        if static.gather is None:
+            batch = jax.tree.map(lambda b: b[window.offset + i], batches)
+        elif takes_all(static, static.num_data):
+            batch = arrays
+        else:
+            drawn = draw_indices(jax.random.fold_in(step_key, BATCH), static.num_data, static.batch_size)
+            batch = static.gather(arrays, drawn)
+        plain = at = loss_and_grad_on(static, frozen, batch)
+        if static.control_variate:
+            at_center, noise = plain(center)
+
+            def at(position):
+                losses, grad = plain(position)
+                return losses, jax.tree.map(lambda g, n, full: g - n + full, grad, noise, center_grad)
+
+        kept = (step >= window.num_warmup) & ((step - window.num_warmup) % window.thinning == window.thinning - 1)
+        draw, before = (step - window.num_warmup) // window.thinning, state.position
+        looked = kept & (draw % window.tilt_every == 0) if static.tilt else jnp.bool(False)
+        if static.control_variate:
+            baseline, tilt = at_center, jnp.float32(jnp.nan)
+        else:
+            baseline, tilt = _read_center(static, kept, looked, before, center, frozen, batch)
+        if static.tilt == "gradient":
+            away = lambda: inner(center_grad, displacement(before, center))  # noqa: E731
+            tilt = jax.lax.cond(looked, away, lambda: jnp.float32(jnp.nan))
+        mine = _at_step(window, step, row, metric)
+        state, info = static.sampler_step(jax.random.fold_in(step_key, _NOISE), state, at, center, mine)
+        gap = info.loss - baseline if static.paired else info.loss
+        spread = _spread(static, gap, static.num_data)
+        others: Any = ()
+        if also:
+            others = jax.lax.cond(
+                kept,
+                lambda: _read_also(static, frozen, also, step_key, before, center),
+                lambda: jnp.full((len(also), 3), jnp.nan, jnp.float32),
+            )
+        at_draws = (jnp.where(kept, x, jnp.nan) for x in (jnp.mean(baseline) if static.paired else jnp.nan, spread))
+        now = Trace(jnp.mean(info.loss), *at_draws, tilt, *info[1:], others)
+        trace = jax.tree.map(lambda t, x: t.at[i].set(jnp.where(still, x, jnp.nan).astype(t.dtype)), trace, now)
+        return i + 1, state, still & jnp.isfinite(now.loss) & jnp.isfinite(info.drift_sq), trace
+
+    empty = blank(jnp, (static.length,), len(also))
+    _, state, alive, trace = jax.lax.while_loop(go_on, body, (jnp.int32(0), state, alive, empty))
+    return state, alive, trace
+
+
+def _device_chunk(static: Static, state, alive, keys, rows, batches, shared, window):
+    """One device's chains, ``group`` at a time; the stacked state is updated in place."""
+    chain = functools.partial(_one_chain, static, shared, window)
+    size = static.group
+    if size > 1:
+        run_group = jax.vmap(chain, axis_name="group")
+    else:
+        run_group = lambda *a: jax.tree.map(lambda x: x[None], chain(*jax.tree.map(lambda x: x[0], a)))  # noqa: E731
+    num = keys.shape[0]
+    trace = blank(jnp, (num, static.length), len(static.also_data))
+    if num == size:
+        return run_group(state, keys, rows, alive, batches)
+
+    def one_group(g, carry):
+        def take(tree):
+            return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, g * size, size), tree)
+
+        moved = run_group(take(carry[0]), take(keys), take(rows), take(carry[1]), take(batches))
+        return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, g * size, 0), carry, moved)
+
+    return jax.lax.fori_loop(0, num // size, one_group, (state, alive, trace))
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1,))
+def run_chunk(static: Static, state, alive, keys, rows, batches, shared, window):
+    """``window.count`` steps of every chain: (state, alive, trace, whose names are ``(num_chains, length)``)."""
+    per, whole = PartitionSpec("chain"), PartitionSpec()
+    mapped = jax.shard_map(
+        functools.partial(_device_chunk, static),
+        mesh=static.mesh,
+        in_specs=(per, per, per, per, per, whole, whole),
+        out_specs=(per, per, per),
+        axis_names={"chain"},
+        check_vma=False,
+    )
+    return mapped(state, alive, keys, rows, batches, shared, window)

@@ -1,0 +1,156 @@
+"""A run from its start to its end: what w* must be for it, and how it is kept on disk on the way.
+
+A directory that fails costs the durability of a run, not the run.
+"""
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+
+from slt_jax.engine.checkpoint import RunStore
+from slt_jax.engine.chunk import Trace
+from slt_jax.engine.loop import Engine, Run
+from slt_jax.engine.mesh import gathered, leads, place
+from slt_jax.engine.progress import Progress
+from slt_jax.posterior.data import ArrayData
+from slt_jax.posterior.tree import to_host
+
+
+def check_at_center(engine: Engine, loss: float, grad_norm: float) -> None:
+    """Raise FloatingPointError unless the loss at w* and its gradient's norm are finite."""
+    _check_finite(engine, loss, "over a sample of the data")
+    if not math.isfinite(grad_norm):
+        raise FloatingPointError(
+            f"the gradient of the loss at w* is not finite over a sample of the data, though the loss {loss:.4g} is. "
+            "Look for a square root, logarithm or norm of zero in loss_fn."
+        )
+
+
+def _check_center(engine: Engine, run: Run) -> None:
+    """The first step's loss and gradient are taken at w* itself."""
+    first, drift_sq = run.trace.loss[:, 0], run.trace.drift_sq[:, 0]
+    if not np.isfinite(first).all():
+        chain = int(np.argmin(np.isfinite(first)))
+        _check_finite(engine, float(first[chain]), f"on the first batch of chain {chain}")
+    if not np.isfinite(drift_sq).all():
+        chain = int(np.argmin(np.isfinite(drift_sq)))
+        raise FloatingPointError(
+            f"the gradient of the loss at w* is not finite on the first batch of chain {chain}, though the loss "
+            f"{first[chain]:.4g} is. Look for a square root, logarithm or norm of zero in loss_fn."
+        )
+
+
+def full_loss_at_center(engine: Engine) -> float:
+    """L_n(w*). Raises FloatingPointError when it is not finite."""
+    loss = engine.full_loss()
+    _check_finite(engine, loss, "over the whole data set")
+    return loss
+
+
+def check_also(engine: Engine, others: Mapping[str, ArrayData]) -> None:
+    """Raise FloatingPointError unless the loss at w* is finite on the first examples of each further data set."""
+    for name, data in others.items():
+        _check_finite(engine, engine.first_loss(data), f"on the first examples of '{name}'")
+
+
+def check_first_loss(engine: Engine) -> None:
+    """Raise FloatingPointError unless the loss at w* is finite on the first examples."""
+    _check_finite(engine, engine.first_loss(), "on the first examples")
+
+
+def _check_finite(engine: Engine, loss: float, where: str) -> None:
+    if not math.isfinite(loss):
+        example = engine.source.fetch(np.zeros(1, np.int64))
+        whole = any(np.issubdtype(x.dtype, np.integer) for x in jax.tree.leaves(example))
+        hint = " The data holds integers: are all token ids inside the model's vocabulary?" if whole else ""
+        raise FloatingPointError(
+            f"the loss at w* is {loss} {where}; an LLC needs a finite loss at the center. "
+            f"Check the data for NaN, and that these weights belong to this loss.{hint}"
+        )
+
+
+def restored(engine: Engine, store: RunStore) -> Run | None:
+    """The run as ``store`` last saved it, if it did."""
+    run = engine.start()
+    if (saved := store.restore(run.state, _host_part(run))) is None:
+        return None
+    run.step, run.state, host = saved
+    run.trace = Trace(*(host.get(name, ()) for name in Trace._fields))
+    run.alive = place(np.asarray(host["alive"]), engine.per_chain)
+    return run
+
+
+def run_to_end(
+    engine: Engine, store: RunStore | None, progress: bool, every: float, part: str = "", start: Run | None = None
+) -> Run:
+    """All steps, from where ``store`` left off if it has any; saved at most once in ``every`` seconds.
+
+    ``start``: where the chains begin, if not at w*. Raises FloatingPointError when the loss or its gradient at w* is
+    not finite on the first batch.
+    """
+    run = (None if store is None else restored(engine, store)) or start or engine.start()
+    try:
+        with Progress(engine, enabled=progress and leads(engine.mesh), every=every, part=part) as bar:
+            for _ in engine.steps(run):
+                if bar.first_chunk and start is None:
+                    _check_center(engine, run)
+                bar.update(run)
+                if store is not None and (
+                    gathered(bar.save_due(), engine.mesh)[0] or run.step == engine.plan.total_steps
+                ):
+                    store = _save(store, run)
+    except BaseException:
+        abandon(store)
+        raise
+    run.cost = gathered(bar.cost(run), engine.mesh)[0]
+    if store is not None:
+        _finish(store, run)
+    return run
+
+
+def _host_part(run: Run) -> dict[str, np.ndarray]:
+    kept = {name: value for name, value in run.trace._asdict().items() if not isinstance(value, tuple)}
+    return {**kept, "alive": to_host(run.alive)}
+
+
+def _save(store: RunStore, run: Run) -> RunStore | None:
+    """Save; a directory that fails costs the durability of the run, not the run."""
+    if (why := _failure(store, lambda: store.save(run.step, run.state, _host_part(run)))) is None:
+        return store
+    _forgo(store, run, why)
+    abandon(store)
+    return None
+
+
+def _finish(store: RunStore, run: Run) -> None:
+    if (why := _failure(store, store.wait)) is not None:
+        _forgo(store, run, why)
+    abandon(store)
+
+
+def _failure(store: RunStore, action: Callable[[], None]) -> str | None:
+    """What went wrong with ``action`` on the first process on which it did; None when all went well."""
+    told = None
+    try:
+        action()
+    except Exception as error:
+        told = str(error)
+    return next((why for why in gathered(told, store.mesh) if why is not None), None)
+
+
+def abandon(store: RunStore | None) -> None:
+    """End the background writer, after what it has in hand; what it met was told, or an error is under way."""
+    if store is not None:
+        with contextlib.suppress(Exception):
+            store.close()
+
+
+def _forgo(store: RunStore, run: Run, why: str) -> None:
+    why = why if len(why) <= 300 else f"{why[:100]} ... {why[-200:]}"  # the system's reason comes last
+    note = f"checkpoints in {store.path} stopped at or before step {run.step} ({why}); the estimate is complete."
+    run.notes.append(note)
+    warnings.warn(note, RuntimeWarning, stacklevel=2)

@@ -1,0 +1,1 @@
+"""The calls: one estimate, a sweep over settings, a trajectory over training."""

@@ -1,0 +1,1 @@
+"""One function over many cases, a job for each."""

@@ -1,0 +1,177 @@
+"""Data sets on disk, larger than memory: token files, and Hugging Face data sets."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slt_jax._checks import check_count
+from slt_jax.posterior.data import HostData
+
+PyTree = Any
+_SCAN_LIMIT = 2**28  # tokens: a file up to this size is checked whole when it is opened
+_HASH_WHOLE = 2**30  # bytes
+_BLOCK = 2**20
+
+
+class TokenFile(HostData):
+    """Examples of ``seq_len`` consecutive tokens from a memory-mapped file: example i starts at token i seq_len."""
+
+    def __init__(self, path: str | os.PathLike, seq_len: int, dtype: Any = None, vocab_size: int | None = None):
+        self.path = Path(path)
+        check_count("seq_len", seq_len, 2, "It is the number of tokens in one example.")
+        if vocab_size is not None:
+            check_count("vocab_size", vocab_size, 1)
+        self.seq_len, self.vocab_size = int(seq_len), vocab_size
+        self.tokens = _open_tokens(self.path, dtype)
+        self.num_data = len(self.tokens) // self.seq_len
+        if self.num_data == 0:
+            raise ValueError(f"{self.path} holds {len(self.tokens)} tokens, less than one seq_len = {seq_len}.")
+        if len(self.tokens) <= _SCAN_LIMIT:
+            for start in range(0, len(self.tokens), _BLOCK):
+                self._check(np.asarray(self.tokens[start : start + _BLOCK]), lambda i, s=start: s + int(i))
+
+    def fetch(self, indices: np.ndarray) -> np.ndarray:
+        """Tokens of the examples ``indices``, int32, shape ``indices.shape + (seq_len,)``."""
+        wanted = np.asarray(indices).reshape(-1)
+        whole = self.tokens[: self.num_data * self.seq_len].reshape(self.num_data, self.seq_len)
+        rows = np.asarray(whole[wanted])
+        self._check(rows.reshape(-1), lambda i: int(wanted[i // self.seq_len]) * self.seq_len + int(i % self.seq_len))
+        return rows.astype(np.int32).reshape(*np.shape(indices), self.seq_len)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over type, length, ``seq_len`` and the bytes.
+
+        Past 1 GiB, instead of all bytes: 64 evenly spaced 1-MiB blocks and the time of modification.
+        """
+        raw = self.tokens.view(np.uint8)
+        digest = hashlib.sha256(f"{self.tokens.dtype} {len(self.tokens)} {self.seq_len}".encode())
+        if raw.size <= _HASH_WHOLE:
+            starts = range(0, raw.size, _BLOCK)
+        else:
+            digest.update(str(self.path.stat().st_mtime_ns).encode())
+            starts = np.linspace(0, raw.size - _BLOCK, 64).astype(int)
+        for start in starts:
+            digest.update(raw[start : start + _BLOCK].tobytes())
+        return digest.hexdigest()
+
+    def _check(self, tokens: np.ndarray, position: Callable[[Any], int]) -> None:
+        limit = 2**31 if self.vocab_size is None else self.vocab_size  # without a vocabulary: what int32 holds
+        kinds = np.iinfo(tokens.dtype)
+        if kinds.min >= 0 and kinds.max < limit:
+            return
+        if (bad := np.flatnonzero((tokens >= limit) | (tokens < 0))).size:
+            size = "the range of int32" if self.vocab_size is None else f"the vocabulary of {self.vocab_size}"
+            raise ValueError(
+                f"token id {int(tokens[bad[0]])} at position {position(bad[0])} of {self.path} is outside {size}. "
+                f"Is this the right tokenizer, and the right dtype for the file?"
+            )
+
+
+class HFDataset(HostData):
+    """A Hugging Face data set saved on disk with ``save_to_disk``; one row is one example."""
+
+    def __init__(self, path: str | os.PathLike, columns: list[str] | None = None):
+        try:
+            import datasets
+        except ImportError:
+            raise ImportError('reading a Hugging Face data set needs the extra: pip install "slt-jax[hf]"') from None
+        try:
+            table = datasets.load_from_disk(str(path))
+        except (FileNotFoundError, NotADirectoryError, ValueError, IndexError) as error:  # IndexError: zero shards
+            raise ValueError(f"{path} is not a data set with rows, written by save_to_disk: {error}") from None
+        if not isinstance(table, datasets.Dataset):
+            raise ValueError(f"{path} holds the splits {list(table)}; pass the folder of one of them.")
+        self.columns = list(columns or table.column_names)
+        if missing := set(self.columns) - set(table.column_names):
+            raise ValueError(f"columns {sorted(missing)} are not in {path}, which has {table.column_names}.")
+        if not len(table):
+            raise ValueError(f"{path} has no rows.")
+        self.path, self.num_data = Path(path), len(table)
+        self.table = table.with_format("numpy", columns=self.columns)
+        self.fetch(np.zeros(1, np.int64))
+
+    def fetch(self, indices: np.ndarray) -> PyTree:
+        """Rows as a dict column -> array of shape ``indices.shape + row shape``; the array itself for one column."""
+        unique, inverse = np.unique(np.asarray(indices).reshape(-1), return_inverse=True)
+        rows = {name: self._stack(name, value)[inverse] for name, value in self.table[unique.tolist()].items()}
+        rows = {name: value.reshape(*np.shape(indices), *value.shape[1:]) for name, value in rows.items()}
+        return rows[self.columns[0]] if len(self.columns) == 1 else rows
+
+    def _stack(self, name: str, values: Any) -> np.ndarray:
+        shapes = sorted({np.shape(v) for v in values})
+        if len(shapes) > 1:
+            raise ValueError(
+                f"column '{name}' of {self.path} has rows of different shapes, {shapes[0]} and {shapes[-1]}. "
+                f"Cut them to one length before saving, or leave the column out."
+            )
+        stacked = np.stack(list(values))
+        if stacked.dtype.kind not in "biuf":
+            raise ValueError(f"column '{name}' of {self.path} holds {stacked.dtype}, not numbers.")
+        return stacked
+
+    def fingerprint(self) -> str:
+        """The data set's own content fingerprint, and the columns read."""
+        return f"{self.table._fingerprint}:{','.join(self.columns)}"
+
+
+def token_file(path: str | os.PathLike, seq_len: int, *, dtype: Any = None, vocab_size: int | None = None) -> TokenFile:
+    """A token file larger than memory as a data set of ``seq_len``-token examples.
+
+    Args:
+        path: ``.npy`` (one-dimensional, integer), or raw little-endian ``.bin``.
+        seq_len: tokens in one example; a shorter remainder at the end of the file is left out.
+        dtype: of a raw file, uint16 (default) or uint32. A ``.npy`` file states its own.
+        vocab_size: the ids must lie below it.
+
+    Raises:
+        FileNotFoundError: no file there.
+        ValueError: no token file of this kind, or shorter than one example; an id that is negative, outside
+            ``vocab_size`` or beyond int32 (seen at opening, past 2**28 tokens only when fetched).
+    """
+    return TokenFile(path, seq_len, dtype, vocab_size)
+
+
+def hf_dataset(path: str | os.PathLike, columns: list[str] | None = None) -> HFDataset:
+    """A Hugging Face data set saved on disk with ``save_to_disk``; needs the extra ``hf``.
+
+    Args:
+        path: the folder of one split.
+        columns: those a batch holds, default all. A batch is a dict column -> array, for one column the array itself.
+
+    Raises:
+        ImportError: ``datasets`` is not installed.
+        ValueError: no such folder, no rows, an unknown column, or rows that are not numbers of one shape.
+    """
+    return HFDataset(path, columns)
+
+
+def _open_tokens(path: Path, dtype: Any) -> np.ndarray:
+    if not path.is_file():
+        raise FileNotFoundError(f"no token file at {path}.")
+    return _open_npy(path, dtype) if path.suffix == ".npy" else _open_raw(path, dtype)
+
+
+def _open_npy(path: Path, dtype: Any) -> np.ndarray:
+    try:
+        tokens = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # a damaged header can fail in many ways inside NumPy
+        raise ValueError(f"{path} is not a readable .npy file (truncated or foreign): {error}") from None
+    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(f"{path} must hold a 1-D array of integers, it holds shape {tokens.shape} of {tokens.dtype}.")
+    if dtype is not None and np.dtype(dtype) != tokens.dtype:
+        raise ValueError(f"{path} holds {tokens.dtype}, but dtype = {np.dtype(dtype)} was asked for. Leave dtype out.")
+    return tokens
+
+
+def _open_raw(path: Path, dtype: Any) -> np.ndarray:
+    kind = np.dtype(np.uint16 if dtype is None else dtype).newbyteorder("<")
+    if kind not in (np.dtype("<u2"), np.dtype("<u4")):
+        raise ValueError(f"dtype of a raw token file must be uint16 or uint32, got {dtype!r}.")
+    size = path.stat().st_size
+    if size == 0 or size % kind.itemsize:
+        raise ValueError(f"{path} has {size} bytes, not a positive multiple of {kind.itemsize}. Is it truncated?")
+    return np.memmap(path, dtype=kind, mode="r")

@@ -1,0 +1,362 @@
+"""What a run gives back: the estimate, its error, its traces, on screen and on disk."""
+
+import functools
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from slt_jax.diagnostics.bias import Bias, bias_of, thermometer
+from slt_jax.diagnostics.sensitivity import Slope, covariance_with_loss, degree_of, slopes, tilt_of
+from slt_jax.diagnostics.series import Rise, ess_and_rhat, rise_of, standard_error
+from slt_jax.diagnostics.verdict import Evidence, Health, assess
+from slt_jax.results.other_data import READINGS, Reading
+from slt_jax.results.storage import RESULT, digest, load, write
+from slt_jax.results.text import estimate_text
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+TRACES = (
+    "loss_trace", "baseline_trace", "gap_var", "tilt", "drift_sq", "virial", "distance_sq", "kinetic", "acceptance",
+    "pull",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LLCResult:
+    """A local learning coefficient with its error bar. All axes are (chain, draw).
+
+    ``loss_trace`` and ``baseline_trace``: L_m(w_t) and the loss at w* that is subtracted from it, nats per example.
+    ``gap_var``: variance of the difference of the two, by the spread of the batch. ``tilt``: <grad L_m(w*), w_t - w*>
+    at some of the draws, NaN at the others. ``drift_sq``, ``virial``, ``distance_sq``, ``kinetic``, ``acceptance``,
+    ``pull``: the sampler's ``Info`` at the same draws. ``warmup_loss``: L_m(w_t) before the draws.
+    ``stopped``: chain -> step at which it went non-finite; those chains are in the traces but not in the estimate.
+    ``settings``: everything the run was given, and the versions it ran with. ``notes``: what went wrong without
+    touching the numbers. ``also_traces``: by name of a further data set, its loss, baseline and gap_var at the draws,
+    ``(chain, draw, 3)``; read them as ``also``.
+    """
+
+    loss_trace: np.ndarray
+    baseline_trace: np.ndarray
+    gap_var: np.ndarray
+    tilt: np.ndarray
+    drift_sq: np.ndarray
+    virial: np.ndarray
+    distance_sq: np.ndarray
+    kinetic: np.ndarray
+    acceptance: np.ndarray
+    pull: np.ndarray
+    warmup_loss: np.ndarray
+    stopped: dict[int, int]
+    settings: dict[str, Any]
+    notes: tuple[str, ...] = ()
+    also_traces: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @functools.cached_property
+    def kept_chains(self) -> np.ndarray:
+        """Indices of the chains that stayed finite."""
+        return np.array([c for c in range(len(self.loss_trace)) if c not in self.stopped], dtype=int)
+
+    @functools.cached_property
+    def llc_draws(self) -> np.ndarray:
+        """nbeta (L_m(w_t) - L_m(w*)) of the chains that stayed finite, float64."""
+        gap = self.loss_trace.astype(np.float64) - self.baseline_trace.astype(np.float64)
+        return self.settings["nbeta"] * gap[self.kept_chains]
+
+    @property
+    def llc_raw(self) -> float:
+        """nbeta (E[L_n(w)] - L_n(w*)): the mean over chains and draws; NaN when no chain stayed finite."""
+        return float(self.llc_draws.mean()) if self.llc_draws.size else math.nan
+
+    @property
+    def llc(self) -> float:
+        """``llc_raw`` less the bias of step size and minibatch noise, where that is small enough to be taken off."""
+        return self.llc_raw - self.bias.applied
+
+    @functools.cached_property
+    def also(self) -> dict[str, Reading]:
+        """What the further data sets read at the same draws, by name."""
+        kept, nbeta = self.kept_chains, self.settings["nbeta"]
+        return {name: Reading(*np.moveaxis(t[kept], -1, 0), nbeta) for name, t in self.also_traces.items()}
+
+    @functools.cached_property
+    def bias(self) -> Bias:
+        """What step size and minibatch noise add to ``llc_raw``, to first order."""
+        s, kept = self.settings, self.kept_chains
+        if not kept.size:
+            return Bias(math.nan, math.nan, math.nan, 0.0, "no chain stayed finite")
+        heat, probe = self._heat, s.get("probe", {})
+        noise = tuple(probe.get(name, math.nan) for name in ("noise", "noise_stderr"))
+        pull = np.where(np.isnan(self.pull), self.virial, self.pull)
+        drift_sq, pull = (float(x[kept].mean(dtype=np.float64)) for x in (self.drift_sq, pull))
+        drift_sq -= s["localization"] * pull
+        of_loss = covariance_with_loss(self.llc_draws, self.gap_var[kept], self.drift_sq[kept], s["nbeta"])
+        return bias_of(s.get("family", ""), self.llc_raw, drift_sq, heat, noise, s, of_loss, self._degree.value)
+
+    @functools.cached_property
+    def _heat(self) -> Slope:
+        kinetic = self.kinetic[self.kept_chains]
+        return Slope(*thermometer(kinetic, self.settings["num_free"], ess_and_rhat(kinetic)[0]))
+
+    @functools.cached_property
+    def _degree(self) -> Slope:
+        kept = self.kept_chains
+        return degree_of(self.llc_draws, self.virial[kept], self.distance_sq[kept], self.settings["localization"])
+
+    @functools.cached_property
+    def _hot(self) -> np.ndarray:
+        """Which of the kept chains started hot."""
+        return (self.kept_chains % 2 == 1) & (self.settings.get("hot", 1.0) > 1)
+
+    @functools.cached_property
+    def _rise(self) -> Rise:
+        cold, nbeta = self.kept_chains[~self._hot], self.settings["nbeta"]
+        baseline = self.baseline_trace[cold].astype(np.float64)
+        if not baseline.size:
+            return Rise()
+        warmup = nbeta * (self.warmup_loss[cold] - baseline.mean())
+        error = nbeta * baseline.std() / math.sqrt(baseline.size)
+        return rise_of(warmup, self.llc_draws[~self._hot], self.settings["thinning"], error)
+
+    @functools.cached_property
+    def health(self) -> Health:
+        """Convergence numbers and the verdict."""
+        kept, s = self.kept_chains, self.settings
+        if not kept.size:
+            return assess(self.llc_draws, Evidence(num_stopped=len(self.stopped)))
+        drift_sq, virial, kinetic = (x[kept].mean(dtype=np.float64) for x in (self.drift_sq, self.virial, self.kinetic))
+        right = s["num_free"] + (s["step_size"] / 4 * drift_sq if s.get("family") == "euler" else 0.0)
+        away, gap_var, cool = self.distance_sq[kept], self.gap_var[kept], 1.0
+        if self.bias.applied:
+            cool = self.llc / self.llc_raw  # the heat is spread like the draws
+        by_nbeta, by_pull = slopes(cool * self.llc_draws, cool**2 * gap_var, away, s["nbeta"], s["localization"])
+        acceptance, owed, longer = (s.get("probe", {}).get(x, math.nan) for x in ("acceptance", "owed", "longer"))
+        evidence = Evidence(
+            float(virial / right),
+            float(kinetic),
+            acceptance,
+            self.bias,
+            by_nbeta,
+            by_pull,
+            self._degree,
+            float(1 - (virial - s["localization"] * away.mean(dtype=np.float64)) / s["num_free"]),
+            self._hot,
+            len(self.stopped),
+            s["num_free"],
+            s.get("metric", False),
+            self._heat,
+            self._rise,
+            tilt_of(self.tilt[kept], s["nbeta"]),
+            owed,
+            longer,
+        )
+        return assess(self.llc_draws, evidence)
+
+    @property
+    def llc_stderr(self) -> float:
+        """Standard error of ``llc``: pooled standard deviation over the root of ``ess``, and the correction's own."""
+        error = self.llc_raw_stderr
+        return math.hypot(error, self.bias.stderr) if self.bias.applied else error
+
+    @property
+    def llc_raw_stderr(self) -> float:
+        """Standard error of ``llc_raw``: pooled standard deviation over the root of ``ess``."""
+        return standard_error(self.llc_draws, self.ess) if self.llc_draws.size else math.nan
+
+    @property
+    def ess(self) -> float:
+        return self.health.ess
+
+    @property
+    def rhat(self) -> float:
+        return self.health.rhat
+
+    @property
+    def verdict(self) -> str:
+        return self.health.verdict
+
+    @property
+    def init_loss(self) -> float:
+        """Mean of the loss at w* that was subtracted."""
+        kept = self.baseline_trace[self.kept_chains]
+        return float(kept.mean(dtype=np.float64)) if kept.size else math.nan
+
+    @property
+    def wbic(self) -> float:
+        """Watanabe's n E[L_n(w)], nats; NaN unless nbeta is num_data / log(num_data), where alone it is defined.
+
+        Source: Watanabe, JMLR 14 (2013), 867-897.
+        """
+        n, kept = self.settings["num_data"], self.loss_trace[self.kept_chains]
+        if not kept.size or not math.isclose(self.settings["nbeta"], n / math.log(n), rel_tol=1e-6):
+            return math.nan
+        return n * float(kept.mean(dtype=np.float64))
+
+    def estimate_text(self, sign: str) -> str:
+        """Estimate and error bar in words."""
+        return estimate_text(self.llc, self.llc_stderr, sign)
+
+    def __str__(self) -> str:
+        s, h = self.settings, self.health
+        chains, draws = self.loss_trace.shape
+        text = (
+            f"LLC {self.estimate_text('+/-')}  ({len(self.kept_chains)} chains x {draws} draws, "
+            f"R-hat {h.rhat:.3f}, ESS {h.ess:.0f})\n"
+            f"Verdict: {h.verdict}: {h.reason}\n"
+            f"Loss {self.init_loss:.5g} at w*, "
+            f"{np.nanmean(self.loss_trace[self.kept_chains]) if len(self.kept_chains) else math.nan:.5g} "
+            f"around it (nats per example); {self._signs()}.\n"
+            f"{self._bias_text()}\n"
+            f"{s['sampler']} with step_size {s['step_size']:.3g}, nbeta {s['nbeta']:.4g}, localization "
+            f"{s['localization']:.3g}{_shortened(s.get('mean_time', 1.0))}; "
+            f"{s['num_free']:,} weights free, {s['num_warmup']} warm-up steps, thinning {s['thinning']}, batch "
+            f"{s['batch_size']} of {s['num_data']:,}."
+        )
+        if lines := s.get("calibration", {}).get("lines"):
+            text += f"\nChosen: {'; '.join(lines)}."
+        for name, other in self.also.items():
+            found = estimate_text(other.llc, other.llc_stderr, "+/-")
+            text += f"\nOn '{name}': {found} (R-hat {other.rhat:.3f}), with loss {other.init_loss:.5g} at w*; "
+            text += "compare with the raw estimate."
+        text += _cost_line(s.get("cost", {}), s.get("memory", {}).get("total_mib"))
+        if self.stopped:
+            where = ", ".join(f"chain {c} at step {t}" for c, t in sorted(self.stopped.items())[:8])
+            text += f"\nWent non-finite and left out: {where} ({len(self.stopped)} of {chains})."
+        return "\n".join([text, *(f"Note: {note}" for note in self.notes)])
+
+    def _signs(self) -> str:
+        h = self.health
+        signs = [f"trend {h.trend:+.2g}", f"virial ratio {h.virial:.3f}"]
+        if math.isfinite(h.evidence.kinetic):
+            signs.append(f"kinetic temperature {h.evidence.kinetic:.3f}")
+        if math.isfinite(h.evidence.acceptance):
+            signs.append(f"acceptance of a step {h.evidence.acceptance:.2f}")
+        if math.isfinite(h.bracket[1]):
+            signs.append(f"{h.bracket[0]:.4g} from w* and {h.bracket[1]:.4g} from hot starts")
+        return ", ".join(signs)
+
+    def _bias_text(self) -> str:
+        b = self.bias
+        terms = {"step size": b.step_size, "minibatch noise": b.noise}
+        known = [f"{name} {value:+.2g}" for name, value in terms.items() if math.isfinite(value)]
+        if not known:
+            return f"Raw estimate {self.llc_raw:.4g}; bias unknown: {b.why}."
+        done = f"taken off ({b.why})" if b.applied else f"not taken off: {b.why}" if b.total else "nothing to take off"
+        return f"Raw estimate {self.llc_raw:.4g}; bias: {', '.join(known)}; {done}."
+
+    def to_dict(self) -> dict[str, Any]:
+        """The numbers, the verdict and the settings, for JSON; NaN becomes None."""
+        h = self.health
+        numbers = {
+            "llc": self.llc, "llc_stderr": self.llc_stderr, "rhat": h.rhat, "ess": h.ess, "trend": h.trend,
+            "virial": h.virial, "init_loss": self.init_loss, "wbic": self.wbic, "llc_raw": self.llc_raw,
+            "bias_step_size": self.bias.step_size, "bias_noise": self.bias.noise, "kinetic": h.evidence.kinetic,
+            "acceptance": h.evidence.acceptance, "from_center": h.bracket[0], "from_hot": h.bracket[1],
+            "extrapolated": h.extrapolated, "nbeta_slope": h.evidence.nbeta_slope.value,
+            "nbeta_slope_stderr": h.evidence.nbeta_slope.stderr,
+            "localization_slope": h.evidence.localization_slope.value,
+            "localization_slope_stderr": h.evidence.localization_slope.stderr, "degree": h.evidence.degree.value,
+            "degree_stderr": h.evidence.degree.stderr, "held": h.evidence.held, "tilt": h.evidence.tilt.value,
+            "tilt_stderr": h.evidence.tilt.stderr, "owed": h.evidence.owed,
+        }  # fmt: skip
+        plain = {k: (v if math.isfinite(v) else None) for k, v in numbers.items()}
+        stopped = {str(k): v for k, v in self.stopped.items()}
+        return {
+            **plain,
+            "verdict": h.verdict,
+            "reason": h.reason,
+            "flags": list(h.flags),
+            "stopped": stopped,
+            "also": {name: other.to_dict() for name, other in self.also.items()},
+            "settings": self.settings,
+        }
+
+    def to_xarray(self) -> "xr.DataTree":
+        """DataTree with groups ``sample_stats`` (chain, draw) and ``warmup_sample_stats`` (chain, step).
+
+        And, with further data sets, ``also_sample_stats`` (data_set, chain, draw).
+        """
+        import xarray as xr  # 70 MB of memory, for whoever asks
+
+        sample = xr.Dataset({name: (("chain", "draw"), getattr(self, name)) for name in TRACES})
+        warm = xr.Dataset({"loss": (("chain", "step"), self.warmup_loss)})
+        groups = {"/sample_stats": sample, "/warmup_sample_stats": warm}
+        if names := list(self.also_traces):
+            each = np.moveaxis(np.stack([self.also_traces[name] for name in names]), -1, 0)
+            dims = ("data_set", "chain", "draw")
+            also = {name: (dims, value) for name, value in zip(READINGS, each, strict=True)}
+            groups["/also_sample_stats"] = xr.Dataset(also, {"data_set": np.array(names, dtype=object)})
+        tree = xr.DataTree.from_dict(groups)
+        tree.attrs = {
+            RESULT: 1,
+            "settings": json.dumps(self.settings),
+            "stopped": json.dumps({str(k): v for k, v in self.stopped.items()}),
+            "notes": json.dumps(list(self.notes)),
+            "sha256": digest([*(getattr(self, x) for x in (*TRACES, "warmup_loss")), *self.also_traces.values()]),
+        }
+        return tree
+
+    def save(self, path: str | os.PathLike, *, overwrite: bool = False) -> Path:
+        """Write the traces and settings as zarr. Raises FileExistsError on an existing path, and OSError."""
+        return write(self.to_xarray(), path, RESULT, overwrite=overwrite)
+
+    def plot(self, path: str | os.PathLike | None = None):
+        """Loss traces by chain and the running estimate; written to ``path`` if given. Returns the figure."""
+        from slt_jax.report.traces import plot_result
+
+        return plot_result(self, path)
+
+    def report(self, path: str | os.PathLike, *, overwrite: bool = False) -> Path:
+        """Write everything as one self-contained HTML page."""
+        from slt_jax.report.write import write_report
+
+        return write_report(self, path, overwrite=overwrite)
+
+
+def _shortened(mean_time: float) -> str:
+    return f", steps shortened to {mean_time:.1%} of their time on average" if mean_time < 0.9995 else ""
+
+
+def _cost_line(cost: dict[str, Any], predicted: int | None) -> str:
+    if not cost:
+        return ""
+    speed = "" if cost["steps_per_s"] is None else f", {cost['steps_per_s']:,.4g} steps/s over all chains"
+    peaks = {"device_peak_mib": "of a device", "process_peak_mib": "of the process"}
+    memory = [f"; peak memory {of} {cost[name]:,} MiB" for name, of in peaks.items() if cost.get(name)]
+    told = f" ({predicted:,} predicted)" if memory and predicted else ""
+    return f"\nTook {cost['seconds']:.3g} s{speed}{''.join(memory)}{told}."
+
+
+def load_result(path: str | os.PathLike) -> LLCResult:
+    """Read what ``LLCResult.save`` wrote. Raises FileNotFoundError, or ValueError for a foreign or truncated file."""
+    return load(path, RESULT, _of_tree)
+
+
+def read_traces(sample: Any, rest: Iterable[np.ndarray], expected: str) -> list[np.ndarray]:
+    """``TRACES`` out of a saved group; NaN for ``tilt``, which files of before do not have.
+
+    Raises ValueError unless they and ``rest`` have this digest.
+    """
+    found = {name: sample[name].values for name in TRACES if name in sample}
+    if digest([*found.values(), *rest]) != expected:
+        raise ValueError("its traces are not those that were saved")
+    return [found[name] if name in found else np.full_like(found["loss_trace"], np.nan) for name in TRACES]
+
+
+def _of_tree(tree: "xr.DataTree") -> LLCResult:
+    settings, stopped, notes = (json.loads(tree.attrs[name]) for name in ("settings", "stopped", "notes"))
+    warm = tree["warmup_sample_stats"]["loss"].values
+    also = {}
+    if "also_sample_stats" in tree:
+        group = tree["also_sample_stats"]
+        each = np.stack([group[name].values for name in READINGS], axis=-1)
+        also = {str(name): each[i] for i, name in enumerate(group["data_set"].values)}
+    traces = read_traces(tree["sample_stats"], [warm, *also.values()], tree.attrs["sha256"])
+    return LLCResult(*traces, warm, {int(k): v for k, v in stopped.items()}, settings, tuple(notes), also)

@@ -1,0 +1,60 @@
+"""What a further data set reads at the draws of a run."""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from slt_jax.diagnostics.series import ess_and_rhat, standard_error
+
+READINGS = ("loss_trace", "baseline_trace", "gap_var")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The loss of a further data set at the draws of a run. Axes are (chain, draw), of the chains that stayed finite.
+
+    ``llc`` is nbeta (E[L'(w)] - L'(w*)), w from the posterior of the run's own data, as is: what step size and
+    minibatch noise add to it is not known, so it compares with ``llc_raw``.
+    """
+
+    loss_trace: np.ndarray
+    baseline_trace: np.ndarray
+    gap_var: np.ndarray
+    nbeta: float
+
+    @functools.cached_property
+    def llc_draws(self) -> np.ndarray:
+        """nbeta (L'_m(w_t) - L'_m(w*)), float64."""
+        return self.nbeta * (self.loss_trace.astype(np.float64) - self.baseline_trace.astype(np.float64))
+
+    @property
+    def llc(self) -> float:
+        return float(self.llc_draws.mean()) if self.llc_draws.size else math.nan
+
+    @functools.cached_property
+    def _ess_and_rhat(self) -> tuple[float, float]:
+        return ess_and_rhat(self.llc_draws) if self.llc_draws.size else (math.nan, math.nan)
+
+    @property
+    def ess(self) -> float:
+        return self._ess_and_rhat[0]
+
+    @property
+    def rhat(self) -> float:
+        return self._ess_and_rhat[1]
+
+    @property
+    def llc_stderr(self) -> float:
+        return standard_error(self.llc_draws, self.ess) if self.llc_draws.size else math.nan
+
+    @property
+    def init_loss(self) -> float:
+        """Mean of the loss at w*."""
+        return float(self.baseline_trace.mean(dtype=np.float64)) if self.baseline_trace.size else math.nan
+
+    def to_dict(self) -> dict[str, float | None]:
+        """The numbers, for JSON; NaN becomes None."""
+        numbers = {name: getattr(self, name) for name in ("llc", "llc_stderr", "rhat", "ess", "init_loss")}
+        return {name: value if math.isfinite(value) else None for name, value in numbers.items()}

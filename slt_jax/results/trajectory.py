@@ -1,0 +1,168 @@
+"""What a trajectory gives back: the LLC of one model over its training, its stages, on screen and on disk."""
+
+import functools
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from slt_jax.results.llc import LLCResult
+from slt_jax.results.plateau import HEATED, SETTLED
+from slt_jax.results.stacking import stack, unstack
+from slt_jax.results.stages import Stages, find_stages
+from slt_jax.results.storage import TRAJECTORY, load, write
+from slt_jax.samplers.base import NO_MOMENTUM
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+WHOLE = "all"
+_DIMS = ("part", "training_step")
+_NUMBERS = ("llc", "llc_stderr", "llc_raw", "rhat", "ess", "init_loss", "trend", "acceptance", "tilt", "tilt_stderr")
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectory:
+    """The LLC at each of many checkpoints, with one setting for all.
+
+    ``steps``: of training, increasing. ``results``: by part, ``"all"`` the whole, one for each step.
+    """
+
+    steps: tuple[int, ...]
+    results: dict[str, tuple[LLCResult, ...]]
+
+    @property
+    def losses(self) -> list[float]:
+        """Loss at each checkpoint, nats per example."""
+        return [result.init_loss for result in self.results[WHOLE]]
+
+    @property
+    def stages(self) -> Stages | None:
+        """Stages of the whole's LLC; None with fewer than four checkpoints that have one."""
+        return self.stages_of(WHOLE)
+
+    def stages_of(self, part: str, drift: float | None = None) -> Stages | None:
+        """Stages of a part's LLC. Raises KeyError for a part that was not measured.
+
+        ``drift``: of the level within a stage, per checkpoint; default found from the curve. With 0 a curve that rises
+        all the time is described by steps too.
+        """
+        if part not in self.results:
+            raise KeyError(f"no part '{part}' in this trajectory, which has {', '.join(self.results)}.")
+        if (part, drift) not in self._stages:
+            self._stages[part, drift] = self._cut(part, drift)
+        return self._stages[part, drift]
+
+    @functools.cached_property
+    def _stages(self) -> dict[tuple[str, float | None], Stages | None]:
+        return {}
+
+    def _cut(self, part: str, drift: float | None) -> Stages | None:
+        found = self.results[part]
+        llc, error = (np.array([getattr(r, name) for r in found]) for name in ("llc", "llc_stderr"))
+        known = np.isfinite(llc) & np.isfinite(error) & (error > 0)
+        if known.sum() < 4:
+            return None
+        return find_stages(np.array(self.steps, float)[known], llc[known], error[known], drift=drift)
+
+    @property
+    def setting(self) -> dict[str, Any]:
+        """The numbers that all have in common; no friction of a sampler without momentum."""
+        first = self.results[WHOLE][0].settings
+        own = () if first.get("family") in NO_MOMENTUM else ("friction",)
+        return {name: first.get(name) for name in ("nbeta", "localization", "step_size", *own)}
+
+    @functools.cached_property
+    def dataset(self) -> "xr.Dataset":
+        """Estimates, errors and verdicts over part and training step."""
+        import xarray as xr
+
+        dicts = [[r.to_dict() for r in row] for row in self.results.values()]
+        found = {}
+        for name in _NUMBERS:
+            values = [[np.nan if d[name] is None else d[name] for d in row] for row in dicts]
+            found[name] = (_DIMS, np.array(values, float))
+        found["verdict"] = (_DIMS, np.array([[d["verdict"] for d in row] for row in dicts], object))
+        dataset = xr.Dataset(found, {"part": np.array(list(self.results), object), "training_step": list(self.steps)})
+        dataset["llc"].attrs = {"long_name": "local learning coefficient", "units": "1"}
+        dataset["init_loss"].attrs = {"long_name": "loss at the checkpoint", "units": "nats per example"}
+        return dataset
+
+    def unserved(self) -> dict[int, str]:
+        """Step -> verdict of the checkpoints that the one setting does not serve: a step too long, chains lost."""
+        bad = {*HEATED, "diverged"}
+        return {s: r.verdict for s, r in zip(self.steps, self.results[WHOLE], strict=True) if r.verdict in bad}
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def summary(self, drift: float | None = None) -> str:
+        """What ``print`` says, with ``stages_of("all", drift)``."""
+        found, stages = self.results[WHOLE], self.stages_of(WHOLE, drift)
+        numbers = ", ".join(f"{name} {value:.3g}" for name, value in self.setting.items() if value is not None)
+        lines = [f"LLC at {len(found)} checkpoints, steps {self.steps[0]:,} to {self.steps[-1]:,}, all with {numbers}."]
+        if bad := self.unserved():
+            told = ", ".join(f"{step:,} ({verdict})" for step, verdict in bad.items())
+            lines.append(f"The setting does not serve {told}: take a shorter step_size for all.")
+        other = Counter(r.verdict for r in found if r.verdict not in SETTLED and r.verdict not in bad.values())
+        lines += [f"{count} of them '{verdict}'." for verdict, count in other.most_common()]
+        lines.append(str(stages) if stages is not None else "Too few estimates to look for stages.")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers, for JSON."""
+        return {
+            "steps": list(self.steps),
+            "results": {name: [r.to_dict() for r in row] for name, row in self.results.items()},
+            "stages": None if self.stages is None else self.stages.to_dict(),
+        }
+
+    def plot(
+        self, path: str | os.PathLike | None = None, *, unit: str = "nats per example", drift: float | None = None
+    ):
+        """LLC and loss over training with the boundaries of ``stages_of("all", drift)``. Returns the figure.
+
+        Written to ``path`` if given.
+        """
+        from slt_jax.report.training import plot_training
+
+        results = self.results if len(self.results) > 1 else self.results[WHOLE]
+        return plot_training(self.steps, self.losses, results, path, stages=self.stages_of(WHOLE, drift), unit=unit)
+
+    def report(
+        self, path: str | os.PathLike, *, overwrite: bool = False, unit: str = "nats per example",
+        drift: float | None = None,
+    ) -> Path:  # fmt: skip
+        """Write everything as one self-contained HTML page, with the picture and the stages that ``plot`` shows."""
+        from slt_jax.report.write import write_report
+
+        return write_report(self, path, overwrite=overwrite, unit=unit, drift=drift)
+
+    def to_xarray(self) -> "xr.DataTree":
+        """DataTree: ``/`` is ``dataset``; ``sample_stats`` and ``warmup_sample_stats`` hold all traces."""
+        import xarray as xr
+
+        flat = [result for row in self.results.values() for result in row]
+        groups, attrs = stack(flat, _DIMS, (len(self.results), len(self.steps)))
+        tree = xr.DataTree.from_dict({"/": self.dataset, **groups})
+        tree.attrs = {TRAJECTORY: 1, **attrs}
+        return tree
+
+    def save(self, path: str | os.PathLike, *, overwrite: bool = False) -> Path:
+        """Write everything as zarr. Raises FileExistsError on an existing path, and OSError."""
+        return write(self.to_xarray(), path, TRAJECTORY, overwrite=overwrite)
+
+
+def load_trajectory(path: str | os.PathLike) -> Trajectory:
+    """Read what ``Trajectory.save`` wrote. Raises FileNotFoundError, or ValueError for a foreign or truncated file."""
+    return load(path, TRAJECTORY, _of_tree)
+
+
+def _of_tree(tree: "xr.DataTree") -> Trajectory:
+    steps = tuple(tree.to_dataset()["training_step"].values.tolist())
+    flat, parts = unstack(tree, len(_DIMS)), [str(name) for name in tree.to_dataset()["part"].values.tolist()]
+    rows = {name: flat[i * len(steps) : (i + 1) * len(steps)] for i, name in enumerate(parts)}
+    return Trajectory(steps, rows)
