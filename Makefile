@@ -16,7 +16,7 @@ test: $(VENV)/.installed-test
 # The loader against transformers on torch; takes a torch wheel of 200 MB or more.
 parity: $(VENV)/.installed-test
 	$(PIP) --editable '.[test,parity]'
-	$(BIN)/python -m pytest tests/test_parity.py tests/test_accelerator_script.py
+	$(BIN)/python -m pytest tests/models/test_parity.py tests/scaling/test_accelerator_script.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +141,9 @@ def options() -> dict[str, Callable[[], dict]]:
         "whole batch": lambda: slt.estimate_llc(near, data, **{**one, "batch_size": 600}),
         "chain batch": lambda: slt.estimate_llc(near, data, chain_batch=2, chunk_size=50, **one),
         "mask": lambda: slt.estimate_llc(
-            slt.LocalPosterior(near.loss_fn, near.center, 600, localization=2.0, mask=cut), data, **one),
+            replace(near, mask=cut), data, **one),
         "bfloat16": lambda: slt.estimate_llc(
-            slt.LocalPosterior(near.loss_fn, near.center, 600, localization=2.0, forward_dtype=jnp.bfloat16), data, **one),
+            replace(near, forward_dtype=jnp.bfloat16), data, **one),
         "valley": lambda: slt.estimate_llc(*valley(), budget=20_000, batch_size=40, key=2),
         "divergent": lambda: slt.estimate_llc(near, data, **{**one, "sampler": slt.sgld(1.0)}),
     }  # fmt: skip

@@ -96,8 +96,9 @@ class Need:
         fewer = f"at most {fit} chains, " if 1 <= fit < self.num_chains else ""
         return (
             f"the run needs about {size_text(self.total)} of {self.where} ({told}), and "
-            f"{size_text(self.now + self.free)} can be had. Take {fewer}more micro-batches or shorter examples, bfloat16 for the forward pass, a part of the "
-            "model, sgld (its chains hold one copy of the weights, most others two), or a machine with more memory."
+            f"{size_text(self.now + self.free)} can be had. Take {fewer}more micro-batches or shorter examples, "
+            "bfloat16 for the forward pass, a part of the model, sgld (its chains hold one copy of the "
+            "weights, most others two), or a machine with more memory."
         )
 
 

@@ -114,7 +114,7 @@ class LocalPosterior:
         return LossProgram(self.loss_fn, treedef, tuple(leaves), check_forward(self.forward_dtype))
 
     @property
-    def freenames_of(self) -> list[str]:
+    def free_names(self) -> list[str]:
         """Path of each leaf that moves, in the order of ``program.split``'s first result."""
         return [leaf.name for leaf in self.program.leaves if leaf.free]
 

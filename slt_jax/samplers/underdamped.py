@@ -106,7 +106,8 @@ def underdamped(step_size: float | None = None, friction: float | None = None, *
         friction: share of the momentum lost in one step; 0.1 mixes fast, 1 is close to SGLD. Low friction with noisy
             gradients heats the chain.
         metric: ``"kronecker"`` moves in coordinates in which the posterior is nearly round, see
-            ``slt_jax.samplers.kronecker``; the calibration measures them, and ``step_size`` is then in their units. None: the weights' own coordinates.
+            ``slt_jax.samplers.kronecker``; the calibration measures them, and ``step_size`` is then in their
+            units. None: the weights' own coordinates.
 
     What is left out is chosen by the calibration.
     """

@@ -10,7 +10,7 @@ import pytest
 from scaling.dln import plot, published_truths, records, rows, tables, teachers
 from scaling.dln.methods import Method, filled, published
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = ("--num-data", "300", "--batch-size", "20", "--chains", "4")
 FIXED = Method("sgld", 1e-6, localization=1.0, num_warmup=4, num_draws=4, batch_size=20, num_data=300)
 

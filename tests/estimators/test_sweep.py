@@ -205,7 +205,7 @@ KILLED = (
     + """
 import numpy as np
 import slt_jax as slt
-from tests.test_sweep import CURVED, GRID, PLAN, posterior
+from tests.estimators.test_sweep import CURVED, GRID, PLAN, posterior
 
 sys.modules["slt_jax.estimators.sweep"].state_bytes = lambda engine: engine.plan.num_chains * 2**30
 data = jax.random.normal(jax.random.key(1), (400, 10)) * CURVED

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from slt_jax.fleet.run import run_fleet
-from tests import cluster as played
-from tests.cluster import result
+from tests.fleet import cluster as played
+from tests.fleet.cluster import result
 from tests.small import refuses
 
 cluster = played.cluster

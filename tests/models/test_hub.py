@@ -16,8 +16,8 @@ from safetensors.numpy import save_file
 
 from slt_jax.models import hub, weights
 from slt_jax.models.hub import load_checkpoint, load_decoder, load_pretrained, save_decoder
-from tests import decoder_reference as reference
-from tests.test_decoder import CONFIG, LAYOUTS, losses_of, params_of, random_decoder
+from tests.models import decoder_reference as reference
+from tests.models.test_decoder import CONFIG, LAYOUTS, losses_of, params_of, random_decoder
 
 SHAPE = {
     "vocab_size": 37, "hidden_size": 24, "num_hidden_layers": 2, "max_position_embeddings": 12,

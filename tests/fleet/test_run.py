@@ -16,8 +16,8 @@ import xarray as xr
 import slt_jax as slt
 from slt_jax.fleet import jobs as fleet_jobs
 from slt_jax.fleet.run import run_fleet
-from tests import cluster as played
-from tests.cluster import Cluster, Killed, first_time, result
+from tests.fleet import cluster as played
+from tests.fleet.cluster import Cluster, Killed, first_time, result
 
 cluster = played.cluster
 cloudpickle = pytest.importorskip("cloudpickle")

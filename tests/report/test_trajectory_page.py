@@ -8,7 +8,8 @@ import pytest
 
 import slt_jax as slt
 from slt_jax.cli.commands import main
-from tests.test_report import Reader, sound
+from slt_jax.report.write import write_report
+from tests.report.test_result_page import Reader, sound
 
 
 def test_a_trajectory_has_a_page(tmp_path):

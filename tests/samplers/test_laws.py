@@ -11,7 +11,7 @@ import pytest
 from slt_jax.diagnostics.bias import heating
 from slt_jax.samplers.base import Hyper
 from slt_jax.samplers.preconditioned import preconditioned_sgld
-from tests.sampler_cases import CASES, FRICTION, every
+from tests.samplers.cases import CASES, FRICTION, every
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -8,7 +8,7 @@ import scipy.linalg
 
 import slt_jax.samplers.kronecker
 from slt_jax.samplers.kronecker import _Side, _turned
-from tests.matrices import spread
+from tests.samplers.matrices import spread
 
 BASIS = np.linalg.qr(np.random.default_rng(3).normal(size=(9, 9)))[0]
 VALUES, GRAM = np.logspace(0, -8, 9), spread(9, 4, 4)

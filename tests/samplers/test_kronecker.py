@@ -19,7 +19,7 @@ from slt_jax.kernels.langevin import normal
 from slt_jax.posterior.data import as_source
 from slt_jax.samplers.base import Factor, Hyper, pull_back, root
 from slt_jax.samplers.kronecker import PROBES, ROUNDS, largest, matrix_shape, measure
-from tests.matrices import spread
+from tests.samplers.matrices import spread
 
 ROWS, COLUMNS, PULL = 12, 7, 1.0
 

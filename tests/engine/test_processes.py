@@ -24,7 +24,7 @@ from slt_jax.engine import loop as engine
 from slt_jax.engine.mesh import chain_mesh
 from slt_jax.posterior.data import HostData
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 ROWS = np.random.default_rng(0).normal(size=(400, 5)).astype(np.float32)
 TRACES = ("loss_trace", "baseline_trace", "drift_sq", "virial", "warmup_loss")
 NUMBERS = ("step_size", "friction", "localization")

@@ -15,8 +15,8 @@ import slt_jax as slt
 from slt_jax.diagnostics import series
 from slt_jax.report.page import Picture, render
 from slt_jax.report.sweep import sweep_page
-from slt_jax.report.write import page_of
-from tests.test_plots import grid, run
+from slt_jax.report.write import page_of, write_report
+from tests.report.test_pictures import grid, run
 
 EVIL = "<script>alert('x')</script> & \"more\""
 

@@ -12,7 +12,7 @@ from slt_jax.kernels.langevin import normal
 from slt_jax.samplers.base import Hyper
 from slt_jax.samplers.preconditioned import preconditioned_sgld
 from slt_jax.samplers.sgld import sgld
-from tests.sampler_cases import CASES, FRICTION, every
+from tests.samplers.cases import CASES, FRICTION, every
 
 CENTER = (jnp.linspace(-1, 1, 6).reshape(2, 3), jnp.array([0.5, -2.0]))
 OF_KICKED = (1 + 3 * math.exp(-FRICTION)) / (4 + 4 * math.exp(-FRICTION))  # weight of |q|^2 in the thermometer

@@ -31,7 +31,7 @@ def test_the_command_writes_every_part(tmp_path):
     command = [sys.executable, "-m", "scaling.throughput.accelerator", "--out", str(out), "--no-peer"]
     done = subprocess.run(
         [*command, *TINY, "--draws=4", "--peak-tflops=2"],
-        capture_output=True, text=True, cwd=Path(__file__).parents[1],
+        capture_output=True, text=True, cwd=Path(__file__).parents[2],
         env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

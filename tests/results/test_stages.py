@@ -12,7 +12,7 @@ from scipy.stats import multivariate_normal
 from slt_jax.results import stages as module
 from slt_jax.results.stages import Stage, find_stages
 
-RECORD = Path(__file__).parent.parent / "scaling" / "dln" / "results" / "development.json"
+RECORD = Path(__file__).parents[2] / "scaling" / "dln" / "results" / "development.json"
 RISING = (
     [4, 9, 20, 43, 94, 205, 448, 980],
     [-3.82, 7.01, 11.56, 9.52, 10.44, 17.19, 23.27, 39.74],

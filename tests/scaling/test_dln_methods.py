@@ -10,7 +10,7 @@ import pytest
 from scaling.dln import devices, drawn, population, records, run, teachers
 from scaling.dln.methods import Method, estimate, exact_rows, filled, posterior_and_data
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FIXED = Method("sgld", 1e-6, localization=1.0, num_warmup=4, num_draws=4, batch_size=20, num_data=300)
 
 

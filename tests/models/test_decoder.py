@@ -13,7 +13,7 @@ from flax import nnx
 import slt_jax as slt
 from slt_jax.models import Decoder, DecoderConfig, RopeScaling, decoder
 from slt_jax.models.attention import _device_attention, causal_attention, rotary_frequencies, rotary_table, rotate
-from tests import decoder_reference as reference
+from tests.models import decoder_reference as reference
 
 CONFIG = DecoderConfig(vocab_size=37, context_length=12, width=24, num_layers=2, num_heads=3)
 TOKENS = jax.random.randint(jax.random.key(1), (4, 12), 0, 37)
