@@ -4,7 +4,6 @@ import functools
 import math
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 
@@ -27,32 +26,39 @@ class Rise(NamedTuple):
         return self.value * min(1.0, abs(self.value) / self.before) if self.before > 0 else self.value
 
 
-def split_chains(draws: np.ndarray) -> np.ndarray:
-    """(chain, draw) -> (2 chain, draw // 2): each chain's halves as chains of their own."""
-    half = draws.shape[1] // 2
-    return np.concatenate([draws[:, :half], draws[:, draws.shape[1] - half :]])
-
-
 def ess_and_rhat(draws: np.ndarray) -> tuple[float, float]:
-    """Effective sample size and split R-hat of ``draws`` (chain, draw); NaN with fewer than 4 draws a chain.
+    """Effective sample size of the mean, and rank-normalized split R-hat, of ``draws`` (chain, draw).
 
-    Source: Vehtari, Gelman, Simpson, Carpenter, Buerkner, arXiv:1903.08008, as implemented in BlackJAX.
+    NaN with fewer than 4 draws a chain, or draws that are all equal. A single chain's R-hat compares its quarters.
+
+    Source: Vehtari, Gelman, Simpson, Carpenter, Buerkner, arXiv:1903.08008, as implemented in ArviZ.
     """
     if draws.shape[0] == 0 or draws.shape[1] < 4:
         return math.nan, math.nan
-    halves = split_chains(draws - draws.mean())
-    if halves.std() == 0:
+    around = draws - draws.mean()
+    if (spread := around.std()) == 0:
         return math.nan, math.nan
-    ess, rhat = (float(x) for x in _ess_and_rhat()(halves.astype(np.float32)))
+    ess, rhat = (float(x) for x in _ess_and_rhat()(around / spread))  # ArviZ takes a range below 1e-15 for none
     return min(max(ess, 1.0), float(draws.size)), rhat
 
 
 @functools.cache
 def _ess_and_rhat():
-    # blackjax runs JAX at its import, which would fix the number of devices before the user can.
-    from blackjax.diagnostics import effective_sample_size, potential_scale_reduction
+    # Its import takes a second, and brings pandas where that is installed.
+    from arviz_stats.base import array_stats
 
-    return jax.jit(lambda x: (effective_sample_size(x, 0, 1), potential_scale_reduction(x, 0, 1)))
+    axes = {"chain_axis": 0, "draw_axis": 1}
+
+    def both(draws: np.ndarray) -> tuple[float, float]:
+        chains = draws
+        if len(draws) == 1:
+            half = draws.shape[1] // 2
+            chains = np.concatenate([draws[:, :half], draws[:, -half:]])
+        with np.errstate(divide="ignore", invalid="ignore"):  # chains that stand still
+            rhat = array_stats.rhat(chains, **axes, method="rank") if chains.shape[1] >= 4 else math.nan
+            return array_stats.ess(draws, **axes, method="mean"), rhat
+
+    return both
 
 
 def standard_error(draws: np.ndarray, ess: float) -> float:
