@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from slt_jax._io import write_file
-from slt_jax.engine.mesh import gathered, leads, spans_processes
+from slt_jax.engine.mesh import allgather, is_main_process, spans_processes
 
 MANIFEST = "manifest.json"
 FORMAT = 3
@@ -89,12 +89,12 @@ class RunStore:
     def _first_does(self, action: Callable[[], Any]) -> Any:
         """What ``action`` returns or raises on the first process, on all of them."""
         value = error = told = None
-        if leads(self.mesh):
+        if is_main_process(self.mesh):
             try:
                 value = action()
             except (OSError, ValueError) as raised:
                 error, told = raised, [getattr(raised, "errno", None), getattr(raised, "strerror", None) or str(raised)]
-        value, told = gathered([value, told], self.mesh)[0]
+        value, told = allgather([value, told], self.mesh)[0]
         if error is not None:
             raise error
         if told is not None:
@@ -109,7 +109,7 @@ class RunStore:
         until = time.monotonic() + PATIENCE
         while not shown.exists() and time.monotonic() < until:
             time.sleep(0.05)
-        seen = gathered(shown.exists(), self.mesh)
+        seen = allgather(shown.exists(), self.mesh)
         self._first_does(lambda: shown.unlink())
         if not all(seen):
             raise ValueError(
@@ -131,7 +131,7 @@ class RunStore:
 
     def write_note(self, name: str, value: dict[str, Any]) -> None:
         """Keep plain JSON beside the run."""
-        if leads(self.mesh):
+        if is_main_process(self.mesh):
             write_file(self.path / f"{name}.json", json.dumps(value, indent=1))
 
     def restore(self, state: Any, host: dict[str, np.ndarray]) -> tuple[int, Any, dict[str, np.ndarray]] | None:

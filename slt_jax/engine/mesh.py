@@ -1,7 +1,7 @@
 """Devices: a ``chain`` axis first, a ``model`` axis for weights that do not fit one device; one process or many.
 
 A mesh belongs to one process alone, or has devices of every process (it *spans* them). In the second case all
-processes run the same host code in step: what one of them alone knows (a clock, a file) goes through ``gathered``.
+processes run the same host code in step: what one of them alone knows (a clock, a file) goes through ``allgather``.
 """
 
 import functools
@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-_SHORT = 64  # bytes that `gathered` sends at once
+_SHORT = 64  # bytes that `allgather` sends at once
 
 
 def chain_mesh(num_chains: int, devices: list | None = None) -> Mesh:
@@ -75,12 +75,12 @@ def spans_processes(mesh: Mesh | None) -> bool:
     return mesh is not None and any(device.process_index != jax.process_index() for device in mesh.devices.flat)
 
 
-def leads(mesh: Mesh | None) -> bool:
-    """Whether this process is the one that speaks and writes for the mesh: process 0, or the only one."""
+def is_main_process(mesh: Mesh | None) -> bool:
+    """Whether this process is the one that prints and writes for the mesh: process 0, or the only one."""
     return jax.process_index() == 0 or not spans_processes(mesh)
 
 
-def gathered(value: Any, mesh: Mesh | None) -> list:
+def allgather(value: Any, mesh: Mesh | None) -> list:
     """``value``, which JSON can hold, of every process of the mesh in turn; all must call this together."""
     if not spans_processes(mesh):
         return [value]

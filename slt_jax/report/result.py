@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 
@@ -25,12 +24,13 @@ from slt_jax.report.page import (
 )
 from slt_jax.report.traces import plot_result
 from slt_jax.results.llc import LLCResult
+from slt_jax.results.record import RunRecord
 from slt_jax.results.text import estimate_text
 
 
 def result_page(result: LLCResult, path: str | None) -> Page:
     found = result.estimate_text("±")
-    reason, chains = result.health.reason, len(result.loss_trace)
+    reason, chains = result.health.reason, len(result.traces.loss)
     text = [reason[:1].upper() + reason[1:]]
     if result.stopped:
         where = ", ".join(f"chain {c} at step {t}" for c, t in sorted(result.stopped.items()))
@@ -62,8 +62,8 @@ def _num(x: float, form: str = ".4g") -> str:
 
 
 def _estimate_section(result: LLCResult) -> Section:
-    bias, kept, free = result.bias, result.kept_chains, result.settings["num_free"]
-    around = float(result.loss_trace[kept].mean(dtype=np.float64)) if kept.size else math.nan
+    bias, kept, free = result.bias, result.kept_chains, result.settings.num_free
+    around = float(result.traces.loss[kept].mean(dtype=np.float64)) if kept.size else math.nan
     taken = f"{_num(bias.applied)} taken off" if bias.applied else "nothing taken off"
     rows = [
         ("LLC", result.estimate_text("±"), "Estimate and one standard error, which counts sampling noise only."),
@@ -167,8 +167,8 @@ def _also_sections(result: LLCResult) -> Iterable[Section]:
     yield Section("Other data", (text,), header=("data", "LLC, raw", "R-hat", "ESS", "loss at w*"), rows=tuple(rows))
 
 
-def _cost_section(settings: dict[str, Any]) -> Section:
-    cost, spent = settings.get("cost", {}), settings.get("gradients", {})
+def _cost_section(settings: RunRecord) -> Section:
+    cost, spent = settings.cost, settings.gradients
     rows = []
     if cost.get("seconds") is not None:
         rows.append(("time", f"{cost['seconds']:.3g} s"))
@@ -179,8 +179,8 @@ def _cost_section(settings: dict[str, Any]) -> Section:
         rows.append(("minibatch gradients", f"{sum(spent.values()):,.0f} ({parts})"))
     peaks = {"device_peak_mib": "peak memory of a device", "process_peak_mib": "peak memory of the process"}
     rows += [(name, f"{cost[key]:,} MiB") for key, name in peaks.items() if cost.get(key)]
-    if (predicted := settings.get("memory", {}).get("total_mib")) is not None:
+    if (predicted := settings.memory.get("total_mib")) is not None:
         rows.append(("memory predicted", f"{predicted:,} MiB"))
-    versions = ", ".join(f"{name} {version}" for name, version in settings.get("versions", {}).items())
-    rows += [("devices", settings.get("devices", UNKNOWN)), ("versions", versions or UNKNOWN)]
+    versions = ", ".join(f"{name} {version}" for name, version in settings.versions.items())
+    rows += [("devices", settings.devices or UNKNOWN), ("versions", versions or UNKNOWN)]
     return Section("Cost, device, versions", header=("", "value"), rows=tuple(Row(row) for row in rows))

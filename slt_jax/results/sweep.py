@@ -42,7 +42,7 @@ class Sweep:
     def settings(self) -> dict[str, Any]:
         """What all cells have in common."""
         own = (*AXES, "probe", "gradients", "cost")
-        return {name: value for name, value in self.results[0].settings.items() if name not in own}
+        return {name: value for name, value in self.results[0].settings.to_json().items() if name not in own}
 
     def cell(self, *, nbeta: float | None = None, localization: float | None = None, step_size: float | None = None):
         """The LLCResult of one cell. An axis with one value may be left out. Raises KeyError for a value not in it."""
@@ -159,7 +159,7 @@ def table_of(sweep: Sweep) -> list[str]:
         s = r.settings
         llc = "-" if not len(r.kept_chains) else estimate_text(r.llc, r.llc_stderr, "±")
         lines.append(
-            f"{s['nbeta']:>10.4g} {s['localization']:>12.4g} {s['step_size']:>10.3g} {llc:>18} {r.rhat:>6.3f} "
+            f"{s.nbeta:>10.4g} {s.localization:>12.4g} {s.step_size:>10.3g} {llc:>18} {r.rhat:>6.3f} "
             f"{r.ess:>6.0f}  {r.verdict}"
         )
     return lines

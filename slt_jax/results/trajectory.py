@@ -14,7 +14,7 @@ from slt_jax.results.plateau import HEATED, SETTLED
 from slt_jax.results.stacking import stack, unstack
 from slt_jax.results.stages import Stages, find_stages
 from slt_jax.results.storage import TRAJECTORY, load, write
-from slt_jax.samplers.base import NO_MOMENTUM
+from slt_jax.samplers import theory_of
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -72,8 +72,8 @@ class Trajectory:
     def setting(self) -> dict[str, Any]:
         """The numbers that all have in common; no friction of a sampler without momentum."""
         first = self.results[WHOLE][0].settings
-        own = () if first.get("family") in NO_MOMENTUM else ("friction",)
-        return {name: first.get(name) for name in ("nbeta", "localization", "step_size", *own)}
+        own = ("friction",) if theory_of(first.family).has_momentum else ()
+        return {name: getattr(first, name) for name in ("nbeta", "localization", "step_size", *own)}
 
     @functools.cached_property
     def dataset(self) -> "xr.Dataset":

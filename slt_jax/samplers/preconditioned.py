@@ -1,6 +1,7 @@
 """SGLD with a diagonal preconditioner from optax's running second moments."""
 
 import functools
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -20,6 +21,9 @@ from slt_jax.samplers.base import (
     gaussian,
     inner,
 )
+from slt_jax.samplers.sgld import EULER
+
+_THEORY = replace(EULER, relaxation=None)  # at a rate P times the curvature, which is not known
 
 
 class PreconditionedState(NamedTuple):
@@ -118,4 +122,4 @@ def preconditioned_sgld(
     if decay >= 1:
         raise ValueError(f"decay must be below 1, got {decay}. 0.99 averages over about 100 steps.")
     check_positive("floor", floor, "It is a share of the typical gradient, e.g. 0.1.")
-    return Sampler(f"preconditioned-sgld-{moments}", step_size, *_build(float(decay), float(floor)), family="euler")
+    return Sampler(f"preconditioned-sgld-{moments}", step_size, *_build(float(decay), float(floor)), theory=_THEORY)

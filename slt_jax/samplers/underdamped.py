@@ -1,17 +1,21 @@
 """Underdamped Langevin dynamics (BAOAB), one gradient a step."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from slt_jax._checks import check_positive
+from slt_jax.diagnostics.bias import no_step_bias, underdamped_heating
+from slt_jax.diagnostics.relaxation import underdamped_relaxation
 from slt_jax.samplers.base import (
     Hyper,
     Info,
     LossAndGrad,
     Position,
     Sampler,
+    Theory,
     dimension,
     displacement,
     drift,
@@ -23,6 +27,10 @@ from slt_jax.samplers.base import (
 )
 
 MEMORY = 0.01  # a step's part in the mean squared force: a hundred steps, some oscillations of the stiffest direction
+BAOAB = Theory(
+    "baoab", heating=underdamped_heating, step_bias=no_step_bias, second_order=True, relaxation=underdamped_relaxation,
+    can_shorten_steps=True,
+)  # fmt: skip
 
 
 class UnderdampedState(NamedTuple):
@@ -123,4 +131,5 @@ def underdamped(step_size: float | None = None, friction: float | None = None, *
     step_size = None if step_size is None else float(step_size)
     friction = None if friction is None else float(friction)
     name = f"underdamped-{metric}" if metric else "underdamped"
-    return Sampler(name, step_size, init, step, friction, "baoab", metric is not None)
+    theory = replace(BAOAB, relaxation=None, can_shorten_steps=False) if metric else BAOAB
+    return Sampler(name, step_size, init, step, friction, theory, metric is not None)
