@@ -44,7 +44,7 @@ def curvature_of(name: str) -> float:
     """The largest curvature that a calibration meets."""
     target = by_name(name)
     result = slt.estimate_llc(posterior_of(target, 0.0), target.data, budget=10_000, key=99)
-    return result.settings["calibration"]["curvature"]
+    return result.settings.calibration["curvature"]
 
 
 def settings(problems: str) -> Iterator[tuple[str, str, dict]]:
@@ -82,7 +82,7 @@ def run(name: str, setting: str, options: dict) -> dict:
     target = by_name(name)
     away = float(setting.split()[2].rstrip(",")) if setting.startswith("no minimum") else 0.0
     result = slt.estimate_llc(posterior_of(target, away), target.data, **options)
-    exact = target.exact(result.settings["nbeta"], PULL)
+    exact = target.exact(result.settings.nbeta, PULL)
     summary = result.to_dict()
     keep = ("llc", "llc_stderr", "llc_raw", "verdict", "reason", "rhat", "ess", "virial", "kinetic", "acceptance")
     return {"problem": name, "setting": setting, "exact": exact, "minimum": not away, **{k: summary[k] for k in keep}}

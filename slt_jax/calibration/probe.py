@@ -138,7 +138,7 @@ def _dense_hessian(program: LossProgram, position, frozen, blocks, nbeta):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _noise(program: LossProgram, position, center, frozen, halves, metric, nbeta):
+def noise_squares(program: LossProgram, position, center, frozen, halves, metric, nbeta):
     """Squared norms of g(w) and of g(w) - g(w*), with g the gradient of nbeta L over the first half less that over the
     second. Scaled before it is squared: float32 ends at 1e-38.
     """
@@ -162,7 +162,7 @@ def _noise(program: LossProgram, position, center, frozen, halves, metric, nbeta
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _acceptance(program: LossProgram, position, center, frozen, blocks, nbeta, localization, step_size, metric, fresh):
+def acceptance(program: LossProgram, position, center, frozen, blocks, nbeta, localization, step_size, metric, fresh):
     """Metropolis acceptance of one Euler-Maruyama step, which is one leapfrog step from the ``fresh`` momentum."""
     time = jnp.sqrt(step_size)
 
@@ -193,7 +193,8 @@ def _temporaries(program: Any, given: tuple) -> int:
 class Probe:
     """Compiled measurements at positions of one problem; ``gradients`` counts their cost in minibatch gradients.
 
-    On the first device alone, where the mesh is one of whole chains of this process. ``center``: w* there.
+    On the first device alone, where the mesh is one of whole chains of this process. ``center``, ``frozen``: w* there,
+    ``blocks``: the fixed set of examples.
 
     Args:
         problem: whose loss, data and batch size are meant. nbeta: of the posterior.
@@ -202,15 +203,15 @@ class Probe:
     """
 
     def __init__(self, problem: Problem, nbeta: float, blocks: int, key: jax.Array):
-        self._problem, self._nbeta, self._key = problem, nbeta, problem.on_first_device(key)
+        self.problem, self._nbeta, self._key = problem, nbeta, problem.on_first_device(key)
         self._batch = problem.batch_size
         self._random = np.random.default_rng(np.asarray(jax.random.key_data(key)))
         num = problem.source.num_data
         self.num_blocks = max(1, min(blocks, num // self._batch))
         chosen = self._random.choice(num, self.num_blocks * self._batch, replace=num < self._batch)
         fetched = problem.fetch(np.sort(chosen))
-        self._blocks = jax.tree.map(lambda x: x.reshape(self.num_blocks, self._batch, *x.shape[1:]), fetched)
-        self.center, self._frozen = problem.on_first_device(problem.center), problem.on_first_device(problem.frozen)
+        self.blocks = jax.tree.map(lambda x: x.reshape(self.num_blocks, self._batch, *x.shape[1:]), fetched)
+        self.center, self.frozen = problem.on_first_device(problem.center), problem.on_first_device(problem.frozen)
         self.gradients = 0.0
 
     def _next_key(self) -> jax.Array:
@@ -224,12 +225,12 @@ class Probe:
             calibrates: those that a calibration takes; else those at a run's end.
             metric: whether the calibration measures a metric.
         """
-        programs = [(_noise, self._for_noise(self.center, ()))]
+        programs = [(noise_squares, self._for_noise(self.center, ()))]
         if calibrates:
             programs.append((_sharpness, self._for_sharpness(self.center, 1, self.center)))
             programs.append((_grad_blocks, self._for_gradient(self.center)))
         else:
-            programs.append((_acceptance, self._for_acceptance(self.center, 1.0, 1.0, (), self.center)))
+            programs.append((acceptance, self._for_acceptance(self.center, 1.0, 1.0, (), self.center)))
         sizes = [_temporaries(program, given) for program, given in programs]
         return [*sizes, int(_TANGENTS * sizes[-1])] if calibrates and metric else sizes
 
@@ -243,13 +244,13 @@ class Probe:
     def _for_sharpness(self, position: Position, iterations: int, start: Position) -> tuple:
         size = float(jnp.sqrt(_square(position)))
         numbers = (jnp.float32(x) for x in (self._nbeta, 1e-12, 1e-3 * (1 + size)))
-        return self._problem.program, position, self._frozen, self._blocks, *numbers, start, iterations
+        return self.problem.program, position, self.frozen, self.blocks, *numbers, start, iterations
 
     def curvature(self, position: Position, direction: Position, reach: float, localization: float) -> Position:
         """(nbeta Hessian + localization) times ``direction``, by a secant ``reach`` times as long; two gradients."""
         self.gradients += 2 * self.num_blocks
         numbers = (jnp.float32(x) for x in (self._nbeta, localization, reach))
-        return _curvature(self._problem.program, position, direction, self._frozen, self._blocks, *numbers)
+        return _curvature(self.problem.program, position, direction, self.frozen, self.blocks, *numbers)
 
     def hessian(self, position: Position, direction: Position, reach: float, localization: float) -> Position:
         """The same by the second derivative, whose rounding is a part of the product alone; by a secant for a loss that
@@ -267,7 +268,7 @@ class Probe:
 
     def _for_hessian(self, position: Position, direction: Position, localization: float) -> tuple:
         numbers = (jnp.float32(x) for x in (self._nbeta, localization))
-        return self._problem.program, position, direction, self._frozen, self._blocks, *numbers
+        return self.problem.program, position, direction, self.frozen, self.blocks, *numbers
 
     def curvatures(self, position: Position) -> np.ndarray:
         """All eigenvalues of the Hessian of nbeta L, ascending, float64; two gradients for each free weight."""
@@ -280,7 +281,7 @@ class Probe:
         return _temporaries(_dense_hessian, self._for_dense_hessian(self.center))
 
     def _for_dense_hessian(self, position: Position) -> tuple:
-        return self._problem.program, position, self._frozen, self._blocks, jnp.float32(self._nbeta)
+        return self.problem.program, position, self.frozen, self.blocks, jnp.float32(self._nbeta)
 
     def loss_and_grad_norm(self, position: Position) -> tuple[float, float]:
         """Mean loss over the fixed examples, and the norm of its gradient."""
@@ -289,39 +290,39 @@ class Probe:
         return float(loss), float(jnp.sqrt(_square(grad)))
 
     def _for_gradient(self, position: Position) -> tuple:
-        return self._problem.program, position, self._frozen, self._blocks
+        return self.problem.program, position, self.frozen, self.blocks
 
     def noise(self, position: Position, repeats: int, metric: Metric = ()) -> tuple[Noise, Noise]:
         """Mean and standard error over ``repeats`` fresh batches, by the difference of a batch's two halves.
 
         None where a batch is the whole data set.
         """
-        if self._problem.takes_all:
+        if self.problem.takes_all:
             return Noise(0.0, 0.0), Noise(0.0, 0.0)
         half, pairs = max(1, self._batch // 2), []
         for _ in range(repeats):
-            pairs.append(_noise(*self._for_noise(position, metric)))
+            pairs.append(noise_squares(*self._for_noise(position, metric)))
             self.gradients += 4 * half / self._batch
         values = half / (2 * self._batch) * np.array([[float(x) for x in pair] for pair in pairs])
         error = values.std(0, ddof=1) / math.sqrt(repeats) if repeats > 1 else np.full(2, np.nan)
         return Noise(*values.mean(0).tolist()), Noise(*error.tolist())
 
     def _for_noise(self, position: Position, metric: Metric) -> tuple:
-        problem, half = self._problem, max(1, self._batch // 2)
+        problem, half = self.problem, max(1, self._batch // 2)
         drawn = self._random.integers(0, problem.source.num_data, 2 * half)
         halves = jax.tree.map(lambda x: x.reshape(2, half, *x.shape[1:]), problem.fetch(drawn))
-        around = (problem.program, position, self.center, self._frozen)
+        around = (problem.program, position, self.center, self.frozen)
         return *around, halves, problem.on_first_device(metric), jnp.float32(self._nbeta)
 
     def acceptance(self, position: Position, step_size: float, localization: float, metric: Metric = ()) -> float:
         """Metropolis acceptance of one Euler-Maruyama step of this size from ``position``, on the fixed examples."""
         self.gradients += 2 * self.num_blocks
         momentum = noise_like(self._next_key(), position)
-        return float(_acceptance(*self._for_acceptance(position, step_size, localization, metric, momentum)))
+        return float(acceptance(*self._for_acceptance(position, step_size, localization, metric, momentum)))
 
     def _for_acceptance(
         self, position: Position, step_size: float, localization: float, metric: Metric, momentum: Position
     ) -> tuple:
         numbers = (jnp.float32(x) for x in (self._nbeta, localization, step_size))
-        around = (self._problem.program, position, self.center, self._frozen, self._blocks)
-        return *around, *numbers, self._problem.on_first_device(metric), momentum
+        around = (self.problem.program, position, self.center, self.frozen, self.blocks)
+        return *around, *numbers, self.problem.on_first_device(metric), momentum

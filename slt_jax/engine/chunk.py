@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Key
 
 from slt_jax.engine.keys import KeyTag
 from slt_jax.engine.trace import Trace, blank
 from slt_jax.posterior.data import draw_indices, gather
 from slt_jax.posterior.program import LossProgram
-from slt_jax.samplers.base import Hyper, Metric, displacement, inner
+from slt_jax.samplers.base import Hyper, Metric, Position, displacement, inner
 
 PyTree = Any
 
@@ -66,6 +67,21 @@ class Row(NamedTuple):
     step_size: Any
     friction: Any
     limit: Any
+
+
+class Shared(NamedTuple):
+    """What all chains use, held once on each device.
+
+    ``arrays``: the data, () where the host gives batches. ``center_grad``: grad L_n(w*), () where it is not needed.
+    ``also``: the arrays of further data sets.
+    """
+
+    center: Position
+    frozen: tuple[jax.Array, ...]
+    arrays: PyTree
+    metric: Metric
+    center_grad: Position | tuple[()]
+    also: tuple[PyTree, ...]
 
 
 def loss_and_grad_on(static: Static, frozen: PyTree, batch: PyTree) -> Callable:
@@ -173,9 +189,73 @@ def _at_step(window: Window, step: jax.Array, row: Row, metric: Metric) -> Hyper
     return Hyper(row.nbeta / heat, row.localization, step_size, row.friction, adapt, metric, row.limit)
 
 
-def _one_chain(static: Static, shared: tuple, window: Window, state, key, row, alive, batches):
+def _batch_at(static: Static, shared: Shared, window: Window, i: jax.Array, step_key: jax.Array, batches: PyTree):
+    """The examples of the chunk's step ``i``: from the host, all there are, or drawn here."""
+    if static.gather is None:
+        return jax.tree.map(lambda b: b[window.offset + i], batches)
+    if takes_all(static, static.num_data):
+        return shared.arrays
+    drawn = draw_indices(jax.random.fold_in(step_key, KeyTag.BATCH), static.num_data, static.batch_size)
+    return static.gather(shared.arrays, drawn)
+
+
+def _one_step(
+    static: Static, shared: Shared, window: Window, key: jax.Array, row: Row, batches: PyTree, i: jax.Array, state: Any
+) -> tuple[Any, Trace]:
+    """Step ``i`` of the chunk of one chain: (the moved state, what is recorded at the position before the move)."""
+    center, frozen = shared.center, shared.frozen
+    step = window.start + i
+    step_key = jax.random.fold_in(key, step)
+    batch = _batch_at(static, shared, window, i, step_key, batches)
+    plain = loss_and_grad = loss_and_grad_on(static, frozen, batch)
+    if static.control_variate:
+        losses_at_center, noise = plain(center)
+
+        def loss_and_grad(position):
+            losses, grad = plain(position)
+            return losses, jax.tree.map(lambda g, n, full: g - n + full, grad, noise, shared.center_grad)
+
+    kept = (step >= window.num_warmup) & ((step - window.num_warmup) % window.thinning == window.thinning - 1)
+    draw, before = (step - window.num_warmup) // window.thinning, state.position
+    slope_too = kept & (draw % window.tilt_every == 0) if static.slope_method else jnp.bool(False)
+    if static.control_variate:
+        baseline, tilt = losses_at_center, jnp.float32(jnp.nan)
+    else:
+        baseline, tilt = _losses_at_center(static, kept, slope_too, before, center, frozen, batch)
+    if static.slope_method == "gradient":
+        downhill = lambda: inner(shared.center_grad, displacement(before, center))  # noqa: E731
+        tilt = jax.lax.cond(slope_too, downhill, lambda: jnp.float32(jnp.nan))
+    hyper = _at_step(window, step, row, shared.metric)
+    noise_key = jax.random.fold_in(step_key, KeyTag.NOISE)
+    state, info = static.sampler_step(noise_key, state, loss_and_grad, center, hyper)
+    gap = info.loss - baseline if static.paired else info.loss
+    spread = _spread(static, gap, static.num_data)
+    also: Any = ()
+    if shared.also:
+        also = jax.lax.cond(
+            kept,
+            lambda: _losses_on_other_data(static, frozen, shared.also, step_key, before, center),
+            lambda: jnp.full((len(shared.also), 3), jnp.nan, jnp.float32),
+        )
+    at_draw = lambda x: jnp.where(kept, x, jnp.nan)  # noqa: E731
+    return state, Trace(
+        loss=jnp.mean(info.loss),
+        baseline=at_draw(jnp.mean(baseline) if static.paired else jnp.nan),
+        gap_var=at_draw(spread),
+        tilt=tilt,
+        drift_sq=info.drift_sq,
+        virial=info.virial,
+        distance_sq=info.distance_sq,
+        kinetic=info.kinetic,
+        acceptance=info.acceptance,
+        pull=info.pull,
+        time=info.time,
+        also=also,
+    )
+
+
+def _one_chain(static: Static, shared: Shared, window: Window, state, key, row: Row, alive, batches):
     """All steps of the chunk for one chain; stops when the chain (with vmap: its whole group) is no longer finite."""
-    center, frozen, arrays, metric, center_grad, also = shared
 
     def go_on(carry):
         i, _, still, _ = carry
@@ -184,63 +264,11 @@ def _one_chain(static: Static, shared: tuple, window: Window, state, key, row, a
 
     def body(carry):
         i, state, still, trace = carry
-        step = window.start + i
-        step_key = jax.random.fold_in(key, step)
-        if static.gather is None:
-            batch = jax.tree.map(lambda b: b[window.offset + i], batches)
-        elif takes_all(static, static.num_data):
-            batch = arrays
-        else:
-            drawn = draw_indices(jax.random.fold_in(step_key, KeyTag.BATCH), static.num_data, static.batch_size)
-            batch = static.gather(arrays, drawn)
-        plain = at = loss_and_grad_on(static, frozen, batch)
-        if static.control_variate:
-            at_center, noise = plain(center)
-
-            def at(position):
-                losses, grad = plain(position)
-                return losses, jax.tree.map(lambda g, n, full: g - n + full, grad, noise, center_grad)
-
-        kept = (step >= window.num_warmup) & ((step - window.num_warmup) % window.thinning == window.thinning - 1)
-        draw, before = (step - window.num_warmup) // window.thinning, state.position
-        slope_too = kept & (draw % window.tilt_every == 0) if static.slope_method else jnp.bool(False)
-        if static.control_variate:
-            baseline, tilt = at_center, jnp.float32(jnp.nan)
-        else:
-            baseline, tilt = _losses_at_center(static, kept, slope_too, before, center, frozen, batch)
-        if static.slope_method == "gradient":
-            away = lambda: inner(center_grad, displacement(before, center))  # noqa: E731
-            tilt = jax.lax.cond(slope_too, away, lambda: jnp.float32(jnp.nan))
-        mine = _at_step(window, step, row, metric)
-        state, info = static.sampler_step(jax.random.fold_in(step_key, KeyTag.NOISE), state, at, center, mine)
-        gap = info.loss - baseline if static.paired else info.loss
-        spread = _spread(static, gap, static.num_data)
-        others: Any = ()
-        if also:
-            others = jax.lax.cond(
-                kept,
-                lambda: _losses_on_other_data(static, frozen, also, step_key, before, center),
-                lambda: jnp.full((len(also), 3), jnp.nan, jnp.float32),
-            )
-        at_draw = lambda x: jnp.where(kept, x, jnp.nan)  # noqa: E731
-        now = Trace(
-            loss=jnp.mean(info.loss),
-            baseline=at_draw(jnp.mean(baseline) if static.paired else jnp.nan),
-            gap_var=at_draw(spread),
-            tilt=tilt,
-            drift_sq=info.drift_sq,
-            virial=info.virial,
-            distance_sq=info.distance_sq,
-            kinetic=info.kinetic,
-            acceptance=info.acceptance,
-            pull=info.pull,
-            time=info.time,
-            also=others,
-        )
+        state, now = _one_step(static, shared, window, key, row, batches, i, state)
         trace = jax.tree.map(lambda t, x: t.at[i].set(jnp.where(still, x, jnp.nan).astype(t.dtype)), trace, now)
-        return i + 1, state, still & jnp.isfinite(now.loss) & jnp.isfinite(info.drift_sq), trace
+        return i + 1, state, still & jnp.isfinite(now.loss) & jnp.isfinite(now.drift_sq), trace
 
-    empty = blank(jnp, (static.length,), len(also))
+    empty = blank(jnp, (static.length,), len(shared.also))
     _, state, alive, trace = jax.lax.while_loop(go_on, body, (jnp.int32(0), state, alive, empty))
     return state, alive, trace
 
@@ -269,7 +297,10 @@ def _device_chunk(static: Static, state, alive, keys, rows, batches, shared, win
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1,))
-def run_chunk(static: Static, state, alive, keys, rows, batches, shared, window):
+def run_chunk(
+    static: Static, state: PyTree, alive: Bool[Array, " chain"], keys: Key[Array, " chain"], rows: Row, batches: PyTree,
+    shared: Shared, window: Window,
+) -> tuple[PyTree, Bool[Array, " chain"], Trace]:  # fmt: skip
     """``window.count`` steps of every chain: (state, alive, trace, whose names are ``(num_chains, length)``)."""
     per, whole = PartitionSpec("chain"), PartitionSpec()
     mapped = jax.shard_map(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from slt_jax.engine.center_slope import slope_schedule
-from slt_jax.engine.chunk import Row, Static, Window, loss_and_grad_on, run_chunk
+from slt_jax.engine.chunk import Row, Shared, Static, Window, loss_and_grad_on, run_chunk
 from slt_jax.engine.keys import KeyTag
 from slt_jax.engine.mesh import allgather, chain_sharding, own_rows, place, place_rows, shared_sharding
 from slt_jax.engine.plan import Numbers, Schedule
@@ -198,7 +198,7 @@ class Engine:
         shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shared_sharding(problem.mesh, x))  # noqa: E731
         metric = jax.tree.map(shape, tuple(map(blank_factor, problem.center))) if self.sampler.metric else ()
         grad = jax.tree.map(shape, problem.center) if self.needs_center_grad else ()
-        shared = problem.center, problem.frozen, problem.arrays, metric, grad, problem.also
+        shared = self._shared(metric, grad)
         state, alive, batches = self.described()
         if run is not None:
             state, alive = run.state, run.alive
@@ -230,7 +230,7 @@ class Engine:
         """Run ``steps`` steps (at most the chunk length) and append their traces. The old state is donated."""
         problem = self.problem
         grad = problem.center_grad if self.needs_center_grad else ()
-        shared = problem.center, problem.frozen, problem.arrays, inputs.metric, grad, problem.also
+        shared = self._shared(inputs.metric, grad)
         window = self._window(inputs, run.step, steps, offset)
         run.state, run.alive, rows = run_chunk(
             self.static, run.state, run.alive, inputs.keys, inputs.rows, batches, shared, window
@@ -287,6 +287,10 @@ class Engine:
 
     def _on_chains(self, batches: PyTree) -> PyTree:
         return jax.tree.map(lambda x: place_rows(x, self.plan.num_chains, self.problem.per_chain), batches)
+
+    def _shared(self, metric: Metric, center_grad: PyTree) -> Shared:
+        p = self.problem
+        return Shared(p.center, p.frozen, p.arrays, metric, center_grad, p.also)
 
     def _window(self, inputs: Inputs, start: int, count: int, offset: int = 0) -> Window:
         integers = (start, count, offset, self.plan.num_warmup, self.plan.thinning, self.slope.every)

@@ -18,12 +18,12 @@ from slt_jax.engine.mesh import allgather, chain_mesh
 from slt_jax.posterior.local import LocalPosterior
 from slt_jax.samplers.kronecker import largest_side
 
-_HEAP = 300 * 2**20  # for each of a CPU's devices: what the allocator keeps of what was freed, at 14M to 162M weights
+HEAP = 300 * 2**20  # for each of a CPU's devices: what the allocator keeps of what was freed, at 14M to 162M weights
 _EIGEN = 8  # matrices in float64 that a decomposition holds, as fitted to peaks at sides of 1000 to 3000
 _EIGEN_THERE = 11  # the same on an accelerator, at a side of 2987
 _SLACK = 1.05  # of what a run is estimated to take, for what is not seen from here
 _TOGETHER = 2**26  # weights of chains that an accelerator moves together: a fifth faster than 2**24 on an H100
-_MUCH = 2**28  # bytes
+MUCH = 2**28  # bytes
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def needs_memory_check(posterior: LocalPosterior, num_chains: int) -> bool:
     """Whether the weights alone, free and frozen, are enough to ask whether the run fits into memory."""
     devices = jax.local_device_count()
     whole = sum(x.size for x in jax.tree.leaves(posterior.center))
-    return 4 * (posterior.num_free * (8 * devices + 2 * num_chains) + whole * devices) > _MUCH
+    return 4 * (posterior.num_free * (8 * devices + 2 * num_chains) + whole * devices) > MUCH
 
 
 def estimate_memory(
@@ -159,7 +159,7 @@ def estimate_memory(
     state, _, batches = map(_on_device, engine.described())
     position = sum(x.addressable_data(0).nbytes for x in problem.center)
     measurement = (2 * position + max(measurements)) * (1 if problem.has_first_device else many) if measurements else 0
-    heap = _HEAP * many if on_cpu and measurements else 0
+    heap = HEAP * many if on_cpu and measurements else 0
     at_center = position if engine.needs_center_grad else 0  # at w*, not there yet
     more = 0 if plan.control_variate or engine.static.full_batch else 2 * position - at_center  # two gradients
     step += at_center
@@ -167,7 +167,7 @@ def estimate_memory(
     if engine.sampler.metric:  # scales and bases on each device; while they are measured, sums and what turns them
         turning = (_EIGEN if on_cpu else _EIGEN_THERE) * 8 * largest_side(problem.center) ** 2
         step, measurement = step + 3 * position, measurement + (3 * many + 3.5) * position + turning
-        heap += 2 * _HEAP if on_cpu else 0  # its programs, and more that comes back late
+        heap += 2 * HEAP if on_cpu else 0  # its programs, and more that comes back late
     chains = many * state
     peak, in_use, available = taken_and_free(here)
     return MemoryEstimate(

@@ -91,9 +91,9 @@ def run_to_end(
 ) -> Run:  # fmt: skip
     """All steps, from where ``store`` left off if it has any; saved at most once in ``every`` seconds.
 
-    ``part``: which part of something larger the run is, for the progress bar; ``nbeta``: that of all its
-    chains, to show the running estimate. ``start``: where the chains begin, if not at w*. Raises FloatingPointError when the loss or
-    its gradient at w* is not finite on the first batch.
+    ``part``: which part of something larger the run is, for the progress bar; ``nbeta``: that of all its chains, with
+    which the running estimate is shown. ``start``: where the chains begin, if not at w*. Raises FloatingPointError when
+    the loss or its gradient at w* is not finite on the first batch.
     """
     run = (None if store is None else restored(engine, inputs, store)) or start or engine.start(inputs)
     mesh = engine.problem.mesh

@@ -67,11 +67,11 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 def blank_factor(leaf: Any) -> Factor:
     """What the metric of a leaf will look like: shapes and types."""
     shape = matrix_shape(leaf.shape)
-    sides = (jax.ShapeDtypeStruct((n, n), jnp.float32) if _turns(n, shape) else None for n in shape)
+    sides = (jax.ShapeDtypeStruct((n, n), jnp.float32) if gets_basis(n, shape) else None for n in shape)
     return Factor(*sides, jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
-def _turns(side: int, shape: tuple[int, ...]) -> bool:
+def gets_basis(side: int, shape: tuple[int, ...]) -> bool:
     """Whether a side gets a basis: neither that of a vector nor a very long one."""
     return min(shape) > 1 and side <= LARGEST_SIDE
 
@@ -79,7 +79,7 @@ def _turns(side: int, shape: tuple[int, ...]) -> bool:
 def largest_side(leaves: Iterable[Any]) -> int:
     """The longest side that gets a basis, 0 where none does."""
     shapes = [matrix_shape(x.shape) for x in leaves]
-    return max((side for shape in shapes for side in shape if _turns(side, shape)), default=0)
+    return max((side for shape in shapes for side in shape if gets_basis(side, shape)), default=0)
 
 
 def measure(
@@ -104,12 +104,14 @@ def measure(
     metric, rounds = begun, 1 if begun else ROUNDS
     for number in range(rounds):
         look = _Look(curvature, metric, positions, reach, jax.random.fold_in(key, number))
-        turned = functools.partial(_turned, probes=PROBES * len(positions), least=least, last=number == rounds - 1)
-        metric = _beside(look.leaf_by_leaf(PROBES, _grams, turned), positions)
+        turned = functools.partial(
+            turned_factor, probes=PROBES * len(positions), least=least, last=number == rounds - 1
+        )
+        metric = _beside(look.leaf_by_leaf(PROBES, grams, turned), positions)
         if metric is None:
             return None
     look = _Look(curvature, metric, positions, reach, jax.random.fold_in(key, ROUNDS))
-    return look.leaf_by_leaf(count, _squares, functools.partial(_rescaled, probes=count * len(positions), least=least))
+    return look.leaf_by_leaf(count, _squares, functools.partial(rescaled, probes=count * len(positions), least=least))
 
 
 class _Look(NamedTuple):
@@ -130,7 +132,7 @@ class _Look(NamedTuple):
         total = _beside(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes), self.positions)
         for i, position in enumerate(self.positions):
             for k in range(count):
-                probe = _root(self.metric, noise_like(jax.random.fold_in(self.key, i * count + k), position))
+                probe = metric_root(self.metric, noise_like(jax.random.fold_in(self.key, i * count + k), position))
                 total = _added(squares, total, self.metric, self.curvature(position, probe, reach), unit)
         scale = unit**2 / (count * len(self.positions))
         found = []
@@ -148,7 +150,7 @@ def _beside(tree: Any, positions: list[Position]) -> Any:
     return jax.device_put(tree, *devices) if len(devices) == 1 else tree
 
 
-_root = jax.jit(root)
+metric_root = jax.jit(root)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -160,13 +162,13 @@ def _matrices(metric: Metric, found: Position, unit: float) -> Position:
     return tuple(x.reshape(matrix_shape(x.shape)) / unit for x in pull_back(metric, found))
 
 
-def _grams(metric: Metric, found: Position, unit: float) -> list[list[jax.Array]]:
+def grams(metric: Metric, found: Position, unit: float) -> list[list[jax.Array]]:
     """For each leaf Y: the means over columns of Y Y' and over rows of Y' Y; of a side without a basis the diagonal."""
     return [[_gram(y), _gram(y.T)] for y in _matrices(metric, found, unit)]
 
 
 def _gram(y: jax.Array) -> jax.Array:
-    whole = _turns(len(y), y.shape)
+    whole = gets_basis(len(y), y.shape)
     return (jnp.matmul(y, y.T, precision=HIGHEST) if whole else (y * y).sum(1)) / y.shape[1]
 
 
@@ -174,7 +176,7 @@ def _squares(metric: Metric, found: Position, unit: float) -> list[list[jax.Arra
     return [[y * y] for y in _matrices(metric, found, unit)]
 
 
-def _turned(factor: Factor | tuple[()], grams: list[np.ndarray], probes: int, least: float, last: bool) -> Factor:
+def turned_factor(factor: Factor | tuple[()], grams: list[np.ndarray], probes: int, least: float, last: bool) -> Factor:
     """A leaf's factor after one round: in its bases after the last one, or where some t_ij is below ``least``, which a
     basis alone can mend; else in roots that are as good and need no eigenvectors.
     """
@@ -185,8 +187,8 @@ def _turned(factor: Factor | tuple[()], grams: list[np.ndarray], probes: int, le
         return _factor(_Sides(*bases, np.zeros([*map(len, grams)])), least)
     old = _sides(factor) if factor else _Sides(None, None, np.ones([*map(len, grams)]))
     t = old.curvature
-    rows = _Side(old.left, t.sum(1)).into(left, probes * t.shape[1])
-    columns = _Side(old.right, t.sum(0) / t.sum()).into(right, probes * t.shape[0])
+    rows = Side(old.left, t.sum(1)).into(left, probes * t.shape[1])
+    columns = Side(old.right, t.sum(0) / t.sum()).into(right, probes * t.shape[0])
     whole = last or rows.softest() * columns.softest() < CLEAR * least * np.sqrt(mean)
     if whole:
         rows, columns = rows.turned(), columns.turned()
@@ -194,24 +196,24 @@ def _turned(factor: Factor | tuple[()], grams: list[np.ndarray], probes: int, le
     return _factor(_Sides(rows.root, columns.root, t), least if whole else 0.0)
 
 
-class _Side(NamedTuple):
+class Side(NamedTuple):
     """A side of a leaf's curvature, A, as a root of its inverse: (Q / sqrt(v)) (Q / sqrt(v))' = A^-1. Q None: 1."""
 
     root: np.ndarray | None
     values: np.ndarray
 
-    def into(self, gram: np.ndarray, seen: int) -> "_Side":
+    def into(self, gram: np.ndarray, seen: int) -> "Side":
         """That of A once the mean square of its products in this root's coordinates is known to be ``gram``: with
         S S' = sqrt(gram), A is (Q / sqrt(v))'^-1 S S' (Q / sqrt(v))^-1, of which (Q / sqrt(v)) S'^-1 is such a root.
 
         ``seen``: vectors of which ``gram`` is the mean.
         """
         if gram.ndim == 1:
-            return _Side(None, self.values * np.sqrt(gram))
+            return Side(None, self.values * np.sqrt(gram))
         floor = _FLOOR * max(1.0, len(gram) / seen) * np.trace(gram) / len(gram)
         size = np.exp(np.log(self.values).mean())
         root = (np.eye(len(gram)) if self.root is None else self.root) / np.sqrt(self.values / size)
-        return _Side(_into(root, gram, floor), np.full(len(gram), size))
+        return Side(_into(root, gram, floor), np.full(len(gram), size))
 
     def softest(self) -> float:
         """The smallest eigenvalue of A, or a little more, by power iteration on A^-1."""
@@ -223,12 +225,12 @@ class _Side(NamedTuple):
             size = np.linalg.norm(vector)
         return self.values[0] / size
 
-    def turned(self) -> "_Side":
+    def turned(self) -> "Side":
         """The same in the eigenbasis of A."""
         if self.root is None:
             return self
         vectors, squares = _eigen(self.root)
-        return _Side(vectors, self.values / np.maximum(squares, np.finfo(float).eps * squares.max()))
+        return Side(vectors, self.values / np.maximum(squares, np.finfo(float).eps * squares.max()))
 
 
 def _on_accelerator(size: int) -> bool:
@@ -245,7 +247,7 @@ def _there_or_here(there: Callable, here: Callable, *given: Any) -> Any:
 
 def _into(root: np.ndarray, gram: np.ndarray, floor: float) -> np.ndarray:
     """root S'^-1, where S S' = sqrt(gram + floor); float64."""
-    return _there_or_here(_into_by_products, _into_by_vectors, root, gram, floor)
+    return _there_or_here(into_by_products, _into_by_vectors, root, gram, floor)
 
 
 def _eigen(root: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -259,7 +261,7 @@ def _into_by_vectors(root: np.ndarray, gram: np.ndarray, floor: float) -> np.nda
 
 
 @jax.jit
-def _into_by_products(root: jax.Array, gram: jax.Array, floor: float) -> jax.Array:
+def into_by_products(root: jax.Array, gram: jax.Array, floor: float) -> jax.Array:
     """These cost a GPU next to nothing beside eigenvectors."""
     lower = jnp.linalg.cholesky(square_root(gram + floor * jnp.eye(len(gram), dtype=gram.dtype)))
     return jax.scipy.linalg.solve_triangular(lower, root.T, lower=True).T
@@ -290,7 +292,7 @@ def square_root(matrix: jax.Array) -> jax.Array:
     return jnp.sqrt(size) * (y + y.T) / 2
 
 
-def _rescaled(factor: Factor, squares: list[np.ndarray], probes: int, least: float) -> Factor:
+def rescaled(factor: Factor, squares: list[np.ndarray], probes: int, least: float) -> Factor:
     """A leaf's factor with t_ij times the root mean square of its products."""
     (square,) = squares
     total = square.sum()

@@ -9,10 +9,10 @@ import pytest
 import slt_jax as slt
 from scaling.known_answers import by_name
 from slt_jax import _machine as memory
-from slt_jax.calibration.choose import default_budget
-from slt_jax.diagnostics.bias import heating
+from slt_jax.calibration.effort import default_budget
 from slt_jax.engine.chunk import run_chunk
 from slt_jax.engine.mesh import chain_mesh
+from slt_jax.samplers.underdamped import BAOAB
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(4000, 8)).astype(np.float32)
@@ -36,7 +36,7 @@ def test_nothing_given_and_the_answer_is_right():
     assert abs(result.llc - 4) < 4 * result.llc_stderr
     assert result.llc_stderr < 0.06
     assert result.verdict == "converged"
-    lines = " ".join(result.settings["calibration"]["lines"])
+    lines = " ".join(result.settings.calibration["lines"])
     for word in ("curvature", "step_size", "friction", "localization"):
         assert word in lines
         assert word in str(result)
@@ -46,8 +46,8 @@ def test_nothing_given_and_the_answer_is_right():
 def test_the_step_follows_the_scale_of_the_loss(scale):
     """Kills: a step size with a fixed scale."""
     result = estimate(posterior(scale))
-    chosen = result.settings["calibration"]
-    exact = result.settings["nbeta"] * np.linalg.eigvalsh(scale**2 * X.T @ X / 4000)[-1]
+    chosen = result.settings.calibration
+    exact = result.settings.nbeta * np.linalg.eigvalsh(scale**2 * X.T @ X / 4000)[-1]
     assert chosen["curvature"] == pytest.approx(exact, rel=0.15)
     assert chosen["step_size"] * (exact + chosen["localization"]) == pytest.approx(0.25, rel=0.5)
 
@@ -59,7 +59,7 @@ def test_around_a_saddle_the_step_is_that_of_the_curvature():
         {"a": jnp.full(8, 0.01), "b": jnp.full(8, 0.01)}, 4000, localization=3000.0,
     )  # fmt: skip
     result = estimate(saddle)
-    chosen = result.settings["calibration"]
+    chosen = result.settings.calibration
     assert result.verdict == "not a minimum"
     assert chosen["step_size"] * (chosen["curvature"] + 3000) == pytest.approx(0.25, rel=0.3)
     assert "no positive estimate" in " ".join(chosen["lines"])
@@ -67,7 +67,7 @@ def test_around_a_saddle_the_step_is_that_of_the_curvature():
 
 def test_a_flat_direction_moves_a_weight_by_two_and_a_half_typical_ones():
     """All weights are 1: the localization is 2.5^-2, unless the curvature asks for more than a millionth of it."""
-    assert estimate().settings["localization"] == pytest.approx(0.16, rel=1e-6)
+    assert estimate().settings.localization == pytest.approx(0.16, rel=1e-6)
     stiff = estimate(posterior(scale=1e3)).settings
     assert stiff["localization"] == pytest.approx(stiff["calibration"]["curvature"] / 1e6, rel=1e-6)
 
@@ -76,7 +76,7 @@ def test_a_flat_direction_moves_a_weight_by_two_and_a_half_typical_ones():
 def test_long_chains_get_more_friction(budget, least):
     """Four chains; without label noise the noise asks for less than the least. Kills: short and long exchanged."""
     settings = estimate(budget=budget, batch_size=4000).settings
-    assert settings["friction"] == pytest.approx(least, rel=1e-6)
+    assert settings.friction == pytest.approx(least, rel=1e-6)
 
 
 def test_friction_lets_minibatch_noise_add_what_it_may():
@@ -89,16 +89,16 @@ def test_friction_lets_minibatch_noise_add_what_it_may():
         lambda p, xy: 0.5 * (xy[0] @ (p["w"][:8] - 1) - xy[1]) ** 2, {"w": jnp.ones(48)}, 4000, localization=5.0
     )
     result = estimate(flat, noise=0.2, control_variate=False, budget=8000)
-    settings, probe = result.settings, result.settings["probe"]
-    assert 0.021 < settings["friction"] < 0.69
-    added = heating("baoab", settings["step_size"], settings["friction"], probe["noise"])
+    settings, probe = result.settings, result.settings.probe
+    assert 0.021 < settings.friction < 0.69
+    added = BAOAB.heating(settings.step_size, settings.friction) * probe["noise"]
     assert added == pytest.approx(0.17, rel=0.3)
 
 
 @pytest.mark.parametrize("budget", [2_000, 20_000])
 def test_the_budget_counts_everything_and_calibration_is_little_of_it(budget):
     result = estimate(budget=budget)
-    spent = result.settings["gradients"]
+    spent = result.settings.gradients
     assert 0.9 * budget < sum(spent.values()) < 1.02 * budget
     assert spent["calibration"] <= 0.15 * budget
     plan = result.settings
@@ -109,7 +109,7 @@ def test_the_budget_counts_everything_and_calibration_is_little_of_it(budget):
 def test_the_budget_counts_everything_where_nothing_is_open(control):
     """Kills: a step with control variates for one gradient; curvatures on top."""
     given = {"sampler": slt.underdamped(1e-5, 0.3), "control_variate": control}
-    spent = estimate(posterior(localization=0.7), budget=3000, **given).settings["gradients"]
+    spent = estimate(posterior(localization=0.7), budget=3000, **given).settings.gradients
     assert spent["calibration"] == 0
     assert 0.9 * 3000 < sum(spent.values()) < 1.02 * 3000
 
@@ -138,24 +138,24 @@ def test_what_is_given_is_taken():
 def test_every_sampler_can_be_calibrated(sampler):
     result = estimate(sampler=sampler, budget=60_000)
     assert abs(result.llc - 4) < 4 * result.llc_stderr + 0.05
-    assert result.settings["sampler"] == sampler.name
+    assert result.settings.sampler == sampler.name
 
 
 def test_control_variates_are_chosen_where_they_pay():
     """Label noise: the gradient's noise stays at w*. Without, nothing is gained."""
     noisy, quiet = estimate(noise=1.0), estimate(noise=0.0)
-    assert noisy.settings["control_variate"]
-    assert not quiet.settings["control_variate"]
-    assert "two gradients" in " ".join(noisy.settings["calibration"]["lines"])
+    assert noisy.settings.control_variate
+    assert not quiet.settings.control_variate
+    assert "two gradients" in " ".join(noisy.settings.calibration["lines"])
     assert abs(noisy.llc - 4) < 4 * noisy.llc_stderr
     plain = estimate(noise=1.0, control_variate=False, sampler=slt.sgld())
-    assert not plain.settings["control_variate"]
+    assert not plain.settings.control_variate
 
 
 def test_control_variates_are_left_where_memory_is_short(monkeypatch):
     monkeypatch.setattr(memory, "_MUCH", 0)
     monkeypatch.setattr(memory.Need, "fits_with_control", False)
-    assert not estimate(noise=1.0).settings["control_variate"]
+    assert not estimate(noise=1.0).settings.control_variate
 
 
 def test_control_variates_remove_the_noise_at_the_center():
@@ -185,7 +185,7 @@ def test_hot_starts_change_nothing_for_the_cold():
 
 def test_same_key_same_choice():
     first, again = (estimate(key=3) for _ in range(2))
-    assert first.settings["calibration"] == again.settings["calibration"]
+    assert first.settings.calibration == again.settings.calibration
     np.testing.assert_array_equal(first.loss_trace, again.loss_trace)
 
 
@@ -194,11 +194,11 @@ def test_an_interrupted_run_keeps_its_choice(tmp_path):
     whole = estimate(checkpoint_dir=tmp_path / "run")
     path = tmp_path / "run" / "calibration.json"
     kept = json.loads(path.read_text())
-    assert kept["step_size"] == whole.settings["step_size"]
+    assert kept["step_size"] == whole.settings.step_size
     kept["lines"] = ["told by the file"]
     path.write_text(json.dumps(kept))
     again = estimate(checkpoint_dir=tmp_path / "run")
-    assert again.settings["calibration"]["lines"] == ["told by the file"]
+    assert again.settings.calibration["lines"] == ["told by the file"]
     np.testing.assert_array_equal(again.loss_trace, whole.loss_trace)
     path.write_text("{")
     with pytest.raises(ValueError, match=r"calibration\.json is truncated"):
@@ -244,8 +244,8 @@ def test_a_pilots_chain_that_was_thrown_off_does_not_set_the_step():
         slt.LocalPosterior(target.loss_fn, target.center, target.num_data, localization=1.0), target.data,
         budget=10_000, key=99,
     )  # fmt: skip
-    assert result.settings["calibration"]["curvature"] < 1e5
-    assert abs(result.llc - target.exact(result.settings["nbeta"], 1.0)) < 4 * result.llc_stderr
+    assert result.settings.calibration["curvature"] < 1e5
+    assert abs(result.llc - target.exact(result.settings.nbeta, 1.0)) < 4 * result.llc_stderr
 
 
 def test_a_loss_that_never_moves_says_so():
@@ -280,14 +280,14 @@ def test_the_default_budget_is_about_the_same_time_for_all_but_the_smallest_and_
 )
 def test_a_small_budget_has_fewer_chains(given, chains):
     """Kills: fewer chains than were asked for, or than a layout that was asked for needs."""
-    assert estimate(**given).settings["num_chains"] == chains
+    assert estimate(**given).settings.num_chains == chains
 
 
 def test_one_chain_gets_where_four_do_not():
     target = by_name("quadratic, d = 20, 1 decades")
     posterior = slt.LocalPosterior(target.loss_fn, target.center, target.num_data)
     one, four = (slt.estimate_llc(posterior, target.data, budget=300, num_chains=n) for n in (None, 4))
-    exact = target.exact(one.settings["nbeta"], one.settings["localization"])
+    exact = target.exact(one.settings.nbeta, one.settings.localization)
     assert abs(one.llc - exact) < 4 * one.llc_stderr < 0.5 * exact
     assert four.llc < 0.7 * exact
 
@@ -298,5 +298,5 @@ def test_a_short_estimate_is_compiled_once():
     posterior = slt.LocalPosterior(lambda w, x: 0.5 * (x @ w) ** 2, jnp.zeros(3), 300)
     before = run_chunk._cache_size()
     result = slt.estimate_llc(posterior, data, budget=800, batch_size=50)
-    assert result.settings["num_warmup"] + result.settings["num_draws"] < 512
+    assert result.settings.num_warmup + result.settings.num_draws < 512
     assert run_chunk._cache_size() == before + 1

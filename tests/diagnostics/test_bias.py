@@ -8,14 +8,24 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-from slt_jax.diagnostics.bias import Bias, bias_of, heating, thermometer
+from slt_jax.diagnostics.bias import Bias, Moments, thermometer
 from slt_jax.diagnostics.sensitivity import Slope, covariance_with_loss
 from slt_jax.diagnostics.series import extrapolate
 from slt_jax.diagnostics.verdict import Evidence, assess
-from tests.small import gamma_draws
+from slt_jax.samplers import theory_of
+from tests.small import gamma_draws, made_result
 
 NAN2 = (math.nan, math.nan)
 SETTINGS = {"step_size": 0.01, "friction": 0.2}
+
+
+def bias_of(family, raw, drift_sq, heat, noise, settings, with_loss=NAN2, degree=math.nan):
+    moments = Moments(raw, drift_sq, heat, noise, **settings, with_loss=with_loss, degree=degree)
+    return theory_of(family).bias(moments)
+
+
+def heating(family, step_size, friction, noise):
+    return theory_of(family).heating(step_size, friction) * noise
 
 
 @pytest.mark.quick
@@ -161,13 +171,12 @@ def test_a_straight_line_has_no_end():
 
 def result_of(draws, nbeta=100.0, gap_var=None, **settings):
     loss = (1.0 + draws / nbeta).astype(np.float64)
-    one = np.ones_like(loss)
     given = {
         "nbeta": nbeta, "num_data": 1000, "num_free": 10, "localization": 1.0, "step_size": 1e-3, "friction": 0.1,
         "family": "exact", "sampler": "hmc", "thinning": 1, **settings,
     }  # fmt: skip
-    var = 0 * one if gap_var is None else gap_var
-    return slt.LLCResult(loss, one, var, np.nan * one, one, 10 * one, one, *3 * [np.nan * one], one[:, :1], {}, given)
+    var = 0.0 if gap_var is None else gap_var
+    return made_result(loss, np.ones_like(loss[:, :1]), given, baseline=1.0, gap_var=var, virial=10.0)
 
 
 def test_variance_estimator_subtracts_the_spread_in_the_batch():

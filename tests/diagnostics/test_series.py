@@ -86,7 +86,7 @@ def test_an_estimate_that_stopped_on_its_way_is_not_called_converged():
     posterior, data, exact = regression(2.5, size=200)
     found = [slt.estimate_llc(posterior, data, budget=10_000, key=key) for key in range(3)]
     for result in found:
-        assert result.llc < 0.8 * exact(result.settings["localization"])
+        assert result.llc < 0.8 * exact(result.settings.localization)
         assert result.verdict != "converged"
     assert any("the last two doublings" in result.health.reason for result in found)
 
@@ -94,5 +94,5 @@ def test_an_estimate_that_stopped_on_its_way_is_not_called_converged():
 def test_an_estimate_that_is_done_does_not_rise():
     posterior, data, exact = regression(1)
     result = slt.estimate_llc(posterior, data, budget=40_000, key=0)
-    assert abs(result.llc - exact(result.settings["localization"])) < 4 * result.llc_stderr
+    assert abs(result.llc - exact(result.settings.localization)) < 4 * result.llc_stderr
     assert "still rising" not in result.health.flags

@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-import slt_jax.engine.center_slope as tilt_module
 from slt_jax.diagnostics.bias import Bias
 from slt_jax.diagnostics.sensitivity import Slope, tilt_of
 from slt_jax.diagnostics.verdict import TILT_LIMIT, TILT_SIGMA, Evidence, assess
-from slt_jax.engine.center_slope import Looks, looks_of
-from slt_jax.engine.loop import Engine
-from slt_jax.engine.memory import need_of
+from slt_jax.engine import center_slope
+from slt_jax.engine.center_slope import SlopeSchedule, slope_schedule
+from slt_jax.engine.memory import estimate_memory
 from slt_jax.engine.mesh import chain_mesh
 from slt_jax.engine.plan import Schedule
+from slt_jax.engine.problem import Problem
 from slt_jax.posterior.data import as_source
 from slt_jax.results.storage import digest
+from tests.engines import engine_of
 from tests.small import estimate, refuses, square
 from tests.sources import Rows
 
@@ -68,7 +69,7 @@ WAYS = {
 @pytest.fixture
 def forward(monkeypatch):
     """No pass over the data is cheap."""
-    monkeypatch.setattr(tilt_module, "_PASS_SHARE", 0.0)
+    monkeypatch.setattr(center_slope, "_PASS_SHARE", 0.0)
 
 
 @pytest.mark.usefixtures("forward")
@@ -90,7 +91,7 @@ def test_the_gradient_over_all_data_leaves_no_noise(way):
     tilt = result.health.evidence.tilt
     assert abs(tilt.value - exact()) < 4 * tilt.stderr
     assert tilt.stderr < 0.06 * abs(exact())
-    assert np.isfinite(result.tilt[:, ::2]).all()
+    assert np.isfinite(result.traces.tilt[:, ::2]).all()
     still = regression(0 * AWAY, batch_size=24, num_draws=500).health.evidence.tilt
     assert abs(still.value) < 1e-4
 
@@ -108,14 +109,12 @@ def test_the_gradient_takes_no_more_memory_than_a_step():
     center = jnp.zeros(many).at[:DIMENSION].set(BEST + AWAY)
     posterior = slt.LocalPosterior(loss, center, NUM, NBETA, GAMMA)
     plans = [Schedule(1, draws, 100, 1, 16, 4, "full", 1, 512) for draws in (15, 200)]
-    engines = [
-        Engine(posterior, as_source(ROWS), slt.sgld(1e-3), plan, jax.random.key(0), chain_mesh(1)) for plan in plans
-    ]
-    without, held = (need_of(engine, [], saves=False).step for engine in engines)
+    engines = [engine_of(posterior, ROWS, slt.sgld(1e-3), plan, jax.random.key(0), chain_mesh(1)) for plan in plans]
+    without, held = (estimate_memory(engine, [], saves=False).step for engine in engines)
     assert held - without == pytest.approx(4 * many, rel=0.05)
-    assert [engine.looks.way for engine in engines] == ["", "gradient"]
-    assert "center_grad" not in vars(engines[1])
-    np.testing.assert_allclose(engines[1].center_grad[0][:DIMENSION], HESSIAN @ AWAY, rtol=1e-3, atol=1e-4)
+    assert [engine.slope.method for engine in engines] == ["", "gradient"]
+    assert "center_grad" not in vars(engines[1].problem)
+    np.testing.assert_allclose(engines[1].problem.center_grad[0][:DIMENSION], HESSIAN @ AWAY, rtol=1e-3, atol=1e-4)
     assert sizes == {4}
 
 
@@ -145,12 +144,12 @@ def test_its_error_bar_is_calibrated():
 
 
 @pytest.mark.usefixtures("forward")
-def test_looks_are_those_of_an_unbroken_run():
+def test_measurements_are_those_of_an_unbroken_run():
     """Of which steps, does not depend on chunks."""
     whole, cut = (regression(num_draws=100, num_warmup=210, **more) for more in ({}, {"chunk_size": 7}))
-    np.testing.assert_array_equal(whole.tilt, cut.tilt)
-    assert np.isfinite(whole.tilt).sum() == 4 * 4
-    assert np.isfinite(whole.tilt[:, ::25]).all()
+    np.testing.assert_array_equal(whole.traces.tilt, cut.traces.tilt)
+    assert np.isfinite(whole.traces.tilt).sum() == 4 * 4
+    assert np.isfinite(whole.traces.tilt[:, ::25]).all()
 
 
 @jax.custom_vjp
@@ -162,9 +161,9 @@ backward_only.defvjp(lambda value: (value, None), lambda _, g: (g,))
 
 
 @pytest.mark.usefixtures("forward")
-def test_a_loss_for_backward_alone_is_sampled_without_looks():
+def test_a_loss_for_backward_alone_is_sampled_without_the_slope():
     result = regression(loss=lambda w, batch: backward_only(loss_fn(w, batch)), num_draws=100)
-    assert np.isnan(result.tilt).all()
+    assert np.isnan(result.traces.tilt).all()
     assert result.to_dict()["tilt"] is None
     np.testing.assert_allclose(result.loss_trace, regression(num_draws=100).loss_trace, rtol=1e-4)
     controlled = regression(loss=lambda w, batch: backward_only(loss_fn(w, batch)), control_variate=True)
@@ -173,22 +172,26 @@ def test_a_loss_for_backward_alone_is_sampled_without_looks():
 
 @pytest.mark.quick
 @pytest.mark.parametrize(
-    ("num_data", "draws", "thinning", "looks"),
+    ("num_data", "draws", "thinning", "expected"),
     [
-        (4000, 99, 1, Looks("")), (4000, 100, 1, Looks("forward", 25)), (4000, 400, 1, Looks("forward", 64)),
-        (4000, 400, 4, Looks("forward", 16)), (80_000, 10_240, 32, Looks("forward", 40)),
-        (8, 90, 1, Looks("gradient", 1)), (8, 30, 1, Looks("")), (40, 1024, 1, Looks("gradient", 4)),
-        (40, 100, 1, Looks("forward", 25)),
-        (4000, 10_240, 64, Looks("gradient", 40)),
+        (4000, 99, 1, SlopeSchedule("")),
+        (4000, 100, 1, SlopeSchedule("forward", 25)),
+        (4000, 400, 1, SlopeSchedule("forward", 64)),
+        (4000, 400, 4, SlopeSchedule("forward", 16)),
+        (80_000, 10_240, 32, SlopeSchedule("forward", 40)),
+        (8, 90, 1, SlopeSchedule("gradient", 1)),
+        (8, 30, 1, SlopeSchedule("")),
+        (40, 1024, 1, SlopeSchedule("gradient", 4)),
+        (40, 100, 1, SlopeSchedule("forward", 25)),
+        (4000, 10_240, 64, SlopeSchedule("gradient", 40)),
     ],
-)  # fmt: skip
-def test_looks_are_rare(num_data, draws, thinning, looks):
+)
+def test_measurements_are_rare(num_data, draws, thinning, expected):
     """At least four in a chain, at most 256, and forward one in 64 steps; a pass over the data costs 2 % of a chain."""
     plan = Schedule(2, draws, 10, thinning, 8, 1, "paired", 1, 512)
     data = np.ones((num_data, 3), np.float32)
     posterior = slt.LocalPosterior(square, jnp.zeros(3), num_data)
-    center, frozen = posterior.program.split(posterior.center)
-    assert looks_of(plan, slt.sgld(1e-3), posterior.program, center, frozen, as_source(data)) == looks
+    assert slope_schedule(plan, Problem(posterior, as_source(data), chain_mesh(2), 8)) == expected
 
 
 @pytest.mark.quick
@@ -242,7 +245,7 @@ def test_results_of_before_are_read(tmp_path):
     tree.attrs["sha256"] = digest([*kept, result.warmup_loss])
     tree.to_zarr(tmp_path / "before", consolidated=False)
     found = slt.load_result(tmp_path / "before")
-    assert np.isnan(found.tilt).all()
+    assert np.isnan(found.traces.tilt).all()
     np.testing.assert_array_equal(found.loss_trace, result.loss_trace)
     tree.attrs["sha256"] = result.to_xarray().attrs["sha256"]
     tree.to_zarr(tmp_path / "lost", consolidated=False)

@@ -9,10 +9,10 @@ import xarray as xr
 from matplotlib.colors import LogNorm, to_hex
 from matplotlib.patches import Rectangle
 
-import slt_jax as slt
 from slt_jax.diagnostics import series
 from slt_jax.report import heatmaps
 from slt_jax.report import traces as plots
+from tests.small import made_result
 
 SETTINGS = {
     "num_warmup": 10, "thinning": 3, "nbeta": 10.0, "step_size": 1e-3, "localization": 2.0, "num_data": 100,
@@ -34,11 +34,8 @@ def run(chains=3, draws=40, stopped=None, warm=10, **settings):
     for chain, step in (stopped or {}).items():
         loss[chain, max(step - warm, 0) // 3 :] = np.nan
         warmup[chain, step:] = np.nan
-    ones, unknown = np.ones_like(loss), np.full_like(loss, np.nan)
-    return slt.LLCResult(
-        loss, 0.2 * ones, 1e-6 * ones, unknown, 2000 * ones, 6 * ones, ones, *3 * [unknown], warmup, stopped or {},
-        {**SETTINGS, "num_warmup": warm, **settings},
-    )  # fmt: skip
+    settings = {**SETTINGS, "num_warmup": warm, **settings}
+    return made_result(loss, warmup, settings, baseline=0.2, drift_sq=2000.0, virial=6.0, stopped=stopped)
 
 
 def estimate(llc, stderr=0.1, verdict="converged"):

@@ -149,7 +149,7 @@ def test_the_same_result_is_the_same_page():
 @pytest.mark.usefixtures("undrawn")
 def test_everything_is_escaped():
     result = dataclasses.replace(sound(sampler=EVIL, devices=EVIL, calibration={"lines": [EVIL]}), notes=(EVIL,))
-    also = {EVIL: np.stack([result.loss_trace, result.baseline_trace, result.gap_var], -1)}
+    also = {EVIL: np.stack([result.loss_trace, result.baseline_trace, result.traces.gap_var], -1)}
     text = render(page_of(dataclasses.replace(result, also_traces=also), f"{EVIL}.zarr"))
     assert "script" not in Reader(text).tags
     assert "<script" not in text.lower()
@@ -169,7 +169,7 @@ def fault(name):
         settings = {**result.settings, "hot": 10.0}
         return dataclasses.replace(result, loss_trace=loss + 0.1 * (np.arange(4) % 2)[:, None], settings=settings), rhat
     if name == "Virial ratio":
-        return dataclasses.replace(result, virial=0.1 * result.virial), rhat
+        return dataclasses.replace(result, virial=0.1 * result.traces.virial), rhat
     if name == "Owed by soft directions":
         probe = {"owed": 0.2, "longer": 4.0}
         return dataclasses.replace(result, settings={**result.settings, "probe": probe}), rhat
@@ -249,7 +249,7 @@ def test_a_run_without_an_estimate_has_a_page():
 @pytest.mark.usefixtures("undrawn")
 def test_further_data_sets_have_a_table():
     result = sound()
-    traces = np.stack([result.loss_trace + 1, result.baseline_trace, result.gap_var], -1)
+    traces = np.stack([result.loss_trace + 1, result.baseline_trace, result.traces.gap_var], -1)
     found = page(dataclasses.replace(result, also_traces={"prose": traces}))
     read = dataclasses.replace(result, also_traces={"prose": traces}).also["prose"]
     assert read.llc == pytest.approx(result.llc_raw + 10)

@@ -10,6 +10,7 @@ import pytest
 
 import slt_jax as slt
 from slt_jax.report.training import plot_training
+from tests.small import made_result
 
 SETTINGS = {
     "num_chains": 3, "num_draws": 40, "num_warmup": 5, "thinning": 2, "batch_size": 8, "nbeta": 10.0, "step_size": 1e-3,
@@ -25,11 +26,9 @@ def result(stopped=None, draws=40, **settings):
     warmup = rng.normal(0.5, 0.05, size=(3, 5)).astype(np.float32)
     for chain, step in (stopped or {}).items():
         loss[chain, max(step - 5, 0) // 2 :] = np.nan
-    ones, unknown = np.ones_like(loss), np.full_like(loss, np.nan)
-    return slt.LLCResult(
-        loss, baseline, 1e-6 * ones, unknown, ones, virial, ones, unknown, unknown, unknown, warmup, stopped or {},
-        {**SETTINGS, **settings}, ("a note",),
-    )  # fmt: skip
+    return made_result(
+        loss, warmup, {**SETTINGS, **settings}, baseline=baseline, virial=virial, stopped=stopped, notes=("a note",)
+    )
 
 
 @pytest.mark.quick
@@ -37,9 +36,10 @@ def test_the_estimate_is_nbeta_times_the_gap():
     r = result()
     gap = r.loss_trace.astype(float) - r.baseline_trace.astype(float)
     assert r.llc_raw == pytest.approx(10 * gap.mean(), rel=1e-12)
-    assert r.llc == pytest.approx(10 * gap.mean() - 1e-3 / 8 * (r.drift_sq.mean() - 2 * r.virial.mean()), rel=1e-6)
+    drift_sq, virial = r.traces.drift_sq.mean(), r.traces.virial.mean()
+    assert r.llc == pytest.approx(10 * gap.mean() - 1e-3 / 8 * (drift_sq - 2 * virial), rel=1e-6)
     assert r.llc_stderr == pytest.approx(10 * gap.std(ddof=1) / math.sqrt(r.ess), rel=1e-9)
-    assert r.health.virial == pytest.approx(r.virial.mean() / (6 + 1e-3 / 4), rel=1e-5)
+    assert r.health.virial == pytest.approx(r.traces.virial.mean() / (6 + 1e-3 / 4), rel=1e-5)
 
 
 @pytest.mark.quick

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slt_jax.diagnostics.bias import heating
 from slt_jax.samplers.base import Hyper
 from slt_jax.samplers.preconditioned import preconditioned_sgld
 from tests.samplers.cases import CASES, FRICTION, every
@@ -83,7 +82,7 @@ def test_anisotropic_gaussian_has_the_exact_law(name):
 
 @pytest.mark.parametrize("name", ["sgld", "matthews", "underdamped", "sghmc"])
 def test_gradient_noise_heats_as_the_docstring_says(name):
-    """And ``heating`` is half the sum of curvature times excess variance, to first order in the step size.
+    """And ``Theory.heating`` is half the sum of curvature times excess variance, to first order in the step size.
 
     BAOAB's thermometer reads the heat of the positions, whatever the step; half of |p|^2 and of |q|^2 would not.
     """
@@ -94,7 +93,7 @@ def test_gradient_noise_heats_as_the_docstring_says(name):
         found = case.variance(CURVATURE, 1e-3, 500.0) / case.variance(CURVATURE, 1e-3, 0.0)
         assert abs(z_scores(heat, found.mean())) < 4
     excess = case.variance(CURVATURE, small, 500.0) - case.variance(CURVATURE, small, 0.0)
-    first_order = heating(case.sampler.family, small, FRICTION, 500.0 * len(CURVATURE))
+    first_order = case.sampler.theory.heating(small, FRICTION) * 500.0 * len(CURVATURE)
     assert first_order == pytest.approx(np.sum(CURVATURE * excess) / 2, rel=2e-3)
 
 
