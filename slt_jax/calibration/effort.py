@@ -32,7 +32,7 @@ def effort_for(total: float) -> Effort:
 
 
 def default_budget(num_free: int) -> int:
-    """Minibatch gradients for one estimate: more for few weights, where one draw says less and costs less.
+    """Minibatch gradients for one estimate: more for few weights, where a draw carries less information and costs less.
 
     For a hundred to ten thousand weights that is the same time, some ten to thirty seconds of two cores.
     """

@@ -19,7 +19,7 @@ _ATTEMPTS = 5
 
 @dataclass(frozen=True)
 class Pilot:
-    """What a pilot run found.
+    """What a pilot run measured.
 
     ``curvature``: the largest of nbeta L that it met. ``positions``: where chains ended, made one at a time. ``llc``: a
     rough one; infinite where there is none. ``force_sq``: mean of |G|^2. ``gradients``: spent by its steps.

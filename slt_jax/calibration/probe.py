@@ -32,8 +32,8 @@ def _grad_over(program: LossProgram, frozen: Any, blocks: Any, position: Positio
     """Mean loss and its gradient over all blocks, one block at a time."""
 
     def add(total, block):
-        found = jax.value_and_grad(program.mean_loss)(position, frozen, block)
-        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, found), None
+        loss_and_grad = jax.value_and_grad(program.mean_loss)(position, frozen, block)
+        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, loss_and_grad), None
 
     zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, position))
     total, _ = jax.lax.scan(add, zero, blocks)
@@ -83,21 +83,22 @@ def _sharpness(program: LossProgram, position, frozen, blocks, nbeta, floor, rea
 
     The product with the Hessian is (grad L(w + s v) - grad L(w - s v)) / (2 s): two gradients, no second derivative of
     the model. s settles at 1 / sqrt(curvature), so that where the Hessian vanishes (a quartic) this is the curvature
-    that a chain meets. The length is averaged with the last one's logarithm: alone, a quartic's would swing for ever.
+    that a chain meets. The length is averaged with the last one's logarithm: by itself, a quartic's would never
+    settle.
     """
 
     def body(_, carry):
         v, s, _ = carry
         unit = s / _norm(v)
         product = _scaled(nbeta / (2 * s), _grad_change(program, frozen, blocks, position, v, unit))
-        found = _norm(product)
-        good = jnp.isfinite(found) & (found > 0)
+        curvature = _norm(product)
+        good = jnp.isfinite(curvature) & (curvature > 0)
         product = tuple(jnp.where(good, p, x) for p, x in zip(product, v, strict=True))
-        s = jnp.where(good, jnp.sqrt(s / jnp.sqrt(found + floor)), s / 10)
-        return product, s, jnp.where(good, found, 0.0)
+        s = jnp.where(good, jnp.sqrt(s / jnp.sqrt(curvature + floor)), s / 10)
+        return product, s, jnp.where(good, curvature, 0.0)
 
-    _, _, found = jax.lax.fori_loop(0, iterations, body, (start, reach, jnp.float32(0)))
-    return found
+    _, _, curvature = jax.lax.fori_loop(0, iterations, body, (start, reach, jnp.float32(0)))
+    return curvature
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -193,7 +194,7 @@ def _temporaries(program: Any, given: tuple) -> int:
 class Probe:
     """Compiled measurements at positions of one problem; ``gradients`` counts their cost in minibatch gradients.
 
-    On the first device alone, where the mesh is one of whole chains of this process. ``center``, ``frozen``: w* there,
+    On the first device only, where the mesh is one of whole chains of this process. ``center``, ``frozen``: w* there,
     ``blocks``: the fixed set of examples.
 
     Args:
@@ -253,7 +254,7 @@ class Probe:
         return _curvature(self.problem.program, position, direction, self.frozen, self.blocks, *numbers)
 
     def hessian(self, position: Position, direction: Position, reach: float, localization: float) -> Position:
-        """The same by the second derivative, whose rounding is a part of the product alone; by a secant for a loss that
+        """The same by the second derivative, whose rounding is proportional to the product; by a secant for a loss that
         has none, such as a kernel's with a derivative of its own.
         """
         if not self.has_hessian:

@@ -29,7 +29,7 @@ class SlopeSchedule(NamedTuple):
 def slope_schedule(plan: Schedule, problem: Problem) -> SlopeSchedule:
     """By the gradient at w* over all data where it is there, for control variates, or costs little; else forward.
 
-    Never where the draws are few, or the loss was written to be differentiated backward alone.
+    Never where the draws are few, or the loss can be differentiated only backward.
     """
     cheap = problem.passes <= _PASS_SHARE * plan.total_steps
     method = "gradient" if plan.control_variate or cheap else "forward"
@@ -49,7 +49,7 @@ def slope_schedule(plan: Schedule, problem: Problem) -> SlopeSchedule:
 
 @functools.lru_cache(maxsize=16)
 def _has_forward_derivative(program: LossProgram, treedef: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> bool:
-    """Whether the loss has one: a custom derivative may be written for backward alone."""
+    """Whether the loss has one: a custom derivative may support only backward differentiation."""
 
     def slope(center, frozen, batch):
         return jax.jvp(lambda w: program.mean_loss(w, frozen, batch), (center,), (center,))

@@ -129,7 +129,7 @@ def takes_all(static: Static, num_data: int) -> bool:
 
 
 def _spread(static: Static, gap: jax.Array, num_data: int) -> jax.Array:
-    """Variance of the mean of a batch's per-example values; NaN where it cannot be told from them.
+    """Variance of the mean of a batch's per-example values; NaN where they do not determine it.
 
     Over the whole data set the mean has no sampling noise, however much its examples differ.
     """
@@ -160,7 +160,8 @@ def _losses_on_other_data(
 def _losses_at_center(static: Static, kept, slope_too, position: PyTree, center: PyTree, frozen: PyTree, batch: PyTree):
     """(L_m(w*) of each example, <grad L_m(w*), w - w*>), NaN where they are not asked for.
 
-    The product is taken forward, with the losses: no gradient is held. Unless that is the way, it is always NaN.
+    The product is taken by forward differentiation, together with the losses, so no gradient is stored. With another
+    ``slope_method`` it is always NaN.
     """
 
     def losses_at(at):

@@ -130,7 +130,7 @@ class Engine:
     def cell_inputs(self, numbers: Numbers, keys: jax.Array, num_each: int) -> Inputs:
         """The chains of many estimates, ``num_each`` to one: to each a key, and its own of ``numbers``.
 
-        A chain then moves as in an estimate of its cell alone, with that key.
+        A chain then moves as in an estimate of its cell by itself, with that key.
         """
         number = np.tile(np.arange(num_each, dtype=np.int32), len(keys))
         cell_keys = _cell_keys(self.problem.put(keys), num_each, self.problem.per_chain)

@@ -123,7 +123,7 @@ def layouts(num_chains: int, mesh: Mesh | None, chain_batch: int | None, num_fre
             )
     for one in meshes:
         for group in _divisors(num_chains // one.shape["chain"]):
-            # Past that many weights one chain alone keeps an accelerator busy.
+            # Past that many weights a single chain keeps an accelerator busy.
             good = group == 1 or (not on_cpu and group * num_free <= _TOGETHER)
             if group == chain_batch or (chain_batch is None and good):
                 yield one, group
@@ -135,7 +135,7 @@ def _divisors(count: int) -> list[int]:
 
 
 def needs_memory_check(posterior: LocalPosterior, num_chains: int) -> bool:
-    """Whether the weights alone, free and frozen, are enough to ask whether the run fits into memory."""
+    """Whether the weights, free and frozen, are large enough for memory to matter: estimating it compiles programs."""
     devices = jax.local_device_count()
     whole = sum(x.size for x in jax.tree.leaves(posterior.center))
     return 4 * (posterior.num_free * (8 * devices + 2 * num_chains) + whole * devices) > MUCH
@@ -173,7 +173,7 @@ def estimate_memory(
     return MemoryEstimate(
         where="this process" if on_cpu else "each device", peak=peak, in_use=in_use, available=available,
         chain=state / local, chains=chains, save=chains if saves else 0.0,
-        batches=(3 if on_cpu else 2) * many * batches,  # on a CPU the next ones are also held as they were read
+        batches=(3 if on_cpu else 2) * many * batches,  # on a CPU the next ones are also in memory as they were read
         step=many * step + heap, measurement=measurement + heap, control=spare,
         num_chains=plan.num_chains, at_once=plan.chain_batch * mesh.shape["chain"], devices=mesh.devices.size,
     )  # fmt: skip
@@ -213,7 +213,7 @@ def _on_device(described: Any) -> int:
 
 
 def _beside_arguments(analysis: Any) -> int:
-    """Bytes on one device, of which donated arguments take none again; 0 where the compiler does not tell."""
+    """Bytes on one device, of which donated arguments take none again; 0 where the compiler gives no numbers."""
     if analysis is None:
         return 0
     return analysis.temp_size_in_bytes + max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes)

@@ -70,7 +70,7 @@ class Problem:
         return self.per_chain.is_fully_addressable and self.mesh.axis_names == ("chain",)
 
     def on_first_device(self, tree: PyTree) -> PyTree:
-        """``tree``, held once for all chains, as the first device has it: what is done once need not be done on each.
+        """``tree``, stored once for all chains, as the first device has it: what is done once need not be done on each.
 
         As it is where ``has_first_device`` is false.
         """

@@ -97,7 +97,7 @@ def span(seconds: float) -> str:
 
 
 def peak_memory() -> tuple[int | None, str]:
-    """(MiB, what it is of): of one device where it tells, else of this process; both since the process began."""
+    """(MiB, what it is of): of one device where it reports that, else of this process; both since the process began."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] // 2**20, "device_peak_mib"

@@ -138,16 +138,16 @@ def _finish(store: RunStore, run: Run) -> None:
 
 def _failure(store: RunStore, action: Callable[[], None]) -> str | None:
     """What went wrong with ``action`` on the first process on which it did; None when all went well."""
-    told = None
+    reason = None
     try:
         action()
     except Exception as error:
-        told = str(error)
-    return next((why for why in allgather(told, store.mesh) if why is not None), None)
+        reason = str(error)
+    return next((why for why in allgather(reason, store.mesh) if why is not None), None)
 
 
 def abandon(store: RunStore | None) -> None:
-    """End the background writer, after what it has in hand; what it met was told, or an error is under way."""
+    """End the background writer after what it has begun; its errors were reported, or another one is being raised."""
     if store is not None:
         with contextlib.suppress(Exception):
             store.close()

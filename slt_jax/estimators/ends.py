@@ -42,7 +42,7 @@ def end_temporaries(engine: Engine, num_chains: int) -> list[int]:
 
 
 def curvature_gradients(sampler: Sampler, num_free: int, num_data: int, batch_size: int, gradients: float) -> float:
-    """What finding all curvatures at w* will take of so many minibatch gradients, at most."""
+    """What measuring all curvatures at w* will take of so many minibatch gradients, at most."""
     return 2.0 * num_free * _curvature_blocks(sampler, num_free, num_data, batch_size, gradients)
 
 
@@ -53,7 +53,7 @@ def end_probe(engine: Engine, num_chains: int, key: jax.Array, nbeta: float) -> 
 
 
 def curvature_probe(engine: Engine, num_chains: int, key: jax.Array, nbeta: float) -> Probe | None:
-    """What all curvatures at w* are found with; None where they cost too much or cannot be had or used."""
+    """What measures all curvatures at w*; None where they cost too much, or cannot be computed or used."""
     plan, problem = engine.plan, engine.problem
     gradients = plan.step_gradients(num_chains)
     blocks = _curvature_blocks(engine.sampler, problem.num_free, problem.source.num_data, plan.batch_size, gradients)
@@ -119,7 +119,7 @@ def _slow_directions(engine: Engine, numbers: Numbers, num_chains: int, mean_tim
 
 
 def _curvature_blocks(sampler: Sampler, num_free: int, num_data: int, batch_size: int, gradients: float) -> int:
-    """Minibatches to find all curvatures at w* over, beside so many gradients in steps; 0 where they are not found."""
+    """Minibatches over which all curvatures at w* are measured, beside so many gradients in steps; 0 for not at all."""
     least, most = (min(count, max(1, num_data // batch_size)) for count in _HESSIAN_BLOCKS)
     blocks = min(most, int(_HESSIAN_SHARE * gradients / (2 * num_free)))
     return blocks if blocks >= least and sampler.theory.relaxation is not None else 0

@@ -51,7 +51,7 @@ def estimate_llc(
     """Estimate the local learning coefficient at ``posterior.center``.
 
     The estimate is ``nbeta (E[L_m(w)] - L_m(w*))`` over chains and draws, after ``num_warmup`` steps from w*, less the
-    bias of step size and minibatch noise where that can be told. What is not given is chosen: a sampler without a step
+    bias of step size and minibatch noise where that is known. What is not given is chosen: a sampler without a step
     size, or a posterior without a localization, starts a calibration, which spends at most 15 % of the gradients,
     or 50 to 130 where that is more (a Kronecker metric some 230).
 
@@ -88,15 +88,15 @@ def estimate_llc(
         also: name -> data set, like ``data``. Their losses are read at every draw, on a batch of their own at w and at
             w* (two more forward passes each): ``result.also`` has nbeta (E[L'(w)] - L'(w*)) for each, with w still from
             the posterior of ``data``. Held in memory.
-        chunk_size: most steps between two looks of the host. Changes no number.
+        chunk_size: most steps in one compiled chunk, between two updates of the host. Changes no number.
         checkpoint_seconds: least time between two saves.
 
     Raises:
-        TypeError, ValueError: an argument that cannot be used; the text says which, its value, and what to do.
+        TypeError, ValueError: an argument that cannot be used; the message names it, its value, and what to do.
         FloatingPointError: the loss is not finite at w*.
         MemoryError: the run would take more memory than there is; said before it starts.
 
-    Error: the standard error counts sampling noise and that of the corrections; ``verdict`` says what else is wrong.
+    Error: the standard error counts sampling noise and that of the corrections; ``verdict`` names other problems.
 
     Source: Lau et al., arXiv:2308.12108, equation 14.
     """
@@ -202,7 +202,7 @@ def _total(request: Request, plan: Schedule) -> float:
 
 
 def _end_gradients(request: Request, total: float) -> float:
-    """Of ``total``, those that finding all curvatures at w* will take."""
+    """Of ``total``, those that measuring all curvatures at w* will take."""
     num_data, num_free = request.source.num_data, request.posterior.num_free
     return curvature_gradients(request.sampler, num_free, num_data, request.batch_size, total)
 

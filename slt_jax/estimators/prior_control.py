@@ -14,7 +14,7 @@ _DRAWS = 32
 
 @jax.jit
 def _drawn(center, unit, localization):
-    """A draw of the localizing Gaussian alone."""
+    """A draw of the localizing Gaussian."""
     return tuple(c + x / jnp.sqrt(localization) for c, x in zip(center, unit, strict=True))
 
 

@@ -108,7 +108,7 @@ class Request:
 
     @property
     def may_have_few_chains(self) -> bool:
-        """Whether nothing says how chains are laid out, so that a small budget may have fewer of them."""
+        """Whether the caller left open how chains are laid out, so that a small budget may have fewer of them."""
         return self.mesh is None and self.chain_batch is None and jax.process_count() == 1
 
     @property
@@ -148,13 +148,13 @@ class Request:
     def checked_identity(
         self, plan: Schedule, mesh: Mesh, asked: Mapping[str, Any], more: Mapping[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Everything that a run's numbers depend on, for its directory; {} where nobody asks for it.
+        """Everything that a run's numbers depend on, for its directory; {} where it is not needed.
 
         Args:
             asked: numbers that the caller gave. more: what the run depends on beside this request.
 
         Raises:
-            ValueError: on all processes, when one of them asks for something else than process 0.
+            ValueError: on all processes, when the call of one of them differs from that of process 0.
         """
         if self.folder is None and not spans_processes(mesh):
             return {}  # it takes a pass over the data, and a trace of the loss

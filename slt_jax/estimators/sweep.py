@@ -80,7 +80,7 @@ def sweep(
             for bit equal.
 
     Returns:
-        a Sweep: ``dataset`` (xarray, with named coordinates), ``reading`` (where the LLC stands, what to take),
+        a Sweep: ``dataset`` (xarray, with named coordinates), ``reading`` (where the LLC is stable, what to take),
         ``cell(...)``, ``plot``, ``save``.
 
     Raises:
@@ -165,10 +165,10 @@ def _axis(name: str, values: Any) -> np.ndarray | None:
                 "nbeta holds 0: that control is drawn exactly, for every localization, without asking. Leave 0 out."
             )
         check_positive(f"each {name}", value, "Leave the others out of the list.")
-    found = np.unique(np.asarray(listed, float))
-    if len(found) < len(listed):
+    axis = np.unique(np.asarray(listed, float))
+    if len(axis) < len(listed):
         raise ValueError(f"{name} holds a value twice: {[float(x) for x in listed]}. Give each once.")
-    return found
+    return axis
 
 
 def _filled(

@@ -66,7 +66,7 @@ def trajectory(
 
     Every checkpoint is sampled with the same nbeta, localization, step size, friction and lengths, and so they compare.
     What is not given is chosen by a calibration at the checkpoint whose loss is most sharply curved: a step that is
-    short enough there is so for all. Whether the setting serves each of them, its verdict says.
+    short enough there is so for all. The verdict of each says whether the setting is right for it.
 
     Args:
         posterior: loss, data size, nbeta, localization and mask for all; its own center is not sampled.

@@ -216,7 +216,7 @@ class LLCResult:
 
     @property
     def wbic(self) -> float:
-        """Watanabe's n E[L_n(w)], nats; NaN unless nbeta is num_data / log(num_data), where alone it is defined.
+        """Watanabe's n E[L_n(w)], nats; NaN unless nbeta is num_data / log(num_data), for which it is defined.
 
         Source: Watanabe, JMLR 14 (2013), 867-897.
         """
@@ -248,8 +248,8 @@ class LLCResult:
         if lines := s.calibration.get("lines"):
             text += f"\nChosen: {'; '.join(lines)}."
         for name, other in self.also.items():
-            found = estimate_text(other.llc, other.llc_stderr, "+/-")
-            text += f"\nOn '{name}': {found} (R-hat {other.rhat:.3f}), with loss {other.init_loss:.5g} at w*; "
+            estimate = estimate_text(other.llc, other.llc_stderr, "+/-")
+            text += f"\nOn '{name}': {estimate} (R-hat {other.rhat:.3f}), with loss {other.init_loss:.5g} at w*; "
             text += "compare with the raw estimate."
         text += _cost_line(s.cost, s.memory.get("total_mib"))
         if self.stopped:
@@ -309,7 +309,7 @@ class LLCResult:
 
         And, with further data sets, ``also_sample_stats`` (data_set, chain, draw).
         """
-        import xarray as xr  # 70 MB of memory, for whoever asks
+        import xarray as xr  # 70 MB of memory, only when needed
 
         sample = xr.Dataset({name: (("chain", "draw"), x) for name, x in saved_traces(self).items()})
         warm = xr.Dataset({"loss": (("chain", "step"), self.warmup_loss)})
@@ -356,8 +356,8 @@ def _cost_line(cost: dict[str, Any], predicted: int | None) -> str:
     speed = "" if cost["steps_per_s"] is None else f", {cost['steps_per_s']:,.4g} steps/s over all chains"
     peaks = {"device_peak_mib": "of a device", "process_peak_mib": "of the process"}
     memory = [f"; peak memory {of} {cost[name]:,} MiB" for name, of in peaks.items() if cost.get(name)]
-    told = f" ({predicted:,} predicted)" if memory and predicted else ""
-    return f"\nTook {cost['seconds']:.3g} s{speed}{''.join(memory)}{told}."
+    estimate = f" ({predicted:,} predicted)" if memory and predicted else ""
+    return f"\nTook {cost['seconds']:.3g} s{speed}{''.join(memory)}{estimate}."
 
 
 def load_result(path: str | os.PathLike) -> LLCResult:

@@ -26,8 +26,8 @@ class Sweep:
     """A grid of estimates over nbeta, localization and step size.
 
     ``axes``: the values of each, increasing. ``results``: one for each cell, step size fastest, nbeta slowest.
-    ``control``: for each localization, E[L(w)] - L(w*) at nbeta = 0 and its standard error (nats per example): what the
-    localization alone would let the loss rise by.
+    ``control``: for each localization, E[L(w)] - L(w*) at nbeta = 0 and its standard error (nats per example): by how
+    much the loss would rise with the localization only.
     """
 
     axes: dict[str, np.ndarray]
@@ -63,21 +63,21 @@ class Sweep:
         import xarray as xr
 
         dicts = [result.to_dict() for result in self.results]
-        found = {}
+        variables = {}
         for name in _NUMBERS:
             values = [np.nan if d[name] is None else d[name] for d in dicts]
-            found[name] = (AXES, np.array(values, float).reshape(self.shape))
+            variables[name] = (AXES, np.array(values, float).reshape(self.shape))
         raw = np.array([result.llc_raw_stderr for result in self.results])
-        found["llc_raw_stderr"] = (AXES, raw.reshape(self.shape))
+        variables["llc_raw_stderr"] = (AXES, raw.reshape(self.shape))
         for name in ("verdict", "reason"):
-            found[name] = (AXES, np.array([d[name] for d in dicts], object).reshape(self.shape))
+            variables[name] = (AXES, np.array([d[name] for d in dicts], object).reshape(self.shape))
         lost = [bool(result.stopped) for result in self.results]
-        found["diverged"] = (AXES, np.array(lost).reshape(self.shape))
-        gap = found["llc_raw"][1] / self.axes["nbeta"][:, None, None]
-        found["held"] = (AXES, 1 - gap / self.control[None, :, :1])
-        found["control"] = ("localization", self.control[:, 0])
-        found["control_stderr"] = ("localization", self.control[:, 1])
-        dataset = xr.Dataset(found, {name: self.axes[name] for name in AXES})
+        variables["diverged"] = (AXES, np.array(lost).reshape(self.shape))
+        gap = variables["llc_raw"][1] / self.axes["nbeta"][:, None, None]
+        variables["held"] = (AXES, 1 - gap / self.control[None, :, :1])
+        variables["control"] = ("localization", self.control[:, 0])
+        variables["control_stderr"] = ("localization", self.control[:, 1])
+        dataset = xr.Dataset(variables, {name: self.axes[name] for name in AXES})
         for name, (long, unit) in _UNITS.items():
             dataset[name].attrs = {"long_name": long, "units": unit}
         return dataset

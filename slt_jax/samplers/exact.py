@@ -55,11 +55,11 @@ def _step(
     """
     losses, grad = loss_and_grad(state.position)
     force = drift(grad, state.position, center, hyper)
-    moved, info = build(log_density(loss_and_grad, center, hyper), hyper, center).step(key, state.inner)
+    moved, transition = build(log_density(loss_and_grad, center, hyper), hyper, center).step(key, state.inner)
     away = displacement(state.position, center)
-    accepted = getattr(info, "acceptance_rate", jnp.float32(jnp.nan))
-    found = Info(losses, inner(force, force), inner(away, force), inner(away, away), jnp.float32(jnp.nan), accepted)
-    return ExactState(moved.position, moved), found
+    accepted = getattr(transition, "acceptance_rate", jnp.float32(jnp.nan))
+    info = Info(losses, inner(force, force), inner(away, force), inner(away, away), jnp.float32(jnp.nan), accepted)
+    return ExactState(moved.position, moved), info
 
 
 @functools.cache

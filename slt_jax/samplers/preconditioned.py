@@ -51,7 +51,7 @@ def _step(
 
     Target density: exp(-nbeta L_n(w) - (localization/2)|w - w*|^2), as step_size goes to 0, once P is frozen: a P that
     goes on adapting has another stationary law. P has no unit and is about 1 for a typical weight, so that step_size
-    keeps its meaning. The statistics are those of the loss alone, without the localization.
+    keeps its meaning. The statistics are those of the loss, without the localization.
 
     Args:
         transform: ``optax.scale_by_rms``, whose running mean of g^2 is read.
@@ -76,8 +76,8 @@ def _step(
     )
     away = displacement(state.position, center)
     scaled = tuple(p * f for p, f in zip(scale, force, strict=True))
-    found = Info(loss, inner(force, scaled), inner(away, force), inner(away, away), pull=inner(away, scaled))
-    return PreconditionedState(moved, moments), found
+    info = Info(loss, inner(force, scaled), inner(away, force), inner(away, away), pull=inner(away, scaled))
+    return PreconditionedState(moved, moments), info
 
 
 def _preconditioner(moments: optax.OptState, floor: float) -> Position:

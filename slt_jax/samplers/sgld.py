@@ -61,7 +61,7 @@ def step(
     Target density: exp(-nbeta L_n(w) - (localization/2)|w - w*|^2), as step_size goes to 0.
 
     Args:
-        key: a ``jax.random.key`` used for this step's noise alone.
+        key: a ``jax.random.key`` used only for this step's noise.
         state: the chain's position, a tuple of arrays.
         loss_and_grad: position -> (L_m(w), grad L_m(w)) on this step's batch.
         center: w*, shaped like the position.

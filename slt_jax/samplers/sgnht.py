@@ -60,7 +60,7 @@ def step(
     positions is absorbed into ``excess``.
 
     Args:
-        key: a ``jax.random.key`` used for this step's noise alone.
+        key: a ``jax.random.key`` used only for this step's noise.
         state: position, momentum, and the friction beyond ``hyper.friction``, a scalar.
         loss_and_grad: position -> (L_m(w), grad L_m(w)) on this step's batch.
         center: w*, shaped like the position.

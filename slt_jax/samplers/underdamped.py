@@ -59,15 +59,15 @@ def step(
         p' = e^-f q + sqrt(1 - e^(-2 f)) xi,      xi ~ N(0, 1)
         w' = w + (h / 2) R (q + p')
 
-    In equilibrium the mean of G'PG is the trace of the curvature, so that steps shorten where it is stiffer than the
-    limit says. The dynamics in time is untouched: a mean over it weights each position by t, ``Info.time``. Without a
+    In equilibrium the mean of G'PG is the trace of the curvature, so that steps shorten where the curvature exceeds the
+    limit. The dynamics in time is untouched: a mean over it weights each position by t, ``Info.time``. Without a
     limit t is 1.
 
     Target density: exp(-nbeta L_n(w) - (localization/2)|w - w*|^2 - |p|^2 / 2), as step_size goes to 0: p is the
     momentum in the coordinates R^-1 w, in which the mass is 1. R is constant, so it changes no stationary law.
 
     Args:
-        key: a ``jax.random.key`` used for this step's noise alone.
+        key: a ``jax.random.key`` used only for this step's noise.
         state: position and momentum, tuples of arrays. The momentum is BAOAB's in the middle of its drift.
         loss_and_grad: position -> (L_m(w), grad L_m(w)) on this step's batch.
         center: w*, shaped like the position.

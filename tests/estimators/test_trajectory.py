@@ -140,7 +140,7 @@ def test_the_step_size_serves_the_sharpest_checkpoint():
 def test_a_setting_that_does_not_serve_is_told():
     found = of_scales((1.0, 3.0), slt.sgld(5e-3), localization=0.5, num_draws=2000, num_warmup=500)
     assert found.unserved() == {2: "biased by the step size"}
-    assert "does not serve 2 (biased by the step size): take a shorter step_size for all" in str(found)
+    assert "is not right for 2 (biased by the step size): take a shorter step_size for all" in str(found)
     assert "friction" not in str(found)  # SGLD has none
 
 

@@ -26,7 +26,7 @@ def test_a_trajectory_has_a_page(tmp_path):
     assert page.rows["step 3,000"][1:] == ["none", "nan", "diverged"]
     assert page.rows["step 3,000, layer 0"][1] == results[0].estimate_text("±")
     assert page.marks["step 3,000"] == "✗"
-    assert "The setting does not serve 3,000 (diverged)" in text
+    assert "The setting is not right for 3,000 (diverged)" in text
     assert "load_trajectory(" in text
     assert page.images[0]["src"].startswith("data:image/svg+xml;base64,")
 
