@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slt_jax.diagnostics.bias import Bias, bias_of, thermometer
+from slt_jax.diagnostics.evidence import Evidence
 from slt_jax.diagnostics.sensitivity import Slope, covariance_with_loss, degree_of, slopes, tilt_of
 from slt_jax.diagnostics.series import Rise, ess_and_rhat, rise_of, standard_error
-from slt_jax.diagnostics.verdict import Evidence, Health, assess
+from slt_jax.diagnostics.verdict import Health, assess
 from slt_jax.results.other_data import READINGS, Reading
 from slt_jax.results.storage import RESULT, digest, load, write
 from slt_jax.results.text import estimate_text
@@ -137,25 +138,25 @@ class LLCResult:
         if self.bias.applied:
             cool = self.llc / self.llc_raw  # the heat is spread like the draws
         by_nbeta, by_pull = slopes(cool * self.llc_draws, cool**2 * gap_var, away, s["nbeta"], s["localization"])
-        acceptance, owed, longer = (s.get("probe", {}).get(x, math.nan) for x in ("acceptance", "owed", "longer"))
+        probe = s.get("probe", {})
         evidence = Evidence(
-            float(virial / right),
-            float(kinetic),
-            acceptance,
-            self.bias,
-            by_nbeta,
-            by_pull,
-            self._degree,
-            float(1 - (virial - s["localization"] * away.mean(dtype=np.float64)) / s["num_free"]),
-            self._hot,
-            len(self.stopped),
-            s["num_free"],
-            s.get("metric", False),
-            self._heat,
-            self._rise,
-            tilt_of(self.tilt[kept], s["nbeta"]),
-            owed,
-            longer,
+            virial=float(virial / right),
+            kinetic=float(kinetic),
+            acceptance=probe.get("acceptance", math.nan),
+            bias=self.bias,
+            nbeta_slope=by_nbeta,
+            localization_slope=by_pull,
+            degree=self._degree,
+            localized_share=float(1 - (virial - s["localization"] * away.mean(dtype=np.float64)) / s["num_free"]),
+            hot=self._hot,
+            num_stopped=len(self.stopped),
+            num_free=s["num_free"],
+            metric=s.get("metric", False),
+            heat=self._heat,
+            rise=self._rise,
+            tilt=tilt_of(self.tilt[kept], s["nbeta"]),
+            unrelaxed_bias=probe.get("owed", math.nan),
+            times_longer=probe.get("longer", math.nan),
         )
         return assess(self.llc_draws, evidence)
 
@@ -263,8 +264,8 @@ class LLCResult:
             "nbeta_slope_stderr": h.evidence.nbeta_slope.stderr,
             "localization_slope": h.evidence.localization_slope.value,
             "localization_slope_stderr": h.evidence.localization_slope.stderr, "degree": h.evidence.degree.value,
-            "degree_stderr": h.evidence.degree.stderr, "held": h.evidence.held, "tilt": h.evidence.tilt.value,
-            "tilt_stderr": h.evidence.tilt.stderr, "owed": h.evidence.owed,
+            "degree_stderr": h.evidence.degree.stderr, "held": h.evidence.localized_share,
+            "tilt": h.evidence.tilt.value, "tilt_stderr": h.evidence.tilt.stderr, "owed": h.evidence.unrelaxed_bias,
         }  # fmt: skip
         plain = {k: (v if math.isfinite(v) else None) for k, v in numbers.items()}
         stopped = {str(k): v for k, v in self.stopped.items()}

@@ -81,10 +81,9 @@ def sound(**settings):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Pages without their pictures, which take the time."""
-    for name in ("report.plot_result", "report_many.plot_sweep"):
-        monkeypatch.setattr(f"slt_jax.{name}", lambda *_: None)
-    for module in ("report", "report_many"):
-        monkeypatch.setattr(f"slt_jax.{module}.picture", lambda _, alt: Picture("data:,", alt, 6.0))
+    for module, plot in (("result", "plot_result"), ("sweep", "plot_sweep")):
+        monkeypatch.setattr(f"slt_jax.report.{module}.{plot}", lambda *_: None)
+        monkeypatch.setattr(f"slt_jax.report.{module}.picture", lambda _, alt: Picture("data:,", alt, 6.0))
 
 
 def page(result, path=None):
@@ -170,7 +169,7 @@ def fault(name):
         return dataclasses.replace(result, loss_trace=loss + 0.1 * (np.arange(4) % 2)[:, None], settings=settings), rhat
     if name == "Virial ratio":
         return dataclasses.replace(result, virial=0.1 * result.virial), rhat
-    if name == "Owed by soft directions":
+    if name == "Bias of unrelaxed directions":
         probe = {"owed": 0.2, "longer": 4.0}
         return dataclasses.replace(result, settings={**result.settings, "probe": probe}), rhat
     if name == "Kinetic temperature":
@@ -188,7 +187,7 @@ FAULTS = {
     "R-hat": "chains disagree", "Trend": "still rising", "From w*, from hot starts": "chains disagree",
     "Virial ratio": "still rising", "Kinetic temperature": "biased by the step size",
     "Bias of the step size": "biased by the step size", "Degree of the loss": "depends on nbeta or localization",
-    "Slope at w*": "not a minimum", "Owed by soft directions": "still rising",
+    "Slope at w*": "not a minimum", "Bias of unrelaxed directions": "still rising",
 }  # fmt: skip
 
 
@@ -209,8 +208,22 @@ def test_a_sound_run_has_no_cross():
     assert "✗" not in marks.values()
     unknown = {row for row, mark in marks.items() if mark == "–"}
     assert unknown == {
-        "From w*, from hot starts", "Bias of minibatch noise", "Slope at w*", "Owed by soft directions",
+        "From w*, from hot starts", "Bias of minibatch noise", "Slope at w*", "Bias of unrelaxed directions",
+        "Heat in a metric",
     }  # fmt: skip
+    assert marks["Acceptance of a step"] == ""
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_page_shows_the_checks_of_the_verdict_and_no_others():
+    """Kills: a limit typed on the page; a check that is not shown."""
+    result, _ = fault("Virial ratio")
+    found = page(result)
+    symbols = {True: "✓", False: "✗", None: "–"}
+    for check in result.health.checks:
+        limited = check.limit_text != ""
+        assert found.rows[check.name] == [check.value_text, check.limit_text or "no limit", check.meaning]
+        assert found.marks[check.name] == (symbols[check.ok] if limited else "")
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -241,7 +254,8 @@ def test_a_run_without_an_estimate_has_a_page():
     assert "<h1>LLC unknown</h1>" in text
     assert "✗</span> diverged" in text
     assert "chain 0 at step 5, chain 1 at step 6, chain 2 at step 7 (3 of 3)" in text
-    assert set(found.marks.values()) <= {"", "–"}
+    assert set(found.marks.values()) <= {"", "–", "✗"}
+    assert [row for row, mark in found.marks.items() if mark == "✗"] == ["Chains that stayed finite"]
     assert found.rows["Trend"][0] == "not known"
     assert not re.search(r"\bnan\b", re.sub(r"base64,[^\"]+", "", text))
 
