@@ -79,10 +79,11 @@ KINETIC_LIMIT_METRIC = 0.05
 # one of the teachers of type B in the Kronecker metric was found 17 % too high.
 HEAT_SIGMA = 4.0
 # Variance of nbeta L over its mean, about 1 in a posterior. A few draws that a step has thrown far off make it many
-# times as large. It came after in-view and before the first results of kept-apart.
+# times as large. It came in the change that added kept-apart; whether its results were known is not recorded.
 SPIKE_LIMIT = 4.0
 # Share of the variance of the loss that may be minibatch noise: with more, the covariance of the loss with the squared
-# gradient is that of the batches, and does not correct the bias of the step size. Set with in-view and kept-apart known.
+# gradient is that of the batches, and does not correct the bias of the step size. Set with in-view and kept-apart
+# known.
 NOISE_SHARE = 0.1
 
 # --- depends on nbeta or localization
@@ -92,7 +93,8 @@ NOISE_SHARE = 0.1
 SLOPE_SHARE = 0.05
 SLOPE_SIGMA = 2.5
 # Degree of the loss, the power of the distance to w* with which it grows. The steepest of the problems in
-# ``scaling.known_answers`` have 6. Set on teachers of type A, seeds 0 to 19. Beyond ``SLOPE_SIGMA`` errors above.
+# ``scaling.known_answers`` have 6. Set on teachers of type A, seeds 0 to 19. It has to be above by
+# ``SLOPE_SIGMA`` standard errors.
 DEGREE_LIMIT = 6.25
 # The same where the localization confines more than ``LOCALIZED_SHARE`` of the directions. A product of two layers has
 # degree 4. A product of L layers has 2 L by right, but then the loss itself confines more than half of the directions:
