@@ -1,5 +1,7 @@
 """A small run that takes any argument, what a refusal must say, and results without a run."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -33,6 +35,15 @@ def made_result(loss, warmup, settings, *, stopped=None, notes=(), **traces):
     arrays = {name: np.full(loss.shape, given.get(name, np.nan), loss.dtype) for name in SAVED.values()}
     arrays |= {name: value for name, value in given.items() if np.ndim(value)} | {"loss": loss}
     return slt.LLCResult(Trace(**arrays), warmup, stopped or {}, RunRecord.from_json(settings), tuple(notes))
+
+
+def with_traces(result, **traces):
+    """The same with other traces, or other settings by their names."""
+    known = {name: value for name, value in traces.items() if name in Trace._fields}
+    settings = {name: value for name, value in traces.items() if name not in known}
+    return dataclasses.replace(
+        result, traces=result.traces._replace(**known), settings=dataclasses.replace(result.settings, **settings)
+    )
 
 
 def traces_of(result):

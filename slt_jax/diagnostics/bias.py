@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-LARGEST = 0.25  # of the raw estimate, that may be taken off
+from slt_jax.diagnostics.limits import CORRECTION_SHARE as LARGEST
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from slt_jax.diagnostics.limits import NOISE_SHARE
 from slt_jax.diagnostics.series import ess_and_rhat
-
-_NOISE_SHARE = 0.1  # of the variance of the loss, that minibatches may make
 
 
 class Slope(NamedTuple):
@@ -55,13 +54,13 @@ def covariance_with_loss(draws: np.ndarray, gap_var: np.ndarray, drift_sq: np.nd
     """Cov(nbeta L, |G|^2) over all draws; unknown where minibatches make it up.
 
     A minibatch of large examples has a large loss and a large gradient both: where its part of the loss's variance is
-    above a tenth, the covariance is of no use. Standard error from the spread over quarters of the chains.
+    above ``NOISE_SHARE``, the covariance is of no use. Standard error from the spread over quarters of the chains.
 
     Args:
         draws: nbeta (L_m(w) - L_m(w*)), (chain, draw). gap_var: per draw, of L_m(w) - L_m(w*). drift_sq: G'PG.
     """
     parts = _quarters(draws, drift_sq)
-    if parts is None or not nbeta**2 * gap_var.mean(dtype=np.float64) <= _NOISE_SHARE * draws.var():
+    if parts is None or not nbeta**2 * gap_var.mean(dtype=np.float64) <= NOISE_SHARE * draws.var():
         return UNKNOWN
     return _mean_of(_product(*parts))
 

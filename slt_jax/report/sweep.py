@@ -40,8 +40,8 @@ def sweep_page(sweep: Sweep, path: str | None) -> Page:
         Section("What it says", code=str(reading)),
         Section("Heat maps", picture=picture(plot_sweep(data, reading), alt)),
         Section("All cells", header=("cell", "LLC", "verdict"), rows=tuple(rows)),
-        *settings_sections(sweep.results[0].settings, AXES),
-        citation_section(sweep.results[0].settings, False),
+        *settings_sections(sweep.settings, AXES),
+        citation_section(sweep.settings, False),
         loading_section("sweep", path),
     )
     kind = "Local learning coefficient over a grid of settings"

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slt_jax.diagnostics.bias import Bias, Moments, thermometer
+from slt_jax.diagnostics.evidence import Evidence
 from slt_jax.diagnostics.sensitivity import Slope, covariance_with_loss, degree_of, slopes, tilt_of
 from slt_jax.diagnostics.series import Rise, ess_and_rhat, rise_of, standard_error
-from slt_jax.diagnostics.verdict import Evidence, Health, assess
+from slt_jax.diagnostics.verdict import Health, assess
 from slt_jax.engine.trace import Trace
 from slt_jax.results.other_data import READINGS, Reading
 from slt_jax.results.record import RunRecord
@@ -173,7 +174,7 @@ class LLCResult:
             nbeta_slope=by_nbeta,
             localization_slope=by_pull,
             degree=self._degree,
-            held=float(1 - (virial - s.localization * away.mean(dtype=np.float64)) / s.num_free),
+            localized_share=float(1 - (virial - s.localization * away.mean(dtype=np.float64)) / s.num_free),
             hot=self._hot,
             num_stopped=len(self.stopped),
             num_free=s.num_free,
@@ -181,8 +182,8 @@ class LLCResult:
             heat=self._heat,
             rise=self._rise,
             tilt=tilt_of(t.tilt[kept], s.nbeta),
-            owed=s.probe.get("owed", math.nan),
-            longer=s.probe.get("longer", math.nan),
+            unrelaxed_bias=s.probe.get("owed", math.nan),
+            times_longer=s.probe.get("longer", math.nan),
         )
 
     @property
@@ -289,8 +290,8 @@ class LLCResult:
             "nbeta_slope_stderr": h.evidence.nbeta_slope.stderr,
             "localization_slope": h.evidence.localization_slope.value,
             "localization_slope_stderr": h.evidence.localization_slope.stderr, "degree": h.evidence.degree.value,
-            "degree_stderr": h.evidence.degree.stderr, "held": h.evidence.held, "tilt": h.evidence.tilt.value,
-            "tilt_stderr": h.evidence.tilt.stderr, "owed": h.evidence.owed,
+            "degree_stderr": h.evidence.degree.stderr, "held": h.evidence.localized_share,
+            "tilt": h.evidence.tilt.value, "tilt_stderr": h.evidence.tilt.stderr, "owed": h.evidence.unrelaxed_bias,
         }  # fmt: skip
         plain = {k: (v if math.isfinite(v) else None) for k, v in numbers.items()}
         stopped = {str(k): v for k, v in self.stopped.items()}

@@ -1,6 +1,8 @@
 """What a sweep gives back: a result for each cell of a grid, as one labelled data set, on screen and on disk."""
 
+import dataclasses
 import functools
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ import numpy as np
 
 from slt_jax.results.llc import LLCResult
 from slt_jax.results.plateau import GridReading, read_grid
+from slt_jax.results.record import RunRecord
 from slt_jax.results.stacking import stack, unstack
 from slt_jax.results.storage import SWEEP, load, write
 from slt_jax.results.text import estimate_text
@@ -39,10 +42,10 @@ class Sweep:
         return tuple(len(self.axes[name]) for name in AXES)
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """What all cells have in common."""
-        own = (*AXES, "probe", "gradients", "cost")
-        return {name: value for name, value in self.results[0].settings.to_json().items() if name not in own}
+    def settings(self) -> RunRecord:
+        """What all cells have in common; the axes are NaN."""
+        own = {**dict.fromkeys(AXES, math.nan), "probe": {}, "gradients": {}, "cost": {}}
+        return dataclasses.replace(self.results[0].settings, **own)
 
     def cell(self, *, nbeta: float | None = None, localization: float | None = None, step_size: float | None = None):
         """The LLCResult of one cell. An axis with one value may be left out. Raises KeyError for a value not in it."""

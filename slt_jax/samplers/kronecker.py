@@ -179,8 +179,10 @@ def _squares(metric: Metric, product: Position, unit: float) -> list[list[jax.Ar
 
 
 def turned_factor(factor: Factor | tuple[()], grams: list[np.ndarray], probes: int, least: float, last: bool) -> Factor:
-    """A leaf's factor after one round: in its bases after the last one, or where some t_ij is below ``least``, which only
-    a basis can mend; else in roots that are as good and need no eigenvectors.
+    """A leaf's factor after one round.
+
+    In its bases after the last one, or where some t_ij is below ``least``, which only a basis can mend; else in roots
+    that are as good and need no eigenvectors.
     """
     left, right = grams
     mean = left.mean() if left.ndim == 1 else np.trace(left) / len(left)

@@ -9,9 +9,10 @@ import pytest
 
 import slt_jax as slt
 from slt_jax.diagnostics.bias import Bias, Moments, thermometer
+from slt_jax.diagnostics.evidence import Evidence
 from slt_jax.diagnostics.sensitivity import Slope, covariance_with_loss
 from slt_jax.diagnostics.series import extrapolate
-from slt_jax.diagnostics.verdict import Evidence, assess
+from slt_jax.diagnostics.verdict import assess
 from slt_jax.samplers import theory_of
 from tests.small import gamma_draws, made_result
 
@@ -251,20 +252,20 @@ def test_losses_that_spike_are_no_posterior():
 
 
 @pytest.mark.parametrize(
-    ("degree", "held", "verdict"),
+    ("degree", "share", "verdict"),
     [
         (6.0, 0.3, "converged"), (8.0, 0.3, "depends on nbeta or localization"),
         (4.0, 0.8, "converged"), (5.0, 0.8, "depends on nbeta or localization"), (5.0, math.nan, "converged"),
     ],
 )  # fmt: skip
-def test_a_loss_that_grows_too_steeply_was_sampled_too_far_out(degree, held, verdict):
-    health = assess(gamma_draws(30.0, 4, 1000), Evidence(degree=Slope(degree, 0.1), held=held))
+def test_a_loss_that_grows_too_steeply_was_sampled_too_far_out(degree, share, verdict):
+    health = assess(gamma_draws(30.0, 4, 1000), Evidence(degree=Slope(degree, 0.1), localized_share=share))
     assert health.verdict == verdict
-    unsure = assess(gamma_draws(30.0, 4, 1000), Evidence(degree=Slope(degree, 1.0), held=held))
+    unsure = assess(gamma_draws(30.0, 4, 1000), Evidence(degree=Slope(degree, 1.0), localized_share=share))
     assert unsure.verdict == "converged"
 
 
-def test_the_share_of_directions_that_the_localization_holds():
+def test_the_share_of_directions_that_the_localization_confines():
     """Two of five directions are flat: on a quadratic the share is (2 + sum localization / (x + localization)) / 5."""
     x = np.random.default_rng(0).normal(size=(2000, 3)).astype(np.float32)
     posterior = slt.LocalPosterior(lambda p, x: 0.5 * (x @ p["w"][:3]) ** 2, {"w": jnp.zeros(5)}, 2000, 50.0, 5.0)
@@ -273,7 +274,7 @@ def test_the_share_of_directions_that_the_localization_holds():
     # of a mean of 3 / 5 of chi-squares with 3 degrees of freedom, whose relative variance is 2 / 3
     error = 3 / 5 * math.sqrt(2 / 3 / result.ess)
     assert error < 0.02
-    assert abs(result.health.evidence.held - (2 + np.sum(5 / stiff)) / 5) < 4 * error
+    assert abs(result.health.evidence.localized_share - (2 + np.sum(5 / stiff)) / 5) < 4 * error
 
 
 def test_heat_is_judged_more_strictly_in_a_metric_s_coordinates():
@@ -293,7 +294,7 @@ def test_in_a_metric_heat_that_noise_does_not_explain_is_named():
 
     found = verdict(6.0, 0.5)
     assert found.verdict == "biased by the step size"
-    assert "too high by 6 of" in found.reason
+    assert "adds up to 6 of" in found.reason
     assert "Raise localization" in found.reason
     for other in (verdict(6.0, 2.0), verdict(4.0, 0.5), verdict(6.0, 0.5, noise=3.0), verdict(6.0, 0.5, metric=False)):
         assert other.verdict == "converged"

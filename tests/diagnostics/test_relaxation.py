@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
+from slt_jax.diagnostics.evidence import Evidence
 from slt_jax.diagnostics.relaxation import (
     RELAXED,
     ChainLength,
@@ -15,7 +16,7 @@ from slt_jax.diagnostics.relaxation import (
     underdamped_relaxation,
     unrelaxed_bias,
 )
-from slt_jax.diagnostics.verdict import Evidence, assess
+from slt_jax.diagnostics.verdict import assess
 from slt_jax.engine.mesh import chain_mesh
 from slt_jax.engine.plan import Numbers, Schedule
 from slt_jax.estimators.ends import curvature_probe, end_temporaries, measure_ends
@@ -171,15 +172,15 @@ def test_a_debt_is_named_with_its_end_and_remedy():
     draws = gamma_draws(5.0)
     mean = float(draws.mean())
     health = functools.partial(assess, draws)
-    assert health(Evidence(owed=0.02 * mean, longer=1.5)).verdict == "converged"
-    found = health(Evidence(owed=0.2 * mean, longer=7.5))
+    assert health(Evidence(unrelaxed_bias=0.02 * mean, times_longer=1.5)).verdict == "converged"
+    found = health(Evidence(unrelaxed_bias=0.2 * mean, times_longer=7.5))
     assert found.verdict == "still rising"
     assert found.extrapolated == pytest.approx(1.2 * mean)
     assert "Raise the budget 7.5 times, or raise localization" in found.reason
-    assert "longer step_size" in health(Evidence(owed=0.2 * mean, longer=1e5)).reason
+    assert "longer step_size" in health(Evidence(unrelaxed_bias=0.2 * mean, times_longer=1e5)).reason
     falling = draws + np.linspace(1, -1, draws.shape[1])
-    assert assess(falling, Evidence(owed=0.2 * mean, longer=7.5)).verdict == "still falling"
-    rising = assess(draws - np.linspace(1, -1, draws.shape[1]), Evidence(owed=0.2 * mean, longer=7.5))
+    assert assess(falling, Evidence(unrelaxed_bias=0.2 * mean, times_longer=7.5)).verdict == "still falling"
+    rising = assess(draws - np.linspace(1, -1, draws.shape[1]), Evidence(unrelaxed_bias=0.2 * mean, times_longer=7.5))
     assert rising.extrapolated == pytest.approx(1.2 * mean)
 
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from scaling.known_answers import by_name
+from slt_jax.diagnostics.evidence import Evidence
 from slt_jax.diagnostics.sensitivity import Slope, _gamma_error, degree_of, slopes
-from slt_jax.diagnostics.verdict import Evidence, assess
+from slt_jax.diagnostics.verdict import assess
 from tests.small import gamma_draws
 
 

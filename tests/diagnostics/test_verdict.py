@@ -6,8 +6,9 @@ import re
 import numpy as np
 import pytest
 
+from slt_jax.diagnostics.evidence import Evidence
 from slt_jax.diagnostics.series import ess_and_rhat, standard_error, trend_of
-from slt_jax.diagnostics.verdict import Evidence, assess
+from slt_jax.diagnostics.verdict import assess
 
 RHO = 0.8
 SHRINK = (1 - RHO) / (1 + RHO)  # effective draws per draw of an AR(1) series
@@ -94,10 +95,11 @@ def test_so_many_more_draws_are_enough():
     assert "too few draws" not in assess(more, Evidence()).flags
     less = series(np.random.default_rng(3), draws=int(120 * times / 2)) + 0.45
     assert "too few draws" in assess(less, Evidence()).flags
-    short = series(np.random.default_rng(4), draws=5, rho=0.0) + 5
-    count = assess(short, Evidence()).ess
-    assert count <= 20
-    assert f"draw {30 / count:.1f} times as many" in assess(short, Evidence()).reason
+    short = assess(series(np.random.default_rng(4), draws=5, rho=0.0) + 5, Evidence())
+    assert short.ess <= 20
+    assert "too few draws" in short.flags
+    (fault,) = [check.fault for check in short.checks if check.name == "Effective draws (ESS)"]
+    assert f"draw {30 / short.ess:.1f} times as many" in fault.reason
     centered = few - few.mean()
     assert "draw many more" in assess(centered, Evidence()).reason
 

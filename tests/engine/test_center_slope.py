@@ -9,8 +9,10 @@ import pytest
 
 import slt_jax as slt
 from slt_jax.diagnostics.bias import Bias
+from slt_jax.diagnostics.evidence import Evidence
+from slt_jax.diagnostics.limits import TILT_SHARE, TILT_SIGMA
 from slt_jax.diagnostics.sensitivity import Slope, tilt_of
-from slt_jax.diagnostics.verdict import TILT_LIMIT, TILT_SIGMA, Evidence, assess
+from slt_jax.diagnostics.verdict import assess
 from slt_jax.engine import center_slope
 from slt_jax.engine.center_slope import SlopeSchedule, slope_schedule
 from slt_jax.engine.memory import estimate_memory
@@ -127,7 +129,7 @@ def test_the_estimate_lacks_the_tilt():
     assert abs(bottom.llc - around) < 4 * bottom.llc_stderr
     assert slope.health.flags == ("not a minimum",)
     there = slope.llc - slope.health.evidence.tilt.value
-    assert f"nearby the estimate would be about {there:.4g}" in slope.health.reason
+    assert f"nearby it would be about {there:.4g}" in slope.health.reason
     # up to the second order of gamma / (nbeta H)
     assert there == pytest.approx(around, abs=4 * slope.llc_stderr + 0.1)
     assert bottom.verdict == "converged"
@@ -212,8 +214,8 @@ def test_the_error_is_the_larger_of_that_over_time_and_over_chains():
 @pytest.mark.parametrize(
     ("tilt", "verdict"),
     [
-        (Slope(-1.1 * TILT_LIMIT * 50, 0.1), "not a minimum"),
-        (Slope(-0.9 * TILT_LIMIT * 50, 0.1), "converged"),
+        (Slope(-1.1 * TILT_SHARE * 50, 0.1), "not a minimum"),
+        (Slope(-0.9 * TILT_SHARE * 50, 0.1), "converged"),
         (Slope(-5.0, 5.0 / (0.9 * TILT_SIGMA)), "converged"),  # not sure
         (Slope(-5.0, 5.0 / (1.1 * TILT_SIGMA)), "not a minimum"),
         (Slope(5.0, 0.1), "converged"),  # a loss that bends
@@ -230,9 +232,7 @@ def test_what_is_taken_off_is_not_around_the_minimum_either():
     draws = 50 + np.random.default_rng(0).normal(scale=5.0, size=(4, 500))
     bias = Bias(2.0, 1.0, 0.1, 3.0, "")
     reason = assess(draws, Evidence(tilt=Slope(-5.0, 0.1), bias=bias)).reason
-    assert f"gain 5 by going down: around the minimum nearby the estimate would be about {draws.mean() + 2:.4g}." in (
-        reason
-    )
+    assert f"takes 5 from the estimate: around the minimum nearby it would be about {draws.mean() + 2:.4g}." in (reason)
 
 
 def test_results_of_before_are_read(tmp_path):

@@ -10,13 +10,14 @@ import slt_jax as slt
 from slt_jax.cli.commands import main
 from slt_jax.report.write import write_report
 from tests.report.test_result_page import Reader, sound
+from tests.small import with_traces
 
 
 def test_a_trajectory_has_a_page(tmp_path):
     results = tuple(sound(nbeta=10.0 + k) for k in range(3))
     whole = sound()
-    gone = {name: np.full_like(whole.loss_trace, np.nan) for name in ("loss_trace", "drift_sq")}
-    lost = dataclasses.replace(whole, stopped=dict.fromkeys(range(4), 3), **gone)
+    gone = {name: np.full_like(whole.loss_trace, np.nan) for name in ("loss", "drift_sq")}
+    lost = dataclasses.replace(with_traces(whole, **gone), stopped=dict.fromkeys(range(4), 3))
     found = slt.Trajectory((10, 100, 1000, 3000), {"all": (*results, lost), "layer 0": (*results, results[0])})
     saved = found.save(tmp_path / "t.zarr")
     text = write_report(saved, tmp_path / "t.html").read_text()
