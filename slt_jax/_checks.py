@@ -44,7 +44,8 @@ def check_key(key: Any) -> jax.Array:
             raise ValueError(f"key must fit 64 bits as a seed, got {key}. Take a smaller number.")
         return jax.random.key(int(key), impl="threefry2x32")
     if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        kind = f"an array of {key.dtype}" if hasattr(key, "dtype") else repr(key)
+        dtype = getattr(key, "dtype", None)
+        kind = repr(key) if dtype is None else f"an array of {dtype}"
         raise TypeError(
             f"key must be a jax.random.key(...) or a whole number, got {kind}. "
             "Old-style keys (jax.random.PRNGKey) go through jax.random.wrap_key_data(key)."

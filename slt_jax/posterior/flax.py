@@ -1,7 +1,7 @@
 """Flax models as (params, loss_fn), with everything random or running frozen. A bare pair needs none of this."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -12,6 +12,7 @@ from flax.errors import InvalidRngError, ModifyScopeVariableError
 PyTree = Any
 Forward = Callable[..., Any]
 Loss = Callable[[Forward, PyTree], jax.Array]
+Model = TypeVar("Model", bound=nnx.Module)
 LossFn = Callable[[PyTree, PyTree], jax.Array]
 
 _STILL_RANDOM = (
@@ -44,7 +45,7 @@ def next_token_loss(forward: Forward, tokens: jax.Array) -> jax.Array:
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen[..., 0], axis=-1)
 
 
-def from_nnx(model: nnx.Module, loss: Loss) -> tuple[PyTree, LossFn]:
+def from_nnx(model: Model, loss: Callable[[Model, PyTree], jax.Array]) -> tuple[PyTree, LossFn]:
     """A Flax NNX model as (params, loss_fn).
 
     Args:
@@ -132,7 +133,7 @@ def from_linen(module: nn.Module, variables: PyTree, loss: Loss) -> tuple[PyTree
     frozen = {name: value for name, value in variables.items() if name != "params"}
 
     def loss_fn(weights: PyTree, batch: PyTree) -> jax.Array:
-        def forward(*args, **kwargs):
+        def forward(*args: Any, **kwargs: Any) -> Any:
             return module.apply({"params": weights, **frozen}, *args, mutable=False, **kwargs)
 
         try:

@@ -136,7 +136,7 @@ class LocalPosterior:
         center, frozen = self.program.split(self.center)
         nbeta, localization = float(self.nbeta or 0), self.localization
 
-        def at(position):
+        def at(position: tuple[jax.Array, ...]) -> jax.Array:
             away = sum(jnp.sum((w - c) ** 2) for w, c in zip(position, center, strict=True))
             return -nbeta * self.program.mean_loss(position, frozen, data) - 0.5 * localization * away
 

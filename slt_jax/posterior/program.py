@@ -120,7 +120,7 @@ def names_of(leaves: list[Leaf]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
-def leaf_masks(mask: Mask, flat: list, treedef) -> list:
+def leaf_masks(mask: Mask, flat: list, treedef: Any) -> list:
     if mask is None:
         return [True] * len(flat)
     if callable(mask):

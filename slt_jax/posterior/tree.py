@@ -20,7 +20,7 @@ def tree_digest(tree: PyTree) -> str:
     """SHA-256 over structure, types, shapes and bytes of a pytree of arrays."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        if jnp.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         value = np.asarray(leaf)
         digest.update(f"{path_of(path)} {value.dtype} {value.shape}".encode())
