@@ -1,1 +1,1 @@
-"""Device code: each folder is one operation with a reference, a fast version and the shapes they are tested at."""
+"""Device code. Each folder is one operation: a reference, a fast version, and shapes for its tests and benchmark."""

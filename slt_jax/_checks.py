@@ -1,4 +1,4 @@
-"""Checks of arguments that every entrance uses."""
+"""Checks of arguments, shared by all modules."""
 
 import math
 import numbers
@@ -10,18 +10,22 @@ import numpy as np
 
 
 def check_positive(name: str, value: Any, remedy: str, *, zero: bool = False) -> None:
-    """Raise unless ``value`` is a finite real number above zero (or, with ``zero``, at least zero)."""
-    allowed = f"{name} must be a finite number {'>=' if zero else '>'} 0, got {value!r}. {remedy}"
+    """Raise TypeError or ValueError unless ``value`` is a finite real number > 0 (with ``zero``, >= 0).
+
+    Args:
+        name, remedy: for the message.
+    """
+    message = f"{name} must be a finite number {'>=' if zero else '>'} 0, got {value!r}. {remedy}"
     kind = getattr(value, "dtype", type(value))
     scalar = isinstance(value, numbers.Real) or (hasattr(value, "dtype") and np.ndim(value) == 0)
     if not scalar or kind in (bool, np.bool_) or not (isinstance(value, numbers.Real) or _is_real(kind)):
-        raise TypeError(allowed)
+        raise TypeError(message)
     try:
         number = float(value)
     except OverflowError:
-        raise ValueError(allowed) from None
+        raise ValueError(message) from None
     if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
-        raise ValueError(allowed)
+        raise ValueError(message)
 
 
 def _is_real(dtype: Any) -> bool:
@@ -29,22 +33,32 @@ def _is_real(dtype: Any) -> bool:
 
 
 def check_count(name: str, value: Any, least: int, remedy: str = "") -> None:
-    """Raise unless ``value`` is a whole number of at least ``least``."""
-    sentence = f"{name} must be a whole number >= {least}, got {value!r}. {remedy}".rstrip()
+    """Raise TypeError or ValueError unless ``value`` is an integer >= ``least``.
+
+    Args:
+        name, remedy: for the message.
+    """
+    message = f"{name} must be a whole number >= {least}, got {value!r}. {remedy}".rstrip()
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(sentence)
+        raise TypeError(message)
     if value < least:
-        raise ValueError(sentence)
+        raise ValueError(message)
 
 
 def check_key(key: Any) -> jax.Array:
-    """A typed threefry key from a key or a whole number. Raises TypeError for old-style and ``rbg`` keys."""
+    """A typed threefry key from a key or an integer seed.
+
+    Raises:
+        TypeError: an old-style key, one of another generator (``rbg``), several keys, or no key at all.
+        ValueError: a seed that does not fit 64 bits.
+    """
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
         if not -(2**63) <= key < 2**63:
             raise ValueError(f"key must fit 64 bits as a seed, got {key}. Take a smaller number.")
         return jax.random.key(int(key), impl="threefry2x32")
     if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        kind = f"an array of {key.dtype}" if hasattr(key, "dtype") else repr(key)
+        dtype = getattr(key, "dtype", None)
+        kind = repr(key) if dtype is None else f"an array of {dtype}"
         raise TypeError(
             f"key must be a jax.random.key(...) or a whole number, got {kind}. "
             "Old-style keys (jax.random.PRNGKey) go through jax.random.wrap_key_data(key)."

@@ -1,11 +1,11 @@
-"""Small files, written whole or not at all."""
+"""Small files, written completely or not at all."""
 
 import os
 from pathlib import Path
 
 
 def write_file(path: Path, value: str | bytes) -> Path:
-    """All of it, or nothing."""
+    """Write ``value`` to ``path`` and return the path. An interrupted write leaves what was there before."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_bytes(value.encode() if isinstance(value, str) else value)
     return partial.replace(path)

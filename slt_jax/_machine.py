@@ -1,19 +1,33 @@
-"""The memory of this machine: what is taken of it, and what can be had."""
+"""This machine: the memory that is used and free on it, and the versions of what runs."""
 
 import ctypes
+import importlib.metadata
 import math
-import os
+import platform
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import psutil
 
 _GIB = 2**30
+_CONTROL_GROUP = Path("/sys/fs/cgroup")
+_LIMIT_AND_USAGE = (
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),  # version 1
+    ("memory.max", "memory.current"),  # version 2
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions that a bit-for-bit result depends on."""
+    packages = {name: importlib.metadata.version(name) for name in ("slt-jax", "jax", "jaxlib")}
+    return {**packages, "python": ".".join(platform.python_version_tuple()[:2])}
 
 
 def check_room(size: float, what: str) -> None:
-    """Raise MemoryError unless ``size`` bytes fit into what the first device, or on a CPU the process, has free."""
+    """Raise MemoryError unless ``size`` bytes are free: of the first device, or of this process if that is a CPU."""
     device = jax.local_devices()[0]
     where = "this process" if device.platform == "cpu" else "the device"
     if size > (free := taken_and_free([device])[2]):
@@ -23,12 +37,12 @@ def check_room(size: float, what: str) -> None:
         )
 
 
-def taken_and_free(devices: list) -> tuple[float, float, float]:
-    """(most so far, now, free): of the process for a CPU's devices, else the worst of each over the devices."""
+def taken_and_free(devices: Sequence[Any]) -> tuple[float, float, float]:
+    """(peak, used, free) bytes. Of this process if the devices are CPUs, else the worst of each over the devices."""
     if devices[0].platform == "cpu":
         return peak_of_process(), used_of_process(), free_of_process()
-    peak, now = (max(_stat(d, name, 0.0) for d in devices) for name in ("peak_bytes_in_use", "bytes_in_use"))
-    return peak, now, free_of_accelerator(devices)
+    peak, used = (max(_stat(d, name, 0.0) for d in devices) for name in ("peak_bytes_in_use", "bytes_in_use"))
+    return peak, used, free_of_accelerator(devices)
 
 
 def _stat(device: Any, name: str, default: float) -> float:
@@ -36,17 +50,14 @@ def _stat(device: Any, name: str, default: float) -> float:
 
 
 def used_of_process() -> float:
-    """Resident bytes of this process, less what its allocator can give back; 0 where the system does not tell."""
-    statm = Path("/proc/self/statm")
-    if not statm.exists():
-        return 0.0
+    """Resident bytes of this process, after its allocator has returned its unused pages to the system."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)  # compilers leave hundreds of MiB behind, which the run will use again
-    return float(int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+        trim(0)  # compilers leave hundreds of MiB of unused pages, which the run will use again
+    return float(psutil.Process().memory_info().rss)
 
 
 def peak_of_process() -> float:
-    """Most resident bytes of this process since it began; 0 where the system does not tell."""
+    """Largest resident size of this process since its start, in bytes; 0 on Windows, which does not report it."""
     if sys.platform == "win32":
         return 0.0
     import resource
@@ -55,32 +66,30 @@ def peak_of_process() -> float:
 
 
 def free_of_process() -> float:
-    """Bytes this process may still take, by the system and by its control group; infinite where neither tells."""
-    info = Path("/proc/meminfo")
-    found = [math.inf]
-    if info.exists():
-        found += [1024.0 * int(x.split()[1]) for x in info.read_text().splitlines() if x.startswith("MemAvailable")]
-    elif "SC_PHYS_PAGES" in os.sysconf_names:
-        found.append(float(os.sysconf("SC_PHYS_PAGES")) * os.sysconf("SC_PAGE_SIZE"))
-    old, new = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"), ("memory.max", "memory.current")
-    for names in (old, new):
-        group = [Path("/sys/fs/cgroup") / name for name in names]
-        values = [path.read_text().strip() for path in group if path.exists()]
+    """Bytes this process may still allocate: what the system has available, or its control group if that is less."""
+    return min([float(psutil.virtual_memory().available), *_free_of_control_group()])
+
+
+def _free_of_control_group() -> list[float]:
+    free = []
+    for names in _LIMIT_AND_USAGE:
+        files = [_CONTROL_GROUP / name for name in names]
+        values = [file.read_text().strip() for file in files if file.exists()]
         if len(values) == 2 and values[0].isdigit():
-            found.append(float(values[0]) - float(values[1]) + _cached(Path("/sys/fs/cgroup") / names[0]))
-    return min(found)
+            free.append(float(values[0]) - float(values[1]) + _reclaimable(files[0].parent))
+    return free
 
 
-def _cached(limit: Path) -> float:
-    """Bytes of files that the control group is charged for and gives back on demand."""
-    stat = limit.parent / "memory.stat"
-    lines = stat.read_text().splitlines() if stat.exists() else []
-    found = dict(line.split() for line in lines if len(line.split()) == 2)
-    return float(found.get("total_inactive_file", found.get("inactive_file", 0)))
+def _reclaimable(group: Path) -> float:
+    """Bytes of cached files that count as used by the control group and are freed on demand."""
+    file = group / "memory.stat"
+    lines = file.read_text().splitlines() if file.exists() else []
+    stats = dict(line.split() for line in lines if len(line.split()) == 2)
+    return float(stats.get("total_inactive_file", stats.get("inactive_file", 0)))
 
 
-def free_of_accelerator(devices: list | None = None) -> float:
-    """Bytes that can be had of each of these devices, default all of this process; infinite where they do not tell."""
+def free_of_accelerator(devices: Sequence[Any] | None = None) -> float:
+    """Bytes free on the fullest of these devices, by default all of this process; infinite where it is not reported."""
     return min(
         _stat(device, "bytes_limit", math.inf) - _stat(device, "bytes_in_use", 0.0)
         for device in devices or jax.local_devices()
@@ -88,4 +97,5 @@ def free_of_accelerator(devices: list | None = None) -> float:
 
 
 def size_text(number: float) -> str:
+    """Bytes as GiB or MiB, for a message."""
     return f"{number / _GIB:,.1f} GiB" if number >= 10 * _GIB else f"{number / 2**20:,.0f} MiB"

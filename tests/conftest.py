@@ -8,6 +8,7 @@ import tempfile
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import pytest
 
 import slt_jax as slt
@@ -33,6 +34,12 @@ def _forget_programs():
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture
+def wrong_types(monkeypatch):
+    """For arguments that the library itself refuses: with jaxtyping's checks on, these would refuse them first."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Cross-entropy from hidden states and the unembedding, without the logits of all tokens at once."""
+"""Cross-entropy from hidden states and the unembedding, without the logits of all tokens in memory."""
 
 from slt_jax.kernels.cross_entropy.chunked import cross_entropy
 

@@ -1,13 +1,14 @@
-"""Cross-entropy of a language model's head, some rows at a time: the logits of all tokens are never held together.
+"""Cross-entropy of a language model's output layer, a chunk of rows at a time: all logits are never in memory together.
 
-One row needs its own logits alone, for the loss and for its gradients. With p = softmax(h E'), weights g from above,
+A row needs only its own logits, for the loss and for its gradients. With p = softmax(h E') and g the gradient that
+arrives from above,
 
     d/dh_t = g_t (p_t - e_y) E        d/dE = sum_t g_t (p_t - e_y)' h_t
 
-The losses, and where a gradient is asked for both of these with g = 1, come from one scan over rows: three matrix
-products, as many as the plain version needs, where making the logits again on the way back would take a fourth. A mean
-over rows has equal weights, and d/dE is then that sum times g; only unequal ones (a mask, a weighted mean) need a
-second scan (under ``vmap`` it is made for all as soon as one needs it).
+One scan over chunks gives the losses and, where a gradient is needed, both of these with g = 1. That takes three matrix
+products, as many as the plain version; recomputing the logits in the backward pass would take a fourth. For a mean over
+rows all g are equal, and d/dE is that sum times g. Unequal g (a mask, a weighted mean) need a second scan. Under
+``vmap`` the second scan runs for all elements as soon as one of them needs it.
 """
 
 import functools
@@ -16,18 +17,25 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
-ROWS = 256  # of one step of the scan; with fewer, adding up the table's gradient takes longer
-TOKENS = 4096  # of the vocabulary, whose gradient is added at once
+ROWS = 256  # rows of one scan step; with fewer, accumulating the gradient of the table dominates
+TOKENS = 4096  # tokens of the vocabulary whose gradient is accumulated at once
 
 
-def cross_entropy(hidden: jax.Array, table: jax.Array, targets: jax.Array, rows: int = ROWS) -> jax.Array:
-    """-log softmax(hidden table')[target] for each row, nats, float32 ``(N,)``.
+def cross_entropy(
+    hidden: Float[Array, "row width"],
+    table: Float[Array, "vocabulary width"],
+    targets: Int[Array, " row"],
+    rows: int = ROWS,
+) -> Float[Array, " row"]:
+    """-log softmax(hidden table')[target] for each row, nats, float32.
 
     Args:
-        hidden: ``(N, width)``. table: the unembedding, one row for each token, ``(vocabulary, width)``.
-        targets: token ids ``(N,)``, whole numbers. One outside the vocabulary gives NaN.
-        rows: of ``hidden`` at a time; takes the memory of rows x vocabulary float32 numbers, a few times.
+        hidden: the hidden states, one row for each predicted token.
+        table: the unembedding, one row for each token of the vocabulary.
+        targets: token ids, integers. An id outside the vocabulary gives NaN.
+        rows: rows of ``hidden`` in a chunk. Temporary memory is a few times rows x vocabulary float32 numbers.
 
     Raises:
         ValueError: shapes that do not fit, or ``rows`` below 1.
@@ -43,16 +51,17 @@ def cross_entropy(hidden: jax.Array, table: jax.Array, targets: jax.Array, rows:
     if count == 0:
         return jnp.zeros(0, jnp.float32)
     rows = min(rows, count)
-    spare = -count % rows
-    hidden = jnp.pad(hidden, ((0, spare), (0, 0))).reshape(-1, rows, hidden.shape[1])
-    targets = jnp.pad(targets.astype(jnp.int32), (0, spare)).reshape(-1, rows)
-    return _losses(hidden, table, targets, count).ravel()[:count]
+    padding = -count % rows
+    hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(-1, rows, hidden.shape[1])
+    targets = jnp.pad(targets.astype(jnp.int32), (0, padding)).reshape(-1, rows)
+    return _differentiable_losses(hidden, table, targets, count).ravel()[:count]
 
 
-def _row_losses(hidden: jax.Array, table: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(losses, logits, log of their sum of exponentials) of one chunk; inf in the last where there is no such target.
+def _row_losses(hidden: Array, table: Array, targets: Array) -> tuple[Array, Array, Array]:
+    """(losses, logits, log of their sum of exponentials) of one chunk. For a target outside the vocabulary the loss is
+    NaN and the last is infinite.
 
-    The target's logit is a product with its row of the table: read from the logits it would keep them alive.
+    The target's logit is a product with its row of the table: indexing the logits would keep them in memory.
     """
     logits = jnp.matmul(hidden, table.T, preferred_element_type=jnp.float32)
     norm = jax.nn.logsumexp(logits, axis=1)
@@ -62,16 +71,16 @@ def _row_losses(hidden: jax.Array, table: jax.Array, targets: jax.Array) -> tupl
     return jnp.where(inside, norm - chosen, jnp.nan), logits, jnp.where(inside, norm, jnp.inf)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _losses(hidden: jax.Array, table: jax.Array, targets: jax.Array, count: int) -> jax.Array:
-    """``(chunks, rows)`` from hidden ``(chunks, rows, width)``, of which the first ``count`` rows are not padding."""
+def _losses(hidden: Array, table: Array, targets: Array, count: int) -> Array:
+    """``(chunks, rows)`` from hidden ``(chunks, rows, width)``; all but the first ``count`` rows are padding."""
     return jax.lax.map(lambda chunk: _row_losses(chunk[0], table, chunk[1])[0], (hidden, targets))
 
 
-def _step(table: jax.Array, total: jax.Array, chunk: tuple) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """One chunk's losses and, row by row, their gradients; the table's, weighted, is added to ``total``.
+def gradient_step(table: Array, total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+    """One step of the scan: a chunk's losses and its gradients by hidden state, all with g = 1.
 
-    The weights go to the hidden states: times the slopes they would need a second buffer of rows x vocabulary.
+    Its contribution to the gradient by the table, weighted with g, is added to ``total``. The weights multiply the
+    hidden states: multiplying p - e_y would need a second buffer of rows x vocabulary.
     """
     hidden, targets, weights = chunk
     losses, logits, norm = _row_losses(hidden, table, targets)
@@ -80,12 +89,12 @@ def _step(table: jax.Array, total: jax.Array, chunk: tuple) -> tuple[jax.Array, 
     return _add_outer(total, slope, (weights[:, None] * hidden).astype(hidden.dtype)), (losses, slope @ table)
 
 
-def _add_outer(total: jax.Array, slope: jax.Array, hidden: jax.Array) -> jax.Array:
-    """total + slope' hidden, in place, some tokens at a time: the whole product would be as large as the table."""
+def _add_outer(total: Array, slope: Array, hidden: Array) -> Array:
+    """total + slope' hidden, in place, by blocks of tokens: the whole product would be as large as the table."""
     block = min(TOKENS, len(total))
     whole = len(total) // block
 
-    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+    def add(i: Array, total: Array) -> Array:
         part = jax.lax.dynamic_slice_in_dim(slope, i * block, block, axis=1).T @ hidden
         old = jax.lax.dynamic_slice_in_dim(total, i * block, block)
         return jax.lax.dynamic_update_slice_in_dim(total, old + part, i * block, axis=0)
@@ -94,32 +103,35 @@ def _add_outer(total: jax.Array, slope: jax.Array, hidden: jax.Array) -> jax.Arr
     return total.at[whole * block :].add(slope[:, whole * block :].T @ hidden)
 
 
-def _scan(hidden: jax.Array, table: jax.Array, targets: jax.Array, weights: jax.Array, start: jax.Array):
-    return jax.lax.scan(functools.partial(_step, table), start, (hidden, targets, weights))
+def _scan(
+    hidden: Array, table: Array, targets: Array, weights: Array, start: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    return jax.lax.scan(functools.partial(gradient_step, table), start, (hidden, targets, weights))
 
 
-def _forward(hidden: jax.Array, table: jax.Array, targets: jax.Array, count: int):
-    weights = _real(targets.shape, count)
+def _forward(hidden: Array, table: Array, targets: Array, count: int) -> tuple[Array, tuple[Array, ...]]:
+    weights = _not_padding(targets.shape, count)
     by_table, (losses, by_hidden) = _scan(hidden, table, targets, weights, jnp.zeros_like(table))
     return losses, (hidden, table, targets, by_table, by_hidden)
 
 
-def _real(shape: tuple[int, ...], count: int) -> jax.Array:
-    """1 for the rows that are not padding, 0 for those that are."""
+def _not_padding(shape: tuple[int, ...], count: int) -> Array:
+    """1 for the first ``count`` rows, 0 for the padding."""
     return (jnp.arange(math.prod(shape)) < count).astype(jnp.float32).reshape(shape)
 
 
-def _backward(count: int, saved: tuple, weights: jax.Array):
+def _backward(count: int, saved: tuple[Array, ...], weights: Array) -> tuple[Array, Array, np.ndarray]:
     hidden, table, targets, by_table, by_hidden = saved
     first = weights.ravel()[0]
 
-    def again(carry: tuple) -> tuple:
+    def scan_again(carry: tuple[Array, Array]) -> tuple[Array, Array]:
         return _scan(hidden, table, targets, weights, jnp.where(carry[1], 0, carry[0]))[0], jnp.array(False)
 
-    # A loop of at most one turn: unlike a branch it leaves the sum in its buffer, which becomes the gradient's.
-    unequal = jnp.any(weights != first * _real(weights.shape, count))
-    by_table, _ = jax.lax.while_loop(lambda c: c[1], again, ((first * by_table).astype(table.dtype), unequal))
+    # A loop of at most one iteration: unlike a branch it leaves the sum in its buffer, which becomes the gradient's.
+    unequal = jnp.any(weights != first * _not_padding(weights.shape, count))
+    by_table, _ = jax.lax.while_loop(lambda c: c[1], scan_again, ((first * by_table).astype(table.dtype), unequal))
     return (weights[..., None] * by_hidden).astype(hidden.dtype), by_table, np.zeros(targets.shape, jax.dtypes.float0)
 
 
-_losses.defvjp(_forward, _backward)
+_differentiable_losses = jax.custom_vjp(_losses, nondiff_argnums=(3,))
+_differentiable_losses.defvjp(_forward, _backward)

@@ -2,14 +2,18 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 
-def cross_entropy(hidden: jax.Array, table: jax.Array, targets: jax.Array) -> jax.Array:
-    """-log softmax(hidden table')[target] for each row, nats, float32 ``(N,)``.
+def cross_entropy(
+    hidden: Float[Array, "row width"], table: Float[Array, "vocabulary width"], targets: Int[Array, " row"]
+) -> Float[Array, " row"]:
+    """-log softmax(hidden table')[target] for each row, nats, float32.
 
     Args:
-        hidden: ``(N, width)``. table: the unembedding, one row for each token, ``(vocabulary, width)``.
-        targets: token ids ``(N,)``. One outside the vocabulary gives NaN.
+        hidden: the hidden states, one row for each predicted token.
+        table: the unembedding, one row for each token of the vocabulary.
+        targets: token ids. An id outside the vocabulary gives NaN.
     """
     logits = jnp.matmul(hidden, table.T, preferred_element_type=jnp.float32)
     inside = (targets >= 0) & (targets < len(table))

@@ -1,8 +1,8 @@
-"""Threefry written out as 20 rounds of elementwise arithmetic.
+"""Threefry, unrolled into 20 rounds of elementwise arithmetic.
 
-On CPU ``jax.random.normal`` lowers threefry to a rolled loop, which XLA cannot fuse with the arithmetic that uses the
-numbers. Written out, the same bits are produced inside the loop that updates the weights: no buffer for the noise, and
-about a third of the time. Bit-identical to ``jax.random`` for typed threefry keys in partitionable mode (the default).
+On CPU ``jax.random.normal`` lowers threefry to a loop, which XLA cannot fuse with the arithmetic that uses the numbers.
+Unrolled, the same bits are produced inside the loop that updates the weights: no buffer for the noise, and about a
+third of the time. Bit-identical to ``jax.random`` for typed threefry keys in partitionable mode (the default).
 
 Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC11), Threefry-2x32 with 20 rounds.
 """
@@ -12,12 +12,14 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Int32
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
 
 
-def _threefry(key_words: jax.Array, x0: jax.Array, x1: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _threefry(key_words: Array, x0: Array, x1: Array) -> tuple[Array, Array]:
     """Encrypt the counters ``(x0, x1)`` (uint32, same shape) under ``key_words`` (uint32, shape (2,))."""
     k0, k1 = key_words[0], key_words[1]
     schedule = (k0, k1, k0 ^ k1 ^ _PARITY)
@@ -32,8 +34,12 @@ def _threefry(key_words: jax.Array, x0: jax.Array, x1: jax.Array) -> tuple[jax.A
     return x0, x1
 
 
-def random_words(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Two independent uint32 words for each element of ``shape``; their XOR is ``jax.random.bits(key, shape)``."""
+def random_words(key: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """Two independent uint32 words for each element of ``shape``; their XOR is ``jax.random.bits(key, shape)``.
+
+    Raises:
+        ValueError: 2**32 elements or more.
+    """
     if math.prod(shape) >= 2**32:
         raise ValueError(
             f"one array of shape {shape} has {math.prod(shape)} elements; the counter holds at most 2**32 - 1."
@@ -42,13 +48,13 @@ def random_words(key: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax
     return _threefry(jax.random.key_data(key), jnp.zeros_like(counter), counter)
 
 
-def normal(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Array:
+def normal(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
     """Standard normal draws, equal bit for bit to ``jax.random.normal(key, shape, dtype)``.
 
-    Only float32 has the written-out path; other types go to ``jax.random``.
+    Only float32 uses the unrolled generator; other types go to ``jax.random``.
     """
     if jnp.dtype(dtype) != jnp.float32:
-        return jax.random.normal(key, shape, dtype)
+        return jax.random.normal(key, shape, jnp.dtype(dtype))
     high, low = random_words(key, shape)
     unit = jax.lax.bitcast_convert_type(((high ^ low) >> 9) | np.uint32(0x3F800000), jnp.float32) - np.float32(1)
     lowest = np.nextafter(np.float32(-1), np.float32(0))
@@ -56,7 +62,7 @@ def normal(key: jax.Array, shape: tuple[int, ...], dtype=jnp.float32) -> jax.Arr
     return np.float32(np.sqrt(2)) * jax.lax.erf_inv(uniform)
 
 
-def _multiply_high(a: jax.Array, b: np.uint32) -> jax.Array:
+def _multiply_high(a: Array, b: np.uint32) -> Array:
     """The upper 32 bits of the 64-bit product of two uint32 numbers."""
     a0, a1 = a & np.uint32(0xFFFF), a >> 16
     b0, b1 = np.uint32(b & 0xFFFF), np.uint32(b >> 16)
@@ -64,11 +70,14 @@ def _multiply_high(a: jax.Array, b: np.uint32) -> jax.Array:
     return a1 * b1 + (middle >> 16) + (((middle & np.uint32(0xFFFF)) + a0 * b1) >> 16)
 
 
-def uniform_index(key: jax.Array, count: int, num: int) -> jax.Array:
-    """``count`` integers, independent and uniform over [0, ``num``), as int32.
+def uniform_index(key: Array, count: int, num: int) -> Int32[Array, " count"]:
+    """``count`` integers, independent and uniform over [0, ``num``).
 
-    ``floor(u num / 2**64)`` with 64 random bits each: no value's probability is off by more than one part in
+    ``floor(u num / 2**64)`` with 64 random bits each: the probability of a value is off by at most one part in
     2**64 / num. Source: Lemire, arXiv:1805.10941.
+
+    Raises:
+        ValueError: ``num`` is not between 1 and 2**31 - 1.
     """
     if not 0 < num < 2**31:
         raise ValueError(f"num must be between 1 and 2**31 - 1, got {num}.")

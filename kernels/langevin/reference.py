@@ -1,12 +1,15 @@
-"""The plain versions: what the fused ones must equal, bit for bit where JAX offers the same function."""
+"""The plain versions: the fused ones must equal them, bit for bit."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array
 
 
-def normal(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:
+def normal(key: Array, shape: tuple[int, ...], dtype: DTypeLike) -> Array:
     """Standard normal draws of ``shape`` by JAX's own generator."""
-    return jax.random.normal(key, shape, dtype)
+    return jax.random.normal(key, shape, jnp.dtype(dtype))
 
 
 def uniform_index(hi: int, lo: int, num: int) -> int:

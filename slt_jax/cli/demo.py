@@ -70,13 +70,13 @@ def known_truth(num_draws: int) -> tuple[LLCResult, float]:
     n = 20_000
     weights = {"first": jax.random.normal(keys[0], (4, 6)) / 2, "second": jax.random.normal(keys[1], (6, 3)) / 2}
 
-    def output(p, x):
+    def output(p: dict[str, jax.Array], x: jax.Array) -> jax.Array:
         return x @ p["first"] @ p["second"]
 
     x = jax.random.normal(keys[2], (n, 4))
     y = output(weights, x)
 
-    def loss_fn(p, batch):
+    def loss_fn(p: dict[str, jax.Array], batch: tuple[jax.Array, jax.Array]) -> jax.Array:
         return 0.5 * jnp.sum((output(p, batch[0]) - batch[1]) ** 2, axis=-1)
 
     posterior = LocalPosterior(loss_fn, weights, num_data=n, localization=1.0)
@@ -99,7 +99,7 @@ def train(size: DemoSize, data: np.ndarray, folder: Path, show: bool) -> list[Pa
     tokens = jnp.asarray(data)
 
     @functools.partial(nnx.jit, donate_argnums=(0, 1))
-    def update(model, optimizer, key):
+    def update(model: Decoder, optimizer: nnx.Optimizer, key: jax.Array) -> jax.Array:
         batch = tokens[jax.random.randint(key, (size.train_batch,), 0, len(tokens))]
         loss, grads = nnx.value_and_grad(lambda m: m.losses(batch).mean())(model)
         optimizer.update(model, grads)

@@ -16,7 +16,7 @@ from slt_jax.estimators.llc import estimate_llc
 from slt_jax.models.decoder import Decoder
 from slt_jax.models.hub import load_checkpoint
 from slt_jax.models.restrict import restricted
-from slt_jax.posterior.data import as_source
+from slt_jax.posterior.data import Source, as_source
 from slt_jax.posterior.files import token_file
 from slt_jax.posterior.flax import from_nnx
 from slt_jax.posterior.local import LocalPosterior
@@ -73,13 +73,17 @@ def open_case(
     model, _ = load_checkpoint(checkpoint)
     length = model.config.context_length if seq_len is None else seq_len
 
-    def read(file: Path, is_text: bool) -> Any:
-        if is_text:
-            return as_source(tokenized(Path(checkpoint), file, length))
+    def read_text(file: Path) -> Source:
+        return as_source(tokenized(Path(checkpoint), file, length))
+
+    def read_tokens(file: Path) -> Source:
         return token_file(file, length, dtype=dtype, vocab_size=model.config.vocab_size)
 
-    data = read(tokens or text, text is not None)
-    others = {name: read(file, file.suffix not in (".npy", ".bin")) for name, file in (also or {}).items()}
+    data = read_tokens(tokens) if tokens is not None else read_text(text)
+    others = {
+        name: read_tokens(file) if file.suffix in (".npy", ".bin") else read_text(file)
+        for name, file in (also or {}).items()
+    }
     params, loss_fn = from_nnx(model, model_losses)
     forward = jnp.bfloat16 if bfloat16 else None
     posterior = LocalPosterior(

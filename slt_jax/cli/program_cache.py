@@ -5,6 +5,7 @@ import platform
 import re
 import zlib
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -20,7 +21,8 @@ def keep_programs() -> Path | None:
     (``JAX_COMPILATION_CACHE_DIR``, ``JAX_ENABLE_COMPILATION_CACHE``), or the folder cannot be written to. A program's
     weights, data and settings are its arguments: another checkpoint of the same shapes finds it.
     """
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    settings: Any = jax.config  # whose class does not declare its settings
+    if settings.jax_compilation_cache_dir or not settings.jax_enable_compilation_cache:
         return None
     try:
         base = os.environ.get("XDG_CACHE_HOME", "")

@@ -2,7 +2,8 @@
 
 import functools
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -43,20 +44,18 @@ def ess_and_rhat(draws: np.ndarray) -> tuple[float, float]:
 
 
 @functools.cache
-def _ess_and_rhat():
+def _ess_and_rhat() -> Callable[[np.ndarray], tuple[Any, Any]]:
     # Its import takes a second, and brings pandas where that is installed.
-    from arviz_stats.base import array_stats
+    from arviz_stats.base.array import array_stats
 
-    axes = {"chain_axis": 0, "draw_axis": 1}
-
-    def both(draws: np.ndarray) -> tuple[float, float]:
+    def both(draws: np.ndarray) -> tuple[Any, Any]:
         chains = draws
         if len(draws) == 1:
             half = draws.shape[1] // 2
             chains = np.concatenate([draws[:, :half], draws[:, -half:]])
         with np.errstate(divide="ignore", invalid="ignore"):  # chains that stand still
-            rhat = array_stats.rhat(chains, **axes, method="rank") if chains.shape[1] >= 4 else math.nan
-            return array_stats.ess(draws, **axes, method="mean"), rhat
+            rhat = array_stats.rhat(chains, 0, 1, method="rank") if chains.shape[1] >= 4 else math.nan
+            return array_stats.ess(draws, 0, 1, method="mean"), rhat
 
     return both
 

@@ -60,20 +60,24 @@ class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         layers, width, inner = config.num_layers, config.width, config.head_width
         self.scale = inner**-0.5 if config.attention_scale is None else config.attention_scale
-        for name, heads in (("q", config.num_heads), ("k", config.num_kv_heads), ("v", config.num_kv_heads)):
-            setattr(self, name, _weight((layers, width, heads, inner), rngs))
-            setattr(self, f"{name}_bias", _bias((layers, heads, inner), config.qkv_bias))
-        self.o = _weight((layers, config.num_heads, inner, width), rngs)
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        self.q = _weight((layers, width, heads, inner), rngs)
+        self.k = _weight((layers, width, kv_heads, inner), rngs)
+        self.v = _weight((layers, width, kv_heads, inner), rngs)
+        self.q_bias = _bias((layers, heads, inner), config.qkv_bias)
+        self.k_bias = _bias((layers, kv_heads, inner), config.qkv_bias)
+        self.v_bias = _bias((layers, kv_heads, inner), config.qkv_bias)
+        self.o = _weight((layers, heads, inner, width), rngs)
         self.o_bias = _bias((layers, width), config.out_bias)
-        for name in ("q_norm", "k_norm"):
-            setattr(self, name, Norm((layers, inner), "rms", config.norm_epsilon) if config.qk_norm else None)
+        self.q_norm = Norm((layers, inner), "rms", config.norm_epsilon) if config.qk_norm else None
+        self.k_norm = Norm((layers, inner), "rms", config.norm_epsilon) if config.qk_norm else None
 
     def __call__(self, x: jax.Array, table: tuple[jax.Array, jax.Array] | None) -> jax.Array:
         q, k, v = (
             _plus(jnp.einsum("mtw,whd->mthd", x, weight.get_value()), bias)
             for weight, bias in ((self.q, self.q_bias), (self.k, self.k_bias), (self.v, self.v_bias))
         )
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if table is not None:
             q, k = rotate(q, table), rotate(k, table)

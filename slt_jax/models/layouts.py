@@ -176,9 +176,10 @@ def _rope(record: Record, **defaults: Any) -> tuple[float, RopeScaling | None, f
 
 
 def _gpt2(record: Record) -> DecoderConfig:
+    mlp_width: Any = record.get("n_inner")  # None, as in most of these files: four times the width
     return DecoderConfig(
         record["vocab_size"], record["n_positions"], record["n_embd"], record["n_layer"], record["n_head"],
-        norm_epsilon=record.get("layer_norm_epsilon", 1e-5), mlp_width=record.get("n_inner"),
+        norm_epsilon=record.get("layer_norm_epsilon", 1e-5), mlp_width=mlp_width,
         activation=_activation(record, "activation_function", "gelu_new"),
         tied_head=record.get("tie_word_embeddings", True),
         attention_scale=None if record.get("scale_attn_weights", True) else 1.0,

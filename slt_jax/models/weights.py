@@ -57,8 +57,9 @@ class Plan(NamedTuple):
         """The parameter in float32; each device's part is read by itself."""
         shape = self.shape(path)
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            cuts = (slice(*cut.indices(size)[:2]) for cut, size in zip(index, shape, strict=True))
+        def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            whole = (slice(None),) * len(shape)
+            cuts = (slice(*cut.indices(size)[:2]) for cut, size in zip(index or whole, shape, strict=True))
             return self._filled(path, dict(zip(self.axes(path), cuts, strict=True)))
 
         return jax.make_array_from_callback(shape, self.sharding(path, mesh), part)

@@ -7,18 +7,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int32, Integer, Key, PyTree
 
 from slt_jax.kernels.langevin import uniform_index
 from slt_jax.posterior.tree import addressable, path_of, tree_digest
 
-PyTree = Any
-_HELD = 2**30  # bytes
+MEMORY_LIMIT = 2**30  # bytes of a further data set, which is kept in memory
 
 
-def draw_indices(key: jax.Array, num_data: int, batch_size: int) -> jax.Array:
-    """Indices of one minibatch, int32 ``(batch_size,)``, uniform over the data set, with replacement.
+def draw_indices(key: Key[Array, ""], num_data: int, batch_size: int) -> Int32[Array, " {batch_size}"]:
+    """Indices of one minibatch, uniform over the data set, with replacement.
 
-    A batch as large as the data set is the data set: each index once, in order.
+    If ``batch_size`` equals ``num_data`` the batch is the data set: each index once, in order.
     """
     if batch_size == num_data:
         return jnp.arange(num_data, dtype=jnp.int32)
@@ -26,24 +26,32 @@ def draw_indices(key: jax.Array, num_data: int, batch_size: int) -> jax.Array:
 
 
 def check_batch_size(batch_size: Any, num_data: int) -> None:
-    """Raise unless ``batch_size`` is a whole number between 1 and the number of examples."""
-    sentence = f"batch_size must be between 1 and num_data = {num_data}, got {batch_size!r}. A few hundred is usual."
+    """Raise TypeError or ValueError unless ``batch_size`` is an integer between 1 and the number of examples."""
+    message = f"batch_size must be between 1 and num_data = {num_data}, got {batch_size!r}. A few hundred is usual."
     if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer):
-        raise TypeError(sentence)
+        raise TypeError(message)
     if not 1 <= batch_size <= num_data:
-        raise ValueError(sentence)
+        raise ValueError(message)
 
 
-def gather(arrays: PyTree, indices: jax.Array) -> PyTree:
-    """The rows ``indices`` of every leaf."""
+def gather(arrays: PyTree, indices: Integer[Array, " *batch"]) -> PyTree:
+    """The rows ``indices`` of every leaf: a leaf of shape ``(num_data, ...)`` gives ``(*batch, ...)``."""
     return jax.tree.map(lambda a: a.at[indices].get(mode="promise_in_bounds"), arrays)
 
 
-_gathered = jax.jit(gather)
+_jitted_gather = jax.jit(gather)
 
 
 class ArrayData:
-    """A data set in memory: a pytree of arrays with equal leading dimension. Batches are gathered on the device."""
+    """A data set in memory: a pytree of arrays with equal leading dimension. Batches are gathered on the device.
+
+    Args:
+        data: one row per example in every leaf.
+
+    Raises:
+        TypeError: a leaf that is not an array of numbers with one row per example.
+        ValueError: no leaves, no rows, leaves with different numbers of rows, or integers beyond 32 bits.
+    """
 
     on_host = False
 
@@ -57,16 +65,17 @@ class ArrayData:
         sizes = {name: leaf.shape[0] for name, leaf in named.items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(
-                f"the data's leaves must have one row per example, but their first dimensions are {sizes}. Cut some."
+                f"the data's leaves must have one row per example, but their first dimensions are {sizes}. Pass as "
+                "many rows of each."
             )
         self.num_data = int(next(iter(sizes.values())))
         if self.num_data == 0:
             raise ValueError("the data has no examples: its first dimension is 0. Pass at least one row.")
         self.arrays = jax.tree.map(jnp.asarray, data)
 
-    def fetch(self, indices: np.ndarray) -> PyTree:
-        """The rows ``indices`` of every leaf, on the device."""
-        return _gathered(self.arrays, jnp.asarray(indices))
+    def fetch(self, indices: Integer[np.ndarray, " *batch"]) -> PyTree:
+        """The rows ``indices`` of every leaf, on the device: each of shape ``(*batch, ...)``."""
+        return _jitted_gather(self.arrays, jnp.asarray(indices))
 
     def fingerprint(self) -> str:
         """SHA-256 over structure, types, shapes and bytes."""
@@ -74,14 +83,17 @@ class ArrayData:
 
 
 class HostData:
-    """A data set larger than memory, read by the host. Your own format: set ``num_data``, write both methods."""
+    """A data set larger than memory, which the host reads batch by batch.
+
+    For a format of your own, derive a class, set ``num_data`` and define both methods.
+    """
 
     on_host = True
     arrays: PyTree = ()
     num_data: int
 
-    def fetch(self, indices: np.ndarray) -> PyTree:
-        """The examples ``indices`` (any shape): a pytree of NumPy arrays of shape ``indices.shape + row shape``."""
+    def fetch(self, indices: Integer[np.ndarray, " *batch"]) -> PyTree:
+        """The examples ``indices``: a pytree of NumPy arrays of shape ``(*batch, ...)``."""
         raise NotImplementedError
 
     def fingerprint(self) -> str:
@@ -92,22 +104,21 @@ class HostData:
 Source = ArrayData | HostData
 
 
-def as_source(data: Any) -> Source:
-    """``data`` itself if it is a source, else a pytree of arrays as one.
+def as_source(data: Source | PyTree) -> Source:
+    """``data`` unchanged if it is a data set of ``slt_jax``, else a pytree of arrays as an ``ArrayData``.
 
     Raises:
-        TypeError: a leaf that is not an array of numbers with one row per example.
-        ValueError: no leaves, no rows, leaves with different numbers of rows, or whole numbers beyond 32 bits.
+        TypeError, ValueError: as ``ArrayData``.
     """
     return data if isinstance(data, Source) else ArrayData(data)
 
 
 def named_data(also: Mapping[str, Any] | None) -> dict[str, ArrayData]:
-    """Further data sets by name, in memory.
+    """Further data sets by name, loaded into memory.
 
     Raises:
-        TypeError: no dict of names, or data that is none.
-        ValueError: a source on the host of more than ``_HELD`` bytes.
+        TypeError: not a dict of names and data sets, or data that ``ArrayData`` refuses.
+        ValueError: a data set on the host of more than ``MEMORY_LIMIT`` bytes.
     """
     if also is None:
         return {}
@@ -120,29 +131,29 @@ def _in_memory(source: Source, name: str) -> ArrayData:
     if isinstance(source, ArrayData):
         return source
     row = sum(np.asarray(x).nbytes for x in jax.tree.leaves(source.fetch(np.zeros(1, np.int64))))
-    if row * source.num_data > _HELD:
+    if row * source.num_data > MEMORY_LIMIT:
         raise ValueError(
-            f"the data set '{name}' would take {row * source.num_data / 2**20:,.0f} MiB in memory, more than the "
-            f"{_HELD // 2**20:,} MiB that are held for one. Give part of it: {_HELD // row:,} examples at most."
+            f"the data set '{name}' would take {row * source.num_data / 2**20:,.0f} MiB of memory; a further data set "
+            f"may take {MEMORY_LIMIT // 2**20:,} MiB. Pass part of it: {MEMORY_LIMIT // row:,} examples at most."
         )
     return ArrayData(source.fetch(np.arange(source.num_data)))
 
 
 class Prefetcher:
-    """Fetches the next chunk's batches on one background thread while the device works on this one."""
+    """Fetches the next chunk's batches in a background thread while the device computes the current chunk."""
 
     def __init__(self, source: Source):
         self._source, self._pool = source, ThreadPoolExecutor(1)
-        self._pending: Future | None = None
+        self._pending: Future[PyTree] | None = None
 
-    def submit(self, indices: Any) -> None:
-        """Start fetching the examples ``indices``."""
+    def submit(self, indices: Integer[Array | np.ndarray, " *batch"]) -> None:
+        """Start fetching the examples ``indices``. Raises RuntimeError while another fetch is pending."""
         if self._pending is not None:
             raise RuntimeError("a fetch is under way: take its result() before submitting the next.")
         self._pending = self._pool.submit(lambda: self._source.fetch(np.asarray(indices)))
 
     def result(self) -> PyTree:
-        """The examples last submitted; waits for them, and raises what the fetch raised."""
+        """Wait for the submitted examples and return them. Raises what the fetch raised."""
         if self._pending is None:
             raise RuntimeError("nothing was submitted: submit(indices) before asking for the result.")
         pending, self._pending = self._pending, None
@@ -151,7 +162,7 @@ class Prefetcher:
     def __enter__(self) -> "Prefetcher":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -160,11 +171,14 @@ def _check_leaf(name: str, leaf: Any) -> None:
         raise TypeError(f"data leaf '{name}' is {leaf!r}; every leaf must be an array with one row per example.")
     if isinstance(leaf, jax.Array):
         return
-    kind = np.asarray(leaf).dtype
-    if not (jnp.issubdtype(kind, jnp.number) or kind == np.bool_):
-        raise TypeError(f"data leaf '{name}' is an array of {kind}; every leaf must hold numbers. Encode it first.")
-    narrow = jax.dtypes.canonicalize_dtype(kind)
-    if kind.kind in "iu" and narrow != kind and np.size(leaf):
-        least, most, holds = int(np.min(leaf)), int(np.max(leaf)), np.iinfo(narrow)
-        if least < holds.min or most > holds.max:
-            raise ValueError(f"data leaf '{name}' has values from {least} to {most}, which do not fit {narrow}.")
+    dtype = np.asarray(leaf).dtype
+    if not (jnp.issubdtype(dtype, jnp.number) or dtype == np.bool_):
+        raise TypeError(f"data leaf '{name}' is an array of {dtype}; every leaf must hold numbers. Encode it first.")
+    on_device = jax.dtypes.canonicalize_dtype(dtype)
+    if dtype.kind in "iu" and on_device != dtype and np.size(leaf):
+        smallest, largest, limits = int(np.min(leaf)), int(np.max(leaf)), np.iinfo(on_device)
+        if smallest < limits.min or largest > limits.max:
+            raise ValueError(
+                f"data leaf '{name}' has values from {smallest} to {largest}, which do not fit {on_device}. "
+                "Use smaller numbers, or turn on x64 in JAX."
+            )

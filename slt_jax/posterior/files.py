@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int32, Integer, PyTree
 
 from slt_jax._checks import check_count
 from slt_jax.posterior.data import HostData
 
-PyTree = Any
-_SCAN_LIMIT = 2**28  # tokens: a file up to this size is checked whole when it is opened
-_HASH_WHOLE = 2**30  # bytes
-_BLOCK = 2**20
+SCAN_LIMIT = 2**28  # tokens; all ids of a file up to this size are checked when it is opened
+HASH_LIMIT = 2**30  # bytes; the fingerprint of a file up to this size covers all of them
+BLOCK = 2**20
 
 
 class TokenFile(HostData):
@@ -30,38 +30,40 @@ class TokenFile(HostData):
         self.num_data = len(self.tokens) // self.seq_len
         if self.num_data == 0:
             raise ValueError(f"{self.path} holds {len(self.tokens)} tokens, less than one seq_len = {seq_len}.")
-        if len(self.tokens) <= _SCAN_LIMIT:
-            for start in range(0, len(self.tokens), _BLOCK):
-                self._check(np.asarray(self.tokens[start : start + _BLOCK]), lambda i, s=start: s + int(i))
+        if len(self.tokens) <= SCAN_LIMIT:
+            for start in range(0, len(self.tokens), BLOCK):
+                self._check(np.asarray(self.tokens[start : start + BLOCK]), lambda i, s=start: s + int(i))
 
-    def fetch(self, indices: np.ndarray) -> np.ndarray:
-        """Tokens of the examples ``indices``, int32, shape ``indices.shape + (seq_len,)``."""
-        wanted = np.asarray(indices).reshape(-1)
-        whole = self.tokens[: self.num_data * self.seq_len].reshape(self.num_data, self.seq_len)
-        rows = np.asarray(whole[wanted])
-        self._check(rows.reshape(-1), lambda i: int(wanted[i // self.seq_len]) * self.seq_len + int(i % self.seq_len))
+    def fetch(self, indices: Integer[np.ndarray, " *batch"]) -> Int32[np.ndarray, "*batch {self.seq_len}"]:
+        """Tokens of the examples ``indices``."""
+        flat = np.asarray(indices).reshape(-1)
+        examples = self.tokens[: self.num_data * self.seq_len].reshape(self.num_data, self.seq_len)
+        rows = np.asarray(examples[flat])
+        self._check(rows.reshape(-1), lambda i: int(flat[i // self.seq_len]) * self.seq_len + int(i % self.seq_len))
         return rows.astype(np.int32).reshape(*np.shape(indices), self.seq_len)
 
     def fingerprint(self) -> str:
         """SHA-256 over type, length, ``seq_len`` and the bytes.
 
-        Past 1 GiB, instead of all bytes: 64 evenly spaced 1-MiB blocks and the time of modification.
+        For files larger than 1 GiB, 64 evenly spaced 1-MiB blocks and the modification time take the place of the
+        bytes.
         """
         raw = self.tokens.view(np.uint8)
         digest = hashlib.sha256(f"{self.tokens.dtype} {len(self.tokens)} {self.seq_len}".encode())
-        if raw.size <= _HASH_WHOLE:
-            starts = range(0, raw.size, _BLOCK)
+        if raw.size <= HASH_LIMIT:
+            starts = range(0, raw.size, BLOCK)
         else:
             digest.update(str(self.path.stat().st_mtime_ns).encode())
-            starts = np.linspace(0, raw.size - _BLOCK, 64).astype(int)
+            starts = np.linspace(0, raw.size - BLOCK, 64).astype(int)
         for start in starts:
-            digest.update(raw[start : start + _BLOCK].tobytes())
+            digest.update(raw[start : start + BLOCK].tobytes())
         return digest.hexdigest()
 
-    def _check(self, tokens: np.ndarray, position: Callable[[Any], int]) -> None:
-        limit = 2**31 if self.vocab_size is None else self.vocab_size  # without a vocabulary: what int32 holds
-        kinds = np.iinfo(tokens.dtype)
-        if kinds.min >= 0 and kinds.max < limit:
+    def _check(self, tokens: Integer[np.ndarray, " token"], position: Callable[[Any], int]) -> None:
+        """Raise ValueError for an id out of range. ``position``: index in ``tokens`` -> position in the file."""
+        limit = 2**31 if self.vocab_size is None else self.vocab_size  # without a vocabulary the limit of int32
+        representable = np.iinfo(tokens.dtype)
+        if representable.min >= 0 and representable.max < limit:
             return
         if (bad := np.flatnonzero((tokens >= limit) | (tokens < 0))).size:
             size = "the range of int32" if self.vocab_size is None else f"the vocabulary of {self.vocab_size}"
@@ -94,8 +96,8 @@ class HFDataset(HostData):
         self.table = table.with_format("numpy", columns=self.columns)
         self.fetch(np.zeros(1, np.int64))
 
-    def fetch(self, indices: np.ndarray) -> PyTree:
-        """Rows as a dict column -> array of shape ``indices.shape + row shape``; the array itself for one column."""
+    def fetch(self, indices: Integer[np.ndarray, " *batch"]) -> PyTree:
+        """Rows as a dict column -> array of shape ``(*batch, ...)``; for a single column the array itself."""
         unique, inverse = np.unique(np.asarray(indices).reshape(-1), return_inverse=True)
         rows = {name: self._stack(name, value)[inverse] for name, value in self.table[unique.tolist()].items()}
         rows = {name: value.reshape(*np.shape(indices), *value.shape[1:]) for name, value in rows.items()}
@@ -123,14 +125,14 @@ def token_file(path: str | os.PathLike, seq_len: int, *, dtype: Any = None, voca
 
     Args:
         path: ``.npy`` (one-dimensional, integer), or raw little-endian ``.bin``.
-        seq_len: tokens in one example; a shorter remainder at the end of the file is left out.
-        dtype: of a raw file, uint16 (default) or uint32. A ``.npy`` file states its own.
-        vocab_size: the ids must lie below it.
+        seq_len: tokens in one example; a shorter remainder at the end of the file is dropped.
+        dtype: of a raw file, uint16 (default) or uint32. A ``.npy`` file contains its own.
+        vocab_size: if given, every id must be below it.
 
     Raises:
-        FileNotFoundError: no file there.
-        ValueError: no token file of this kind, or shorter than one example; an id that is negative, outside
-            ``vocab_size`` or beyond int32 (seen at opening, past 2**28 tokens only when fetched).
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not a token file, or shorter than one example; an id is negative, not below ``vocab_size`` or
+            beyond int32 (checked when the file is opened; beyond 2**28 tokens, when an example is fetched).
     """
     return TokenFile(path, seq_len, dtype, vocab_size)
 
@@ -140,25 +142,27 @@ def hf_dataset(path: str | os.PathLike, columns: list[str] | None = None) -> HFD
 
     Args:
         path: the folder of one split.
-        columns: those a batch holds, default all. A batch is a dict column -> array, for one column the array itself.
+        columns: the columns of a batch, default all. A batch is a dict column -> array; for a single column the array
+            itself.
 
     Raises:
         ImportError: ``datasets`` is not installed.
-        ValueError: no such folder, no rows, an unknown column, or rows that are not numbers of one shape.
+        ValueError: the folder is not such a data set, it has no rows, a column is unknown, or its rows are not numbers
+            of one shape.
     """
     return HFDataset(path, columns)
 
 
-def _open_tokens(path: Path, dtype: Any) -> np.ndarray:
+def _open_tokens(path: Path, dtype: Any) -> Integer[np.ndarray, " token"]:
     if not path.is_file():
         raise FileNotFoundError(f"no token file at {path}.")
     return _open_npy(path, dtype) if path.suffix == ".npy" else _open_raw(path, dtype)
 
 
-def _open_npy(path: Path, dtype: Any) -> np.ndarray:
+def _open_npy(path: Path, dtype: Any) -> Integer[np.ndarray, " token"]:
     try:
         tokens = np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # a damaged header can fail in many ways inside NumPy
+    except Exception as error:  # NumPy raises many types for a damaged header
         raise ValueError(f"{path} is not a readable .npy file (truncated or foreign): {error}") from None
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(f"{path} must hold a 1-D array of integers, it holds shape {tokens.shape} of {tokens.dtype}.")
@@ -167,7 +171,7 @@ def _open_npy(path: Path, dtype: Any) -> np.ndarray:
     return tokens
 
 
-def _open_raw(path: Path, dtype: Any) -> np.ndarray:
+def _open_raw(path: Path, dtype: Any) -> Integer[np.ndarray, " token"]:
     kind = np.dtype(np.uint16 if dtype is None else dtype).newbyteorder("<")
     if kind not in (np.dtype("<u2"), np.dtype("<u4")):
         raise ValueError(f"dtype of a raw token file must be uint16 or uint32, got {dtype!r}.")

@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,14 +10,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jaxtyping import Array, Float, PyTree
 
 from slt_jax._checks import check_count, check_positive
-from slt_jax.posterior.program import LossProgram, Mask, brief, check_forward, check_leaf, leaf_masks, names_of
+from slt_jax.posterior.fingerprint import loss_digest
+from slt_jax.posterior.program import (
+    LossProgram,
+    Mask,
+    Position,
+    brief,
+    check_forward,
+    check_leaf,
+    leaf_masks,
+    names_of,
+)
 from slt_jax.posterior.tree import path_of, tree_digest
 
-PyTree = Any
+_DEFAULT_NBETA: Any = None  # num_data / log(num_data)
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,25 +44,25 @@ class LocalPosterior:
         center: w*, the trained parameters: a pytree of floating-point arrays.
         num_data: n, the size of the data set (not of a batch).
         nbeta: n times the inverse temperature; default ``num_data / log(num_data)``.
-        localization: gamma, the strength of the pull to ``center``, per squared unit of weight. Without one the
-            calibration of ``estimate_llc`` chooses: so that a flat direction moves a weight by at most a few typical
-            weights, and a millionth of the largest curvature of nbeta L at least.
+        localization: gamma, the strength of the pull to ``center``, per squared unit of weight. If it is left out, the
+            calibration of ``estimate_llc`` chooses it: large enough that a weight moves by at most a few times the
+            typical size of a weight in a flat direction, and at least a millionth of the largest curvature of nbeta L.
         mask: which weights move. A pytree of booleans shaped like ``center`` (one per leaf, or a boolean array of the
             leaf's shape), or a function of a leaf's path (a tuple of strings) that returns either. Default: all.
-        forward_dtype: type in which ``loss_fn`` sees the weights, e.g. ``jnp.bfloat16``. The chains' own copy (the
-            master) is float32 at least. Default: each leaf's own type.
+        forward_dtype: type in which ``loss_fn`` sees the weights, e.g. ``jnp.bfloat16``. The chains themselves keep
+            the weights in float32 at least. Default: each leaf's own type.
 
     Raises:
-        TypeError, ValueError: for a hyperparameter, a leaf or a mask that cannot be sampled; the text says which.
+        TypeError, ValueError: a hyperparameter, a leaf or a mask that cannot be used; the message names it.
 
     Source: Lau, Furman, Wang, Murfet, Wei, arXiv:2308.12108.
     """
 
-    loss_fn: Callable[[PyTree, PyTree], jax.Array]
+    loss_fn: Callable[[PyTree, PyTree], Array]
     center: PyTree
     num_data: int
-    nbeta: float | None = None
-    localization: float | None = None
+    nbeta: float | int = _DEFAULT_NBETA
+    localization: float | int | None = None
     mask: Mask = None
     forward_dtype: Any = None
 
@@ -73,13 +81,17 @@ class LocalPosterior:
         self._check_numbers()
         self.program  # noqa: B018  (checks the center and the mask now, not at the first step)
 
-    def with_numbers(self, *, nbeta: float, localization: float | None) -> "LocalPosterior":
-        """The same with other numbers. Weights and mask are not looked at again. Raises TypeError, ValueError."""
-        found = copy.copy(self)
-        object.__setattr__(found, "nbeta", nbeta)
-        object.__setattr__(found, "localization", localization)
-        found._check_numbers()
-        return found
+    def with_numbers(self, *, nbeta: float | int, localization: float | int | None) -> "LocalPosterior":
+        """The same posterior with another ``nbeta`` and ``localization``; weights and mask are not checked again.
+
+        Raises:
+            TypeError, ValueError: a number that cannot be used.
+        """
+        changed = copy.copy(self)
+        object.__setattr__(changed, "nbeta", nbeta)
+        object.__setattr__(changed, "localization", localization)
+        changed._check_numbers()
+        return changed
 
     def _check_numbers(self) -> None:
         check_positive(
@@ -95,7 +107,7 @@ class LocalPosterior:
 
     @cached_property
     def program(self) -> LossProgram:
-        """The loss as a function of the free weights, without the weights."""
+        """The loss as a function of the free weights, without the arrays themselves."""
         flat, treedef = jax.tree_util.tree_flatten_with_path(self.center)
         if not flat:
             raise ValueError("center has no arrays. Pass the trained parameters as a pytree of floating-point arrays.")
@@ -106,7 +118,7 @@ class LocalPosterior:
                 f"the mask leaves no weight free: all {len(leaves)} leaves are frozen. "
                 f"Check the mask against {names_of(leaves)}."
             )
-        if self.mask is not None and all(leaf.free and not leaf.cut for leaf in leaves):
+        if self.mask is not None and all(leaf.free and not leaf.partial for leaf in leaves):
             raise ValueError(
                 f"the mask restricts nothing: it is true for all of {names_of(leaves)}. "
                 "Leave it out, or check the path it tests."
@@ -115,40 +127,41 @@ class LocalPosterior:
 
     @property
     def free_names(self) -> list[str]:
-        """Path of each leaf that moves, in the order of ``program.split``'s first result."""
+        """Path of each leaf that moves, in the order of a position, the first result of ``program.split``."""
         return [leaf.name for leaf in self.program.leaves if leaf.free]
 
     @property
     def num_free(self) -> int:
         """d, the number of weights that move."""
         return sum(
-            leaf.indices.size if leaf.cut else math.prod(leaf.shape) for leaf in self.program.leaves if leaf.free
+            leaf.indices.size if leaf.partial else math.prod(leaf.shape) for leaf in self.program.leaves if leaf.free
         )
 
-    def log_density(self, data: PyTree) -> Callable[[tuple[jax.Array, ...]], jax.Array]:
-        """Position -> -nbeta L_n(w) - (localization / 2) |w - w*|^2 over all of ``data``: for BlackJAX's algorithms.
+    def log_density(self, data: PyTree) -> Callable[[Position], Float[Array, ""]]:
+        """The function position -> -nbeta L_n(w) - (localization / 2) |w - w*|^2, for BlackJAX's algorithms.
 
-        A position is a tuple of the free weights, as from ``program.split(center)[0]``. Raises ValueError without a
-        localization.
+        Args:
+            data: the complete data set, one row per example in every leaf.
+
+        Returns:
+            A function of a position, the tuple of the free weights, as in ``program.split(center)[0]``.
+
+        Raises:
+            ValueError: the posterior has no localization.
         """
         if self.localization is None:
             raise ValueError("log_density needs a localization: give one to LocalPosterior, e.g. localization=1.0.")
         center, frozen = self.program.split(self.center)
-        nbeta, localization = float(self.nbeta or 0), self.localization
+        nbeta, localization = self.nbeta, self.localization
 
-        def at(position):
-            away = sum(jnp.sum((w - c) ** 2) for w, c in zip(position, center, strict=True))
-            return -nbeta * self.program.mean_loss(position, frozen, data) - 0.5 * localization * away
+        def log_density(position: Position) -> Float[Array, ""]:
+            distance_sq = sum(jnp.sum((w - c) ** 2) for w, c in zip(position, center, strict=True))
+            return -nbeta * self.program.mean_loss(position, frozen, data) - 0.5 * localization * distance_sq
 
-        return at
+        return log_density
 
     def fingerprint(self, batch: PyTree) -> dict[str, Any]:
-        """Everything of the posterior that a result depends on; ``batch`` gives shapes only."""
-        position, frozen = jax.eval_shape(self.program.split, self.center)
-        # With its gradient: a custom derivative is not in the forward program.
-        closed = jax.make_jaxpr(jax.value_and_grad(self.program.mean_loss))(position, frozen, batch)
-        program = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "0x", str(closed.jaxpr)).encode())
-        _digest_constants(program, closed)
+        """Everything in the posterior that a result depends on. Of ``batch`` only shapes and types matter."""
         forward = self.program.forward_dtype
         return {
             "num_data": self.num_data,
@@ -157,19 +170,5 @@ class LocalPosterior:
             "forward_dtype": None if forward is None else forward.name,
             "mask": hashlib.sha256(repr([leaf.entries for leaf in self.program.leaves]).encode()).hexdigest(),
             "center": tree_digest(self.center),
-            "loss_fn": program.hexdigest(),
+            "loss_fn": loss_digest(self.program, self.center, batch),
         }
-
-
-def _digest_constants(digest: Any, value: Any) -> None:
-    """Bytes of all arrays in a jaxpr, also inside nested jits, whose text abbreviates them."""
-    if isinstance(value, ClosedJaxpr | Jaxpr):  # from JAX 0.11 on one type
-        _digest_constants(digest, list(getattr(value, "consts", ())))
-        for equation in value.eqns:
-            _digest_constants(digest, [v.val for v in equation.invars if isinstance(v, Literal)])
-            _digest_constants(digest, list(equation.params.values()))
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _digest_constants(digest, item)
-    elif isinstance(value, np.ndarray | np.generic | jax.Array) or hasattr(value, "__array__"):
-        digest.update(tree_digest(value).encode())

@@ -7,45 +7,58 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int, Int32, PyTree, Shaped
 
 from slt_jax.posterior.tree import path_of
 
-PyTree = Any
 Mask = PyTree | Callable[[tuple[str, ...]], Any] | None
+Position = tuple[Float[Array, "..."], ...]
+Frozen = tuple[Shaped[Array, "..."], ...]
 
 
 class Leaf(NamedTuple):
+    """One array of the parameters, and which of its entries move.
+
+    ``entries``: flat indices of the entries that move, as the bytes of an int32 array; None when all of them do.
+    """
+
     name: str
     shape: tuple[int, ...]
     dtype: Any
-    entries: bytes | None  # int32 flat indices of the entries that move; None when the whole leaf moves
+    entries: bytes | None
 
     @property
     def free(self) -> bool:
+        """Whether any entry moves."""
         return self.entries != b""
 
     @property
-    def cut(self) -> bool:
+    def partial(self) -> bool:
+        """Whether some entries move and others do not."""
         return bool(self.entries)
 
     @property
-    def indices(self) -> np.ndarray:
+    def indices(self) -> Int32[np.ndarray, " entry"]:
+        """Flat indices of the entries that move, of a partial leaf."""
         return np.frombuffer(self.entries or b"", np.int32)
 
 
 @dataclass(frozen=True)
 class LossProgram:
-    """The loss as a function of the free weights: what a compiled program depends on. Hashable, holds no arrays."""
+    """The loss as a function of the free weights: the part of a posterior that a compiled program depends on.
 
-    loss_fn: Callable[[PyTree, PyTree], jax.Array]
+    It is hashable and contains no arrays.
+    """
+
+    loss_fn: Callable[[PyTree, PyTree], Array]
     treedef: Any
     leaves: tuple[Leaf, ...]
-    forward_dtype: Any
+    forward_dtype: np.dtype | None
 
-    def split(self, params: PyTree) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-        """``params`` as (position, frozen): what moves, in its master type, and what does not.
+    def split(self, params: PyTree) -> tuple[Position, Frozen]:
+        """``params`` as (position, frozen): the free weights in float32 at least, and everything else.
 
-        A leaf that the mask cuts appears in both: its chosen entries as a vector in ``position``, whole in ``frozen``.
+        A partial leaf is in both: its free entries as a vector in ``position``, the complete leaf in ``frozen``.
         """
         position, frozen = [], []
         for leaf, value in zip(self.leaves, jax.tree.leaves(params), strict=True):
@@ -53,88 +66,102 @@ class LossProgram:
                 frozen.append(jnp.asarray(value))
                 continue
             master = jnp.asarray(value, jnp.promote_types(leaf.dtype, jnp.float32))
-            if leaf.cut:
+            if leaf.partial:
                 frozen.append(master)
                 master = master.reshape(-1)[leaf.indices]
             position.append(master)
         return tuple(position), tuple(frozen)
 
-    def merge(self, position: tuple[jax.Array, ...], frozen: tuple[jax.Array, ...]) -> PyTree:
-        """The full parameters, in the types that ``loss_fn`` sees."""
+    def merge(self, position: Position, frozen: Frozen) -> PyTree:
+        """The complete parameters, in the types that ``loss_fn`` sees: the inverse of ``split``."""
         free, rest, values = iter(position), iter(frozen), []
         for leaf in self.leaves:
-            value = next(free) if leaf.free and not leaf.cut else next(rest)
-            if leaf.cut:
+            value = next(free) if leaf.free and not leaf.partial else next(rest)
+            if leaf.partial:
                 value = value.reshape(-1).at[leaf.indices].set(next(free), unique_indices=True).reshape(leaf.shape)
             floating = jnp.issubdtype(leaf.dtype, jnp.floating)
             values.append(value.astype(self.forward_dtype or leaf.dtype) if floating else value)
         return jax.tree.unflatten(self.treedef, values)
 
-    def losses(self, position: tuple, frozen: tuple, batch: PyTree) -> jax.Array:
-        """Per-example losses ``(m,)`` or their mean ``()``, in float32 at least. Raises ValueError on another shape."""
+    def losses(
+        self, position: Position, frozen: Frozen, batch: PyTree
+    ) -> Float[Array, " batch_size"] | Float[Array, ""]:
+        """Per-example losses or their mean, whichever ``loss_fn`` returns, in float32 at least.
+
+        Raises:
+            ValueError: ``loss_fn`` returned another shape.
+            TypeError: it returned something that is not floating-point.
+        """
         value = self.loss_fn(self.merge(position, frozen), batch)
         size = jax.tree.leaves(batch)[0].shape[0]
         shape = getattr(value, "shape", None)
         if shape not in ((), (size,)):
-            found = f"shape {shape}" if shape is not None else f"a {type(value).__name__}"
+            returned = f"shape {shape}" if shape is not None else f"a {type(value).__name__}"
             raise ValueError(
                 f"loss_fn must return one loss per example, shape ({size},) for this batch, or a scalar; "
-                f"it returned {found}. "
+                f"it returned {returned}. "
                 f"Reduce over every other axis (a sum over outputs, a mean over tokens) inside loss_fn."
             )
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise TypeError(f"loss_fn must return floating-point losses, it returned {value.dtype}.")
         return value.astype(jnp.promote_types(value.dtype, jnp.float32))
 
-    def mean_loss(self, position: tuple, frozen: tuple, batch: PyTree) -> jax.Array:
+    def mean_loss(self, position: Position, frozen: Frozen, batch: PyTree) -> Float[Array, ""]:
         """L_m(w), the mean over the batch."""
         return jnp.mean(self.losses(position, frozen, batch))
 
 
-def can_be_lowered(program: Any, *given: Any) -> bool:
-    """Whether a jitted program can be: a custom derivative is refused no sooner, and by one of several exceptions."""
+def can_be_lowered(program: Any, *arguments: Any) -> bool:
+    """Whether a jitted program can be lowered for these arguments.
+
+    A loss with a custom derivative may have no second derivative. JAX finds out only while lowering, and raises one of
+    several exceptions.
+    """
     try:
-        program.lower(*given)
-    except Exception:  # the run itself says what else is wrong with a loss
+        program.lower(*arguments)
+    except Exception:  # if the loss itself is wrong, the run raises that
         return False
     return True
 
 
-def check_forward(dtype: Any) -> Any:
+def check_forward(dtype: Any) -> np.dtype | None:
     """``forward_dtype`` as a floating-point dtype or None. Raises TypeError."""
     if dtype is None:
         return None
     try:
-        found = jnp.dtype(dtype)
+        forward = jnp.dtype(dtype)
     except TypeError:
-        found = None
-    if found is None or not jnp.issubdtype(found, jnp.floating):
+        forward = None
+    if forward is None or not jnp.issubdtype(forward, jnp.floating):
         raise TypeError(
             f"forward_dtype must be a floating-point type, got {dtype!r}. jnp.bfloat16 is the usual choice."
         )
-    return found
+    return forward
 
 
 def names_of(leaves: list[Leaf]) -> str:
+    """Names of the leaves for a message, the first six."""
     names = [leaf.name or "(root)" for leaf in leaves]
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
-def leaf_masks(mask: Mask, flat: list, treedef) -> list:
+def leaf_masks(mask: Mask, flat: list[tuple[Any, Any]], treedef: Any) -> list[Any]:
+    """What the mask says of each leaf, in the order of ``flat``. Raises ValueError for another tree structure."""
     if mask is None:
         return [True] * len(flat)
     if callable(mask):
         return [mask(path_of(path)) for path, _ in flat]
-    found = jax.tree.structure(mask)
-    if found != treedef:
+    structure = jax.tree.structure(mask)
+    if structure != treedef:
         raise ValueError(
-            f"the mask does not match center: it has structure {found}, center has {treedef}. "
+            f"the mask does not match center: it has structure {structure}, center has {treedef}. "
             "Give one boolean (or boolean array) for each leaf, or a function of the leaf's path."
         )
     return jax.tree.leaves(mask)
 
 
 def check_leaf(name: str, value: Any, mask: Any) -> Leaf:
+    """The leaf ``value`` with the entries that ``mask`` leaves free. Raises TypeError or ValueError."""
     if not hasattr(value, "dtype") or not hasattr(value, "shape"):
         raise TypeError(f"parameter '{name}' is {brief(value)}, not an array. Wrap a number in jnp.asarray.")
     floating = jnp.issubdtype(value.dtype, jnp.floating)
@@ -148,7 +175,7 @@ def check_leaf(name: str, value: Any, mask: Any) -> Leaf:
                 "Freeze it with a mask, or keep it out of center."
             )
         return leaf
-    bad = int(_not_finite(value))
+    bad = int(_count_not_finite(value))
     if bad:
         raise ValueError(
             f"parameter '{name}' has {bad} entries of {value.size} that are NaN or infinite; center must be finite."
@@ -157,7 +184,7 @@ def check_leaf(name: str, value: Any, mask: Any) -> Leaf:
 
 
 @jax.jit
-def _not_finite(value: jax.Array) -> jax.Array:
+def _count_not_finite(value: Float[Array, "..."]) -> Int[Array, ""]:
     return value.size - jnp.count_nonzero(jnp.isfinite(value))
 
 
@@ -178,4 +205,5 @@ def _entries(name: str, shape: tuple[int, ...], mask: Any) -> bytes | None:
 
 
 def brief(value: Any) -> str:
+    """A value and its type for a message."""
     return f"{str(value)[:60]!r} of type {type(value).__name__}"

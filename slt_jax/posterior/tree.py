@@ -1,4 +1,4 @@
-"""Pytrees of arrays: names of their leaves, copies on the host, and a digest of everything in them."""
+"""Pytrees of arrays: names of their leaves, copies on the host, and a digest of their content."""
 
 import hashlib
 from typing import Any
@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jaxtyping import PyTree
 
-PyTree = Any
 
-
-def path_of(key_path: tuple) -> tuple[str, ...]:
+def path_of(key_path: tuple[Any, ...]) -> tuple[str, ...]:
     """A pytree key path as plain strings, e.g. ``("blocks", "0", "attention", "kernel")``."""
     return tuple(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in key_path)
 
@@ -20,7 +19,7 @@ def tree_digest(tree: PyTree) -> str:
     """SHA-256 over structure, types, shapes and bytes of a pytree of arrays."""
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        if jnp.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key):
+        if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             leaf = jax.random.key_data(leaf)
         value = np.asarray(leaf)
         digest.update(f"{path_of(path)} {value.dtype} {value.shape}".encode())
@@ -28,17 +27,17 @@ def tree_digest(tree: PyTree) -> str:
     return digest.hexdigest()
 
 
-def to_host(tree: Any) -> Any:
-    """NumPy copies, whole on every process."""
-    return jax.tree.map(_whole, tree)
+def to_host(tree: PyTree) -> PyTree:
+    """Every leaf as a complete NumPy copy, on every process."""
+    return jax.tree.map(_complete_copy, tree)
 
 
-def _whole(x: Any) -> np.ndarray:
+def _complete_copy(x: Any) -> np.ndarray:
     if getattr(x, "is_fully_addressable", True):
         return np.array(x)
     return multihost_utils.process_allgather(x, tiled=True)
 
 
-def addressable(tree: Any) -> Any:
-    """Leaves that span processes as NumPy copies, whole on every process; the others as they are."""
-    return jax.tree.map(lambda x: x if getattr(x, "is_fully_addressable", True) else _whole(x), tree)
+def addressable(tree: PyTree) -> PyTree:
+    """Leaves that span processes as complete NumPy copies on every process; the others unchanged."""
+    return jax.tree.map(lambda x: x if getattr(x, "is_fully_addressable", True) else _complete_copy(x), tree)

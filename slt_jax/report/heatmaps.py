@@ -68,12 +68,12 @@ def _draw_cells(axis: Axes, cells: _Cells, norm: Normalize, up: int = 1) -> None
     x, y = np.arange(columns + 1) - 0.5, np.arange(rows + 1) - 0.5
     axis.pcolormesh(x, y, np.ma.masked_invalid(cells.values), cmap=_CMAP, norm=norm, edgecolors="white", lw=1)
     for row, column in np.argwhere(~cells.absent):
-        value, error = cells.values[row, column], cells.errors[row, column]
+        value, error = float(cells.values[row, column]), float(cells.errors[row, column])
         if not math.isfinite(value):
             axis.add_patch(Rectangle((column - 0.48, row - 0.48), 0.96, 0.96, **_HATCH))
             continue
         two = columns <= 12 and math.isfinite(error)
-        middle = {"color": _ink(_CMAP(norm(value))), "ha": "center", "va": "center"}
+        middle: dict[str, Any] = {"color": _ink(_CMAP(float(norm(value)))), "ha": "center", "va": "center"}
         axis.text(column, row + up * 0.13 * two, _short(value), fontsize=9, **middle)
         if two:
             axis.text(column, row - up * 0.24, f"±{_short(error, 2)}", fontsize=7, **middle)

@@ -1,7 +1,7 @@
 """What all pictures share: size and fonts, colours and markers that tell in grey too, the legend."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib
@@ -13,9 +13,10 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = "osD^vP*X"
 
 
-def figure_of(size: tuple[float, float], path: str | os.PathLike | None, draw) -> Figure:
-    rules = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.8}
-    with matplotlib.rc_context(rules):
+def figure_of(size: tuple[float, float], path: str | os.PathLike | None, draw: Callable[[Figure], None]) -> Figure:
+    with matplotlib.rc_context(
+        {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.8}
+    ):
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure)

@@ -43,7 +43,8 @@ def write_report(source: Any, out: str | os.PathLike, *, overwrite: bool = False
 
 
 def _opened(path: str) -> Any:
-    return {SWEEP: load_sweep, TRAJECTORY: load_trajectory}.get(kind_of(Path(path)), load_result)(path)
+    kind = kind_of(Path(path))
+    return load_sweep(path) if kind == SWEEP else load_trajectory(path) if kind == TRAJECTORY else load_result(path)
 
 
 def page_of(thing: Any, path: str | None = None, **shown: Any) -> Page:

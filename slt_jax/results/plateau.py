@@ -186,10 +186,17 @@ def _along_nbeta(dataset: "xr.Dataset", at: dict[str, float]) -> NbetaLine | Non
     if good.sum() < _LEAST_CELLS:
         return None
     x, y, error = 1 / np.log(row.nbeta.values[good]), row.llc.values[good], row.llc_stderr.values[good]
-    found, errors, chi = weighted_line(x, y, error)
-    errors = errors * math.sqrt(max(1.0, chi))
-    pairs = [float(value) for pair in zip(found, errors, strict=True) for value in pair]
-    return NbetaLine(place["localization"], place["step_size"], *pairs, int(good.sum()))
+    (limit, slope), errors, chi = weighted_line(x, y, error)
+    limit_stderr, slope_stderr = errors * math.sqrt(max(1.0, chi))
+    return NbetaLine(
+        localization=place["localization"],
+        step_size=place["step_size"],
+        limit=float(limit),
+        limit_stderr=float(limit_stderr),
+        slope=float(slope),
+        slope_stderr=float(slope_stderr),
+        cells=int(good.sum()),
+    )
 
 
 def _recommended(dataset: "xr.Dataset", plateaus: dict[float, Plateau]) -> tuple[dict[str, float] | None, str]:

@@ -139,7 +139,8 @@ def find_stages(
     stages = tuple(_stage(steps, llc, np.hypot(errors, noise[0]), *pair) for pair in itertools.pairwise(edges))
     count = resamples if len(stages) > 1 else 0
     drawn = _bootstrap(np.random.default_rng(seed), count, llc, errors, stages, edges, noise, most)
-    return Stages(_boundaries(steps, edges, stages, drawn, level), stages, *noise.tolist(), level)
+    boundaries = _boundaries(steps, edges, stages, drawn, level)
+    return Stages(boundaries, stages, scatter=float(noise[0]), drift=float(noise[1]), level=level)
 
 
 def _usable(steps: Any, llc: Any, errors: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

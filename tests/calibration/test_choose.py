@@ -8,7 +8,7 @@ import pytest
 
 import slt_jax as slt
 from scaling.known_answers import by_name
-from slt_jax import _machine as memory
+from slt_jax.engine import memory
 from slt_jax.calibration.effort import default_budget
 from slt_jax.engine.chunk import run_chunk
 from slt_jax.engine.mesh import chain_mesh
@@ -69,7 +69,7 @@ def test_a_flat_direction_moves_a_weight_by_two_and_a_half_typical_ones():
     """All weights are 1: the localization is 2.5^-2, unless the curvature asks for more than a millionth of it."""
     assert estimate().settings.localization == pytest.approx(0.16, rel=1e-6)
     stiff = estimate(posterior(scale=1e3)).settings
-    assert stiff["localization"] == pytest.approx(stiff["calibration"]["curvature"] / 1e6, rel=1e-6)
+    assert stiff.localization == pytest.approx(stiff.calibration["curvature"] / 1e6, rel=1e-6)
 
 
 @pytest.mark.parametrize(("budget", "least"), [(10_000, 0.02), (15_999, 0.02), (16_000, 0.1), (40_000, 0.1)])
@@ -102,7 +102,7 @@ def test_the_budget_counts_everything_and_calibration_is_little_of_it(budget):
     assert 0.9 * budget < sum(spent.values()) < 1.02 * budget
     assert spent["calibration"] <= 0.15 * budget
     plan = result.settings
-    assert plan["num_chains"] * (plan["num_warmup"] + plan["thinning"] * plan["num_draws"]) == spent["steps"]
+    assert plan.num_chains * (plan.num_warmup + plan.thinning * plan.num_draws) == spent["steps"]
 
 
 @pytest.mark.parametrize("control", [False, True])
@@ -124,12 +124,12 @@ def test_what_is_given_is_taken():
         hot=1.0,
     )
     s = result.settings
-    assert (s["step_size"], s["friction"], s["localization"]) == (1e-5, 0.3, 0.7)
-    assert (s["num_chains"], s["num_warmup"], s["thinning"], s["hot"]) == (2, 30, 3, 1.0)
-    assert s["calibration"] == {}
+    assert (s.step_size, s.friction, s.localization) == (1e-5, 0.3, 0.7)
+    assert (s.num_chains, s.num_warmup, s.thinning, s.hot) == (2, 30, 3, 1.0)
+    assert s.calibration == {}
     partly = estimate(sampler=slt.underdamped(1e-5)).settings
-    assert partly["step_size"] == 1e-5
-    assert partly["friction"] > 0
+    assert partly.step_size == 1e-5
+    assert partly.friction > 0
 
 
 @pytest.mark.parametrize(
@@ -153,8 +153,8 @@ def test_control_variates_are_chosen_where_they_pay():
 
 
 def test_control_variates_are_left_where_memory_is_short(monkeypatch):
-    monkeypatch.setattr(memory, "_MUCH", 0)
-    monkeypatch.setattr(memory.Need, "fits_with_control", False)
+    monkeypatch.setattr(memory, "MUCH", 0)
+    monkeypatch.setattr(memory.MemoryEstimate, "fits_with_control", False)
     assert not estimate(noise=1.0).settings.control_variate
 
 

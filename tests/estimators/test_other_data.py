@@ -107,7 +107,7 @@ def test_what_is_no_named_data_set_is_refused(also):
 
 
 def test_a_file_too_large_to_hold_is_refused(monkeypatch):
-    monkeypatch.setattr("slt_jax.posterior.data._HELD", 100)
+    monkeypatch.setattr("slt_jax.posterior.data.MEMORY_LIMIT", 100)
     with pytest.raises(ValueError, match=r"'big' would take .* 25 examples at most"):
         estimate(also={"big": Rows(OTHER)})
 

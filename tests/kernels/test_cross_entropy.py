@@ -40,13 +40,13 @@ def test_losses_and_gradients_are_those_of_the_plain_version(shape, equal, monke
 def test_a_mean_makes_no_second_scan(rows, monkeypatch):
     """Whether or not the rows fill the last chunk; unequal weights make one."""
     hidden, table, targets, weights = problem(300, 8, 97)
-    scans, real = [], chunked._step
+    scans, real = [], chunked.gradient_step
 
     def counted(*args):
         jax.debug.callback(lambda: scans.append(1))
         return real(*args)
 
-    monkeypatch.setattr(chunked, "_step", counted)
+    monkeypatch.setattr(chunked, "gradient_step", counted)
     for given, times in ((jnp.full(300, 0.5), 1), (weights, 2)):
         scans.clear()
         jax.block_until_ready(weighted(lambda *a: cross_entropy(*a, rows), given)(hidden, table, targets))

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from slt_jax.kernels.langevin import random_words, reference, uniform_index
-from slt_jax.posterior import data as batches
+from slt_jax.posterior import files
 from slt_jax.posterior.data import ArrayData, HostData, Prefetcher, as_source, check_batch_size, draw_indices
 from slt_jax.posterior.files import hf_dataset, token_file
 
@@ -131,8 +131,8 @@ def test_a_file_gives_the_batch_that_memory_gives(tmp_path, name, stored, asked)
 @pytest.mark.parametrize(("bad", "stored"), [(50, np.uint16), (65_535, np.uint16), (-1, np.int32), (2**31, np.int64)])
 def test_an_id_outside_the_vocabulary_is_named(tmp_path, monkeypatch, bad, stored, scan):
     """Found when opening, or in a file too large for that, when fetched. Kills: a position counted within the batch."""
-    monkeypatch.setattr(batches, "_SCAN_LIMIT", 2**28 if scan else 0)
-    monkeypatch.setattr(batches, "_BLOCK", 64)
+    monkeypatch.setattr(files, "SCAN_LIMIT", 2**28 if scan else 0)
+    monkeypatch.setattr(files, "BLOCK", 64)
     tokens = TOKENS.copy()
     tokens[503] = bad
     path = write(tmp_path / "t.npy", tokens, stored)
@@ -226,8 +226,8 @@ def test_bad_arguments_of_a_token_file_are_refused(tmp_path):
 def test_one_changed_token_changes_the_fingerprint(tmp_path, monkeypatch, name, whole):
     """Kills: a fingerprint of the head of the file, or of its name and size."""
     if not whole:
-        monkeypatch.setattr(batches, "_HASH_WHOLE", 100)
-        monkeypatch.setattr(batches, "_BLOCK", 64)  # 64 blocks of 64 bytes cover these 2006 bytes
+        monkeypatch.setattr(files, "HASH_LIMIT", 100)
+        monkeypatch.setattr(files, "BLOCK", 64)  # 64 blocks of 64 bytes cover these 2006 bytes
     path = write(tmp_path / name)
     first = token_file(path, 10).fingerprint()
     assert first == token_file(path, 10).fingerprint()
@@ -287,15 +287,15 @@ def test_prefetching_runs_beside_the_caller_and_hands_on_its_errors():
     with Prefetcher(source) as ahead:
         with pytest.raises(RuntimeError, match="nothing was submitted"):
             ahead.result()
-        ahead.submit([1, 2])
+        ahead.submit(np.array([1, 2]))
         with pytest.raises(RuntimeError, match="under way"):
-            ahead.submit([3])
+            ahead.submit(np.array([3]))
         source.allowed.set()
         np.testing.assert_array_equal(ahead.result()["x"], [2, 4])
-        ahead.submit([13])
+        ahead.submit(np.array([13]))
         with pytest.raises(OSError, match="disk gone"):
             ahead.result()
-        ahead.submit([5])
+        ahead.submit(np.array([5]))
         np.testing.assert_array_equal(ahead.result()["x"], [10])
     assert source.thread is not threading.main_thread()
     assert not source.thread.is_alive()

@@ -71,6 +71,7 @@ def test_token_file_with_a_vocabulary(tmp_path):
     refuses(ValueError, lambda: slt.token_file(tmp_path / "t.npy", 6, vocab_size=VOCABULARY), *words)
 
 
+@pytest.mark.usefixtures("wrong_types")
 @pytest.mark.quick
 def test_tokens_of_a_wrong_kind():
     target = token_posterior("next_token_loss")

@@ -196,6 +196,7 @@ def test_a_target_outside_the_vocabulary_gives_nan_in_its_row_alone(bad):
     np.testing.assert_array_equal(np.isnan(loss), [False, True, False])
 
 
+@pytest.mark.usefixtures("wrong_types")
 @pytest.mark.parametrize("tokens", [jnp.ones((3, 1), jnp.int32), jnp.ones(3, jnp.int32), jnp.ones((3, 4))])
 def test_tokens_of_the_wrong_shape_or_type_are_refused(tokens):
     with pytest.raises(ValueError, match="tokens must be whole numbers of shape"):

@@ -43,6 +43,7 @@ def test_defaults():
     assert sorted(target.free_names) == sorted([BIAS, KERNEL, HEAD])
 
 
+@pytest.mark.usefixtures("wrong_types")
 @pytest.mark.parametrize("value", [3, 3.0, np.float32(3), np.float64(3), np.int64(3), jnp.float32(3), jnp.int32(3)])
 def test_any_real_scalar_is_a_hyperparameter(value):
     target = posterior(nbeta=value, localization=value)
@@ -51,6 +52,7 @@ def test_any_real_scalar_is_a_hyperparameter(value):
     assert slt.sgld(value).step_size == 3.0
 
 
+@pytest.mark.usefixtures("wrong_types")
 def test_num_data_of_numpy_becomes_an_int():
     """Kills: a NumPy integer in the settings, which JSON cannot write."""
     assert type(posterior(num_data=np.int32(100)).num_data) is int
