@@ -19,7 +19,9 @@ class Slope(NamedTuple):
 UNKNOWN = Slope(math.nan, math.nan)
 
 
-def slopes(draws: np.ndarray, gap_var: np.ndarray, distance_sq: np.ndarray, nbeta: float, localization: float) -> tuple[Slope, Slope]:
+def slopes(
+    draws: np.ndarray, gap_var: np.ndarray, distance_sq: np.ndarray, nbeta: float, localization: float
+) -> tuple[Slope, Slope]:
     """(d LLC / d log nbeta, d LLC / d log localization), from the draws alone.
 
     Derivation: with p proportional to exp(-nbeta L - localization D), D = |w - w*|^2 / 2, the derivative of E[L] by
@@ -32,7 +34,9 @@ def slopes(draws: np.ndarray, gap_var: np.ndarray, distance_sq: np.ndarray, nbet
     Args:
         draws: nbeta (L_m(w) - L_m(w*)), (chain, draw). gap_var: per draw, of L_m(w) - L_m(w*). distance_sq: |w - w*|^2.
     """
-    if (parts := _quarters(draws, nbeta * (nbeta * gap_var.astype(np.float64)), localization / 2 * distance_sq)) is None:
+    if (
+        parts := _quarters(draws, nbeta * (nbeta * gap_var.astype(np.float64)), localization / 2 * distance_sq)
+    ) is None:
         return UNKNOWN, UNKNOWN
     energy, noise, pull = parts
     up = _mean_of(energy - (_product(energy, energy) - noise))

@@ -28,9 +28,11 @@ def series(rng, chains=4, draws=1000, rho=RHO, mean=0.0):
 def test_ess_is_that_of_the_process(rho):
     exact = 4000 * (1 - rho) / (1 + rho)
     found = [ess_and_rhat(series(np.random.default_rng(i), rho=rho))[0] for i in range(10)]
-    spread = np.std(found, ddof=1) / math.sqrt(10)
-    # up to 5 % is the estimator's own: it truncates the sum of autocorrelations, and caps at the number of draws
-    assert abs(np.mean(found) - exact) < 4 * spread + 0.05 * exact
+    spread = np.std(found, ddof=1)
+    # Half of the estimates from independent draws are capped, at their number: a normal law so cut at its mean loses
+    # 1 / sqrt(2 pi) of its deviation, which is 0.68 of the deviation that is left.
+    capped = 0.68 * spread if rho == 0 else 0.0
+    assert abs(np.mean(found) + capped - exact) < 4 * spread / math.sqrt(10) < 0.2 * exact
 
 
 def test_standard_errors_are_calibrated():
@@ -47,9 +49,9 @@ def test_standard_errors_are_calibrated():
 def test_trend_is_calibrated_and_sees_a_drift():
     still = [trend_of(series(np.random.default_rng(i), draws=400))[1] for i in range(100)]
     assert np.mean(np.abs(still) > 3) < 0.05
-    drifting = series(np.random.default_rng(0), draws=400) + np.linspace(0, 2, 400)
-    change, z = trend_of(drifting)
-    assert change == pytest.approx(1.0, abs=0.5)
+    draws = series(np.random.default_rng(0), draws=400)
+    change, z = trend_of(draws + np.linspace(0, 2, 400))
+    assert change - trend_of(draws)[0] == pytest.approx(400 / 399)  # half of the line, of 399 intervals
     assert z > 3
 
 
