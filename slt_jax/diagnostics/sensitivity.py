@@ -41,11 +41,11 @@ def slopes(
     energy, noise, pull = parts
     up = _mean_of(energy - (_product(energy, energy) - noise))
     away = np.abs(draws - draws.mean())
-    least = _gamma_error(float(energy.mean()), ess_and_rhat((away / (away.max() or 1.0)) ** 2)[0])  # in float32's range
+    least = gamma_error(float(energy.mean()), ess_and_rhat((away / (away.max() or 1.0)) ** 2)[0])  # in float32's range
     return Slope(up.value, max(up.stderr, least)), _mean_of(-_product(energy, pull))
 
 
-def _gamma_error(shape: float, count: float) -> float:
+def gamma_error(shape: float, count: float) -> float:
     """Standard error of mean - variance over ``count`` independent draws of a Gamma law of scale 1.
 
     Its cumulants are shape (n - 1)!, so that the mean, the variance and their covariance have the variances

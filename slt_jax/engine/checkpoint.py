@@ -26,6 +26,12 @@ FORMAT = 3
 PATIENCE = 20  # seconds until a file that another machine wrote is seen here
 
 
+def check_directory(directory: Any) -> None:
+    """Raise TypeError unless ``directory`` is a path."""
+    if not isinstance(directory, str | os.PathLike):
+        raise TypeError(f"checkpoint_dir must be a path, got {directory!r}. Give a directory of its own.")
+
+
 def versions() -> dict[str, str]:
     """Versions that a bit-for-bit result depends on."""
     packages = {name: importlib.metadata.version(name) for name in ("slt-jax", "jax", "jaxlib")}
@@ -47,8 +53,7 @@ class RunStore:
     """
 
     def __init__(self, directory: str | os.PathLike, identity: dict[str, Any], mesh: Mesh | None = None):
-        if not isinstance(directory, str | os.PathLike):
-            raise TypeError(f"checkpoint_dir must be a path, got {directory!r}. Give a directory of its own.")
+        check_directory(directory)
         self.path, self.mesh = Path(directory).absolute(), mesh
         if jax.process_count() > 1 and not spans_processes(mesh):
             raise ValueError(

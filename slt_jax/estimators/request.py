@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from slt_jax._checks import check_count, check_key, check_positive
-from slt_jax.engine.checkpoint import RunStore, digest_of, first_difference, versions
+from slt_jax.engine.checkpoint import RunStore, check_directory, digest_of, first_difference, versions
 from slt_jax.engine.mesh import allgather, automatic, chain_mesh, check_mesh, spans_processes
 from slt_jax.engine.plan import Lengths, Schedule
 from slt_jax.engine.problem import Problem
@@ -79,6 +79,8 @@ class Request:
         _check_dynamics(control_variate, hot)
         if budget is not None and num_draws is not None:
             raise ValueError(f"budget = {budget} and num_draws = {num_draws} both set the length. Give one of them.")
+        if checkpoint_dir is not None:
+            check_directory(checkpoint_dir)
         check_positive("checkpoint_seconds", checkpoint_seconds, "0 saves after every chunk.", zero=True)
         return cls(
             posterior=posterior,

@@ -214,12 +214,12 @@ def test_two_temperatures_need_no_loss_at_the_center():
 
 
 def test_cross_checks_agree_on_a_real_run():
-    """Each with its own value on a Gaussian. Minibatches heat by 0.3 %, twice that in the variance: 0.02 of 3, a fourth
+    """Each with its own value on a Gaussian. Minibatches heat by 0.3 %, twice that in the variance: 0.02 of 3, a third
     of its error.
     """
     x = np.random.default_rng(0).normal(size=(2000, 6)).astype(np.float32)
     center = {"w": jnp.zeros(6)}
-    runs, plan = [], {"num_draws": 4000, "num_warmup": 200, "thinning": 4, "batch_size": 100}
+    runs, plan = [], {"num_draws": 8000, "num_warmup": 200, "thinning": 4, "batch_size": 100}
     for key, nbeta in enumerate((200.0, 100.0)):
         posterior = slt.LocalPosterior(lambda p, x: 0.5 * (x @ p["w"]) ** 2, center, 2000, nbeta, localization=0.1)
         runs.append(slt.estimate_llc(posterior, x, sampler=slt.underdamped(0.05 / nbeta, 0.7), key=key, **plan))
@@ -227,7 +227,7 @@ def test_cross_checks_agree_on_a_real_run():
     by_variance, by_two = (share**2).sum() / 2, (share / 200 - less / 100).sum() / 2 / (1 / 200 - 1 / 100)
     checks = (slt.variance_estimator(runs[0]), by_variance), (slt.two_temperature_estimator(*runs), by_two)
     for check, exact in checks:
-        assert abs(check.llc - exact) < 4 * check.llc_stderr < 0.4
+        assert abs(check.llc - exact) < 4 * check.llc_stderr < 0.3
 
 
 VERDICTS = {

@@ -14,6 +14,7 @@ from slt_jax.engine.plan import Schedule
 from slt_jax.posterior.data import as_source, draw_indices
 from slt_jax.samplers.base import Info, Sampler
 from tests.engines import engine_of, numbers_of
+from tests.small import traces_of
 from tests.sources import Rows
 
 NAMES = ("loss_trace", "baseline_trace", "drift_sq", "virial", "warmup_loss")
@@ -33,7 +34,7 @@ def estimate(posterior, data, **changed):
 
 def assert_same(a, b, exact=True):
     for name in NAMES:
-        x, y = getattr(a, name), getattr(b, name)
+        x, y = traces_of(a)[name], traces_of(b)[name]
         if exact:
             np.testing.assert_array_equal(x, y, err_msg=name)
         else:
