@@ -19,7 +19,7 @@ def row(target: Target) -> str:
     settings = result.settings
     exact, z = "", ""
     if target.exact is not None:
-        value = target.exact(settings["nbeta"], settings["localization"])
+        value = target.exact(settings.nbeta, settings.localization)
         exact, z = f"{value:.4g}", f"{(result.llc - value) / result.llc_stderr:+.1f}"
     error = result.llc / float(target.truth) - 1
     estimate = f"{result.llc:.4g} ± {result.llc_stderr:.2g}"

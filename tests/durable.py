@@ -16,6 +16,7 @@ import pytest
 
 import slt_jax as slt
 from slt_jax.engine.loop import Engine
+from tests.small import traces_of
 
 DATA = np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32)
 PLAN = {"num_chains": 4, "num_draws": 16, "num_warmup": 8, "batch_size": 8, "chunk_size": 3, "checkpoint_seconds": 0}
@@ -41,7 +42,7 @@ def estimate(directory=None, data=DATA, target=None, **changes):
 
 def assert_equal(result, expected):
     for name in TRACES:
-        np.testing.assert_array_equal(getattr(result, name), getattr(expected, name), err_msg=name)
+        np.testing.assert_array_equal(traces_of(result)[name], traces_of(expected)[name], err_msg=name)
 
 
 SLOWLY = """
@@ -49,6 +50,7 @@ import sys, time
 import jax
 jax.config.update("jax_num_cpu_devices", 2)
 from slt_jax.engine.loop import Engine
+from tests.small import traces_of
 
 advance = Engine.advance
 def slowly(self, run, *rest):

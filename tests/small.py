@@ -1,10 +1,15 @@
-"""A small run that takes any argument and what a refusal must say, for the tests of bad input; draws of a known law."""
+"""A small run that takes any argument, what a refusal must say, and results without a run."""
+
+import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import slt_jax as slt
+from slt_jax.engine.trace import Trace
+from slt_jax.results.llc import SAVED, saved_traces
+from slt_jax.results.record import RunRecord
 
 DATA = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
 PLAN = {"num_chains": 4, "num_draws": 4, "num_warmup": 2, "batch_size": 8}
@@ -22,6 +27,28 @@ def posterior(loss_fn=square, center=None, num_data=40, **more):
 def estimate(target=None, data=DATA, **more):
     given = {"sampler": slt.sgld(1e-4), **PLAN, **more}
     return slt.estimate_llc(posterior() if target is None else target, data, **given)
+
+
+def made_result(loss, warmup, settings, *, stopped=None, notes=(), **traces):
+    """A result without a run, of these traces (chain, draw): numbers stand for all draws, what is left out is NaN."""
+    given = {"gap_var": 1e-6, "drift_sq": 1.0, "distance_sq": 1.0, **traces}
+    arrays = {name: np.full(loss.shape, given.get(name, np.nan), loss.dtype) for name in SAVED.values()}
+    arrays |= {name: value for name, value in given.items() if np.ndim(value)} | {"loss": loss}
+    return slt.LLCResult(Trace(**arrays), warmup, stopped or {}, RunRecord.from_json(settings), tuple(notes))
+
+
+def with_traces(result, **traces):
+    """The same with other traces, or other settings by their names."""
+    known = {name: value for name, value in traces.items() if name in Trace._fields}
+    settings = {name: value for name, value in traces.items() if name not in known}
+    return dataclasses.replace(
+        result, traces=result.traces._replace(**known), settings=dataclasses.replace(result.settings, **settings)
+    )
+
+
+def traces_of(result):
+    """All that is recorded of the chains, by its name in a saved file."""
+    return {**saved_traces(result), "warmup_loss": result.warmup_loss}
 
 
 def gamma_draws(llc, chains=8, draws=4000, seed=0):

@@ -202,7 +202,7 @@ def measure(snapshot: Snapshot, target: np.ndarray, budget: int, reference: bool
         "labels": summary(estimate(weights, target.astype(np.float32), budget // 8, snapshot.step)),
     }
     if reference:
-        sampler = slt.hmc(found.settings["step_size"], num_steps=64)
+        sampler = slt.hmc(found.settings.step_size, num_steps=64)
         row["hmc"] = summary(estimate(weights, own, budget // 20, snapshot.step, sampler))
     return row
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from slt_jax.calibration.choose import REACH
+from slt_jax.calibration.localization import REACH
 
 
 class GibbsState(NamedTuple):

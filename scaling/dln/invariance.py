@@ -189,8 +189,8 @@ def measure(network: Network, method: str, exponent: float, budget: int) -> dict
     return {
         "network": network.name, "method": method, "exponent": exponent, "coefficient": network.coefficient,
         **{name: numbers[name] for name in names},
-        "posterior_value": posterior_value(network, where, settings["nbeta"], settings["localization"]),
-        "step_size": settings["step_size"], "localization": settings["localization"],
+        "posterior_value": posterior_value(network, where, settings.nbeta, settings.localization),
+        "step_size": settings.step_size, "localization": settings.localization,
     }  # fmt: skip
 
 

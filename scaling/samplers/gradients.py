@@ -52,7 +52,7 @@ def ours(teacher: Teacher, data: tuple) -> dict:
         return slt.estimate_llc(posterior, data, budget=budget, batch_size=BATCH, key=teacher.seed)
 
     last = estimate(BUDGETS[-1], None)  # chooses the localization, so that all sample one posterior
-    localization, step_size = last.settings["localization"], last.settings["step_size"]
+    localization, step_size = last.settings.localization, last.settings.step_size
     estimates = [*(estimate(budget, localization).llc for budget in BUDGETS[:-1]), last.llc]
     reference = exact(teacher, localization, step_size / 4, draws=400)
     count = first_to_stay(np.array(BUDGETS), np.array(estimates), reference.llc)
@@ -74,8 +74,8 @@ def published(teacher: Teacher, data: tuple, step_size: float) -> dict:
 def _reference(result: slt.LLCResult) -> dict:
     settings = result.settings
     return {
-        "reference": result.llc, "reference_stderr": result.llc_stderr, "localization": settings["localization"],
-        "device": settings["devices"], "versions": settings["versions"],
+        "reference": result.llc, "reference_stderr": result.llc_stderr, "localization": settings.localization,
+        "device": settings.devices, "versions": settings.versions,
     }  # fmt: skip
 
 

@@ -80,7 +80,7 @@ def main() -> None:
                 result = estimate(teacher, data, nbeta, budget)
                 store.add(row_of(teacher, asked, result, time.monotonic() - began))
                 ratio = result.llc / float(teacher.truth)
-                print(kind, seed, f"{result.settings['nbeta']:.3g} {budget} {ratio:.4f} {result.verdict}", flush=True)
+                print(kind, seed, f"{result.settings.nbeta:.3g} {budget} {ratio:.4f} {result.verdict}", flush=True)
         jax.clear_caches()
     table(store)
 

@@ -1,91 +1,104 @@
-"""Does the verdict tell good estimates from bad ones? Two hundred runs, most of them with deliberately bad settings.
+"""Does the verdict tell good estimates from bad ones? Hundreds of runs, most of them with deliberately bad settings.
 
-    python -m scaling.samplers.verdicts                         # ten minutes on two cores
-    python -m scaling.samplers.verdicts --problems kept-apart   # others, on which no limit was set
-    python -m scaling.samplers.verdicts --problems unseen       # others again, run once, after the last change
+    python -m scaling.samplers.verdicts                           # ten minutes on two cores
+    python -m scaling.samplers.verdicts --problems kept-apart     # others; a few limits were set with these known
+    python -m scaling.samplers.verdicts --problems second-apart   # others again, likewise
+    python -m scaling.samplers.verdicts --problems fresh          # of other families; no limit was set with these known
 
 Problems whose posterior's value is known exactly at any nbeta and localization, so that "off" means wrong about this
 very posterior. Settings: step sizes over four decades (as multiples of 1 / curvature), for SGLD and for underdamped
 Langevin; far too few steps; minibatches of two to eight examples; a center that is no minimum (whose estimate counts as
-off whatever it reads); and the defaults.
+off whatever it is); and the defaults. On the fresh problems also SGHMC and preconditioned SGLD, and the center that is
+no minimum is that of a training stopped early.
 """
 
 import argparse
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
+from jax.flatten_util import ravel_pytree
 
 import slt_jax as slt
 from scaling.known_answers import Target, by_name
+from scaling.samplers.fresh_problems import Problem, fresh_problems
+from scaling.samplers.verdict_settings import PROBLEMS, Setting, settings
 
-PROBLEMS = {
-    "in-view": (
-        "quadratic, d = 10, 2 decades", "quadratic, d = 20, 1 decades", "noisy regression, d = 10", "|w|^4, d = 4",
-        "x^2 + y^4", "deep linear 2-3-3, rank 0",
-    ),
-    "kept-apart": (
-        "quadratic, d = 2", "|w|^4, d = 2", "|w|^6, d = 3", "x^2 y^2", "one tanh unit", "Gaussian mixture",
-        "deep linear 2-2-2, rank 0",
-    ),
-    "unseen": (
-        "quadratic, d = 1", "x^4", "x^6", "(y^2 - x^3)^2", "x^2 y^4", "x^2 y^2 z^2", "x^2 y^2 + z^2",
-        "deep linear 1-2-2, rank 0",
-    ),
-}  # fmt: skip
-FIRST_KEY = {"in-view": 0, "kept-apart": 100, "unseen": 200}
 CURVATURE = dict(zip(PROBLEMS["in-view"], (2e3, 2e3, 2.2e3, 7e2, 4e3, 3e4), strict=True))
 PULL = 1.0
 
 
+def problem_of(name: str) -> Target | Problem:
+    fresh = fresh_problems()
+    return fresh[name] if name in fresh else by_name(name)
+
+
+@functools.cache
 def curvature_of(name: str) -> float:
     """The largest curvature that a calibration meets."""
-    target = by_name(name)
-    result = slt.estimate_llc(posterior_of(target, 0.0), target.data, budget=10_000, key=99)
-    return result.settings["calibration"]["curvature"]
+    if name in CURVATURE:
+        return CURVATURE[name]
+    problem = problem_of(name)
+    result = slt.estimate_llc(posterior_of(problem, problem.center), problem.data, budget=10_000, key=99)
+    return result.settings.calibration["curvature"]
 
 
-def settings(problems: str) -> Iterator[tuple[str, str, dict]]:
-    """(name of the problem, name of the setting, arguments)."""
-    first = FIRST_KEY[problems]
-    lengths = {"num_chains": 4, "num_warmup": 1000, "num_draws": 2000, "key": first}
-    for name in PROBLEMS[problems]:
-        scale = 1 / (CURVATURE.get(name) or curvature_of(name))
-        for share in (1e-3, 3e-3, 1e-2, 0.03, 0.1, 0.3, 1.0, 2.0, 3.5, 10.0):
-            yield name, f"sgld {share:g}", {"sampler": slt.sgld(share * scale), **lengths}
-        for share in (1e-3, 1e-2, 0.1, 0.5, 2.0, 3.5, 10.0):
-            yield name, f"underdamped {share:g}", {"sampler": slt.underdamped(share * scale, 0.2), **lengths}
-        for draws in (8, 20, 60):
-            for share in (0.01, 0.1):
-                few = {**lengths, "num_chains": 2, "num_warmup": draws, "num_draws": draws}
-                yield name, f"few steps {draws}, sgld {share:g}", {"sampler": slt.sgld(share * scale), **few}
-        for batch in (2, 8):
-            for share in (0.03, 0.3):
-                noisy = {"sampler": slt.sgld(share * scale), "batch_size": batch, **lengths}
-                yield name, f"batch {batch}, sgld {share:g}", noisy
-        for away in (0.05, 0.3):
-            for share in (0.03, 0.1):
-                yield name, f"no minimum {away:g}, sgld {share:g}", {"sampler": slt.sgld(share * scale), **lengths}
-        for key in range(first, first + 4):
-            yield name, f"defaults {key}", {"key": key, "budget": 60_000}
+def posterior_of(problem: Target | Problem, center: Any) -> slt.LocalPosterior:
+    return slt.LocalPosterior(problem.loss_fn, center, problem.num_data, localization=PULL)
 
 
-def posterior_of(target: Target, away: float) -> slt.LocalPosterior:
+def center_of(setting: Setting) -> Any:
+    problem = problem_of(setting.problem)
+    if setting.excess:
+        return stopped_early(problem, setting.excess)
     rng = np.random.default_rng(1)
-    center = jax.tree.map(lambda w: (w + away * rng.normal(size=w.shape)).astype(np.float32), target.center)
-    return slt.LocalPosterior(target.loss_fn, center, target.num_data, localization=PULL)
+    return jax.tree.map(lambda w: (w + setting.away * rng.normal(size=w.shape)).astype(np.float32), problem.center)
 
 
-def run(name: str, setting: str, options: dict) -> dict:
-    target = by_name(name)
-    away = float(setting.split()[2].rstrip(",")) if setting.startswith("no minimum") else 0.0
-    result = slt.estimate_llc(posterior_of(target, away), target.data, **options)
-    exact = target.exact(result.settings["nbeta"], PULL)
+def stopped_early(problem: Target | Problem, excess: float) -> Any:
+    """Weights of a training that did not arrive, its last step shortened so that
+
+        nbeta (L - L(w*)) = excess exact(nbeta, PULL).
+
+    Gradient descent from a random place far enough away, with steps that are halved until the loss falls.
+    """
+    flat, unravel = ravel_pytree(problem.center)
+    loss = jax.jit(lambda w: problem.loss_fn(unravel(w), problem.data).mean())
+    slope = jax.jit(jax.grad(loss))
+    nbeta, lowest = posterior_of(problem, problem.center).nbeta, float(loss(flat))
+    level = excess * problem.exact(nbeta, PULL) / nbeta
+    above = lambda w: float(loss(w)) - lowest - level  # noqa: E731
+    away = 0.3 * np.random.default_rng(2).normal(size=flat.shape).astype(np.float32)
+    while above(flat + away) < 2 * level:
+        away = 2 * away
+    here, rate = flat + away, 1.0
+    while above(here) > 0:
+        there = here - rate * slope(here)
+        if above(there) < above(here):
+            before, here = here, there
+        else:
+            rate /= 2
+    low, high = 0.0, 1.0  # shares of the last step
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if above(before + middle * (here - before)) > 0 else (low, middle)
+    return jax.tree.map(np.asarray, unravel(before + high * (here - before)))
+
+
+def run(setting: Setting) -> dict:
+    problem, options = problem_of(setting.problem), setting.options
+    if setting.sampler is not None:
+        options = {**options, "sampler": setting.sampler(1 / curvature_of(setting.problem))}
+    result = slt.estimate_llc(posterior_of(problem, center_of(setting)), problem.data, **options)
+    exact = problem.exact(result.settings.nbeta, PULL)
     summary = result.to_dict()
     keep = ("llc", "llc_stderr", "llc_raw", "verdict", "reason", "rhat", "ess", "virial", "kinetic", "acceptance")
-    return {"problem": name, "setting": setting, "exact": exact, "minimum": not away, **{k: summary[k] for k in keep}}
+    row = {"problem": setting.problem, "setting": setting.name, "exact": exact, "minimum": setting.at_minimum}
+    return {**row, **{k: summary[k] for k in keep}}
 
 
 def judged(rows: list[dict]) -> tuple[list[dict], list[dict]]:
@@ -133,8 +146,8 @@ def main() -> None:
         args.out = Path(__file__).parent / "results" / f"verdicts-{args.problems}.jsonl"
     if not args.table:
         with args.out.open("w") as file:
-            for name, setting, options in settings(args.problems):
-                file.write(json.dumps(run(name, setting, options)) + "\n")
+            for setting in settings(args.problems):
+                file.write(json.dumps(run(setting)) + "\n")
                 file.flush()
     tell(args.problems, [json.loads(line) for line in args.out.read_text().splitlines()])
 

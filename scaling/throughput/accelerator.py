@@ -35,9 +35,10 @@ import slt_jax as slt
 from scaling.throughput.accelerator_torch import BATCHES, LOCALIZATION, NBETA, STEP_SIZE, add_sizes, run_apart
 from scaling.throughput.compare import machine
 from slt_jax.engine.checkpoint import versions
-from slt_jax.engine.loop import Engine, Run
+from slt_jax.engine.loop import Engine, Inputs, Run
 from slt_jax.engine.mesh import chain_mesh
-from slt_jax.engine.plan import Schedule
+from slt_jax.engine.plan import Numbers, Schedule
+from slt_jax.engine.problem import Problem
 from slt_jax.engine.progress import peak_memory
 from slt_jax.models import Decoder, DecoderConfig
 from slt_jax.posterior.data import as_source
@@ -67,12 +68,14 @@ class Job:
         params, loss_fn = slt.from_nnx(Decoder(config, rngs=nnx.Rngs(0)), lambda m, tokens: m.losses(tokens))
         return slt.LocalPosterior(loss_fn, params, len(self.data), NBETA, LOCALIZATION, forward_dtype=jnp.bfloat16)
 
-    def engine(self, chains: int) -> tuple[Engine, Run]:
+    def engine(self, chains: int) -> tuple[Engine, Inputs, Run]:
         """Chunks of ``--steps`` steps, one chain at a time: the program that ``estimate`` uses as well."""
         a, sampler = self.args, slt.sgld(STEP_SIZE)
         plan = Schedule(chains, (a.rounds + 2) * a.steps, 0, 1, a.batch, 1, "full", 1, a.steps)
-        engine = Engine(self.posterior, as_source(self.data), sampler, plan, jax.random.key(0), self.mesh)
-        return engine, engine.start()
+        problem = Problem(self.posterior, as_source(self.data), self.mesh, a.batch)
+        engine = Engine(problem, sampler, plan, jax.random.key(0))
+        inputs = engine.inputs(Numbers(NBETA, LOCALIZATION, STEP_SIZE))
+        return engine, inputs, engine.start(inputs)
 
 
 class Record:
@@ -117,14 +120,14 @@ def device(args: argparse.Namespace) -> dict[str, Any]:
 
 def memory(job: Job) -> dict[str, Any]:
     """Peak after one chunk of all chains, before anything else has run here; the compiler's account at two counts."""
-    (engine, run), begin = job.engine(job.args.chains), time.monotonic()
+    (engine, inputs, run), begin = job.engine(job.args.chains), time.monotonic()
     sizes, compile_s = {job.args.chains: _program_bytes(engine, run)}, time.monotonic() - begin
-    engine.advance(run, job.args.steps)
+    engine.advance(run, inputs, job.args.steps)
     stats = jax.devices()[0].memory_stats() or {}
     peak_mib, where = peak_memory()
     del engine, run
     other = 2 if job.args.chains > 2 else 2 * job.args.chains
-    sizes[other] = _program_bytes(*job.engine(other))
+    sizes[other] = _program_bytes(job.engine(other)[0], job.engine(other)[2])
     (few, less), (many, more) = sorted((chains, found["total"]) for chains, found in sizes.items())
     per_chain = (more - less) / (many - few)
     fixed, limit = less - few * per_chain, stats.get("bytes_limit")
@@ -146,17 +149,17 @@ def _program_bytes(engine: Engine, run: Run) -> dict[str, int]:
 def step(job: Job) -> dict[str, Any]:
     """Seconds of one step of one chain and of one bare gradient, each round's."""
     a = job.args
-    engine, run = job.engine(a.chains)
+    engine, inputs, run = job.engine(a.chains)
     batches = [jnp.asarray(job.data[i * a.batch : (i + 1) * a.batch]) for i in range(4)]
     bare = jax.jit(jax.value_and_grad(job.posterior.program.mean_loss))
 
     def gradients(count: int) -> None:
         for i in range(count):
-            out = bare(engine.center, engine.frozen, batches[i % len(batches)])
+            out = bare(engine.problem.center, engine.problem.frozen, batches[i % len(batches)])
         jax.block_until_ready(out)
 
     each = a.steps * a.chains
-    loops = {"engine": lambda: engine.advance(run, a.steps), "bare": lambda: gradients(each)}
+    loops = {"engine": lambda: engine.advance(run, inputs, a.steps), "bare": lambda: gradients(each)}
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     for loop in loops.values():
         loop()  # compiles
@@ -198,13 +201,13 @@ def estimate(job: Job, record: Record) -> dict[str, Any]:
         job.posterior, job.data, sampler=slt.sgld(STEP_SIZE), num_chains=a.chains, num_draws=draws, num_warmup=0,
         thinning=1, batch_size=a.batch, key=0, mesh=job.mesh, chain_batch=1, chunk_size=a.steps, baseline="full",
     )  # fmt: skip
-    call, sampling = time.monotonic() - begin, result.settings["cost"]["seconds"]
+    call, sampling = time.monotonic() - begin, result.settings.cost["seconds"]
     return {
         "chains": a.chains, "draws": draws, "num_warmup": 0, "thinning": 1, "baseline": "full", "step_size": STEP_SIZE,
         "call_minutes": call / 60, "sampling_minutes": sampling / 60, "draws_asked": a.draws,
         "projected": draws < a.draws, "minutes_for_draws_asked": (call + sampling * (a.draws / draws - 1)) / 60,
         "stopped_chains": len(result.stopped), "llc_raw": result.llc_raw if np.isfinite(result.llc_raw) else None,
-        "cost": result.settings["cost"], "memory": result.settings.get("memory"),
+        "cost": result.settings.cost, "memory": result.settings.memory,
     }  # fmt: skip
 
 

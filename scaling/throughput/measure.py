@@ -40,7 +40,7 @@ def whole_call(case: str, folder: Path, baseline: str) -> dict[str, Any]:
     result = bench.run(work, baseline=baseline, key=1)
     wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
     peak = peak_mb()  # before the diagnostics, which load BlackJAX
-    steps, sampling = work.num_chains * (work.num_warmup + work.num_draws), result.settings["cost"]["seconds"]
+    steps, sampling = work.num_chains * (work.num_warmup + work.num_draws), result.settings.cost["seconds"]
     return {
         "steps": steps, "wall_s": wall, "cpu_s": cpu, "first_call_s": first, "sampling_s": sampling,
         "steps_per_s_call": steps / wall, "steps_per_s": steps / sampling, "baseline": baseline,
@@ -95,14 +95,19 @@ def _stepper(work: Any, sampler: Any, total: int) -> Callable[[int], None]:
     """A function that moves one chain by so many steps, ``total`` in all."""
     from slt_jax.engine.loop import Engine
     from slt_jax.engine.mesh import chain_mesh
-    from slt_jax.engine.plan import Schedule
+    from slt_jax.engine.plan import Numbers, Schedule
+    from slt_jax.engine.problem import Problem
     from slt_jax.posterior.data import as_source
 
     plan = Schedule(1, total, 0, 1, work.batch_size, 1, "full", 1, 512)
     mesh = chain_mesh(1, jax.devices()[:1])
-    engine = Engine(work.posterior, as_source(work.data), sampler, plan, jax.random.key(0), mesh)
-    run = engine.start()
-    return lambda count: engine.advance(run, count)
+    posterior = work.posterior
+    problem = Problem(posterior, as_source(work.data), mesh, work.batch_size)
+    engine = Engine(problem, sampler, plan, jax.random.key(0))
+    numbers = Numbers(posterior.nbeta, posterior.localization or 1.0, sampler.step_size or 1.0, sampler.friction)
+    inputs = engine.inputs(numbers)
+    run = engine.start(inputs)
+    return lambda count: engine.advance(run, inputs, count)
 
 
 def gpt2_small() -> dict[str, Any]:

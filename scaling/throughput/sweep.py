@@ -85,10 +85,10 @@ def the_sweep(args: argparse.Namespace) -> dict[str, Any]:
     found = slt.sweep(posterior, data, **GRID, sampler=slt.sgld(), **plan_of(args), key=KEY, memory_gib=args.memory_gib)
     seconds = time.monotonic() - began
     str(found)
-    traces, cost = len(posterior.loss_fn.traces), found.results[0].settings["cost"]
+    traces, cost = len(posterior.loss_fn.traces), found.results[0].settings.cost
     return {
         "seconds": seconds, "compiling": sum(compiled), "traces": traces, "peak_mib": peak_memory()[0], "steps": cost,
-        "devices": found.results[0].settings["devices"], "llc": found.dataset.llc.values.tolist(),
+        "devices": found.results[0].settings.devices, "llc": found.dataset.llc.values.tolist(),
     }  # fmt: skip
 
 

@@ -42,7 +42,7 @@ def estimates(center: Params, data: np.ndarray, seed: int, budget: int) -> dict[
     for name, (nbeta, localization) in settings(len(data)).items():
         posterior = slt.LocalPosterior(loss_fn, center, len(data), nbeta, localization)
         result = slt.estimate_llc(posterior, data, budget=budget, key=seed)
-        used = {key: result.settings[key] for key in ("nbeta", "localization", "step_size", "friction")}
+        used = {key: getattr(result.settings, key) for key in ("nbeta", "localization", "step_size", "friction")}
         found[name] = numbers(result) | used
     return found
 

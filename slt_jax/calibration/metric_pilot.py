@@ -4,77 +4,87 @@ At w* itself a singular model has directions without curvature that get some as 
 is first measured at w*, then, a few times, where the chains have come to in the last one's coordinates.
 """
 
+import functools
 import math
-from typing import Any
 
 import jax
 
+from slt_jax.calibration.effort import Effort
+from slt_jax.calibration.pilot import Pilot, rough_llc
 from slt_jax.calibration.probe import Probe
-from slt_jax.engine.loop import Engine
+from slt_jax.engine.keys import KeyTag
+from slt_jax.engine.loop import Engine, Run
+from slt_jax.engine.plan import Numbers
+from slt_jax.samplers.base import Metric, Position
 from slt_jax.samplers.kronecker import largest, measure
 
-SHARE = 0.06  # step_size times the largest curvature while the metric is not trusted yet
+STEP_SHARE = 0.06  # step_size times the largest curvature while the metric is not trusted yet
 STEPS = 40  # between two measurements
 FRICTION = 0.3
 HOTTEST = 3.0  # kinetic temperature of a pilot chain
-_PILOT = 2**31 - 11  # folded into the key of its noise
-_PROBES, _ITERATIONS = 2**31 - 12, 2**31 - 13
+_MOST_CAUTION = 8**5
 
 
-class Whitening:
-    """``explore`` leaves the engine with a metric. ``llc``: a rough one; ``gradients``: spent by the pilot's steps."""
+def run_metric_pilot(
+    engine: Engine, probe: Probe, effort: Effort, at_center: float, nbeta: float, localization: float
+) -> Pilot:
+    """A Pilot with a metric, whose ``curvature`` is the largest in the metric's coordinates.
 
-    def __init__(self, engine: Engine, probe: Probe, allowed: float):
-        self.engine, self.probe, self.allowed = engine, probe, allowed
-        self.gradients, self.llc, self.rounds = 0.0, math.inf, 0
+    A run that goes non-finite or hot starts again from w* with an eighth of the step; after five of them in a row the
+    run itself is left to say so.
 
-    def explore(self, at_center: float, localization: float) -> tuple[float, list]:
-        """(largest curvature in the metric's coordinates, final positions).
+    Args:
+        at_center: the largest curvature at w* in the weights' own coordinates, which sets the secants' length.
+    """
+    measured = functools.partial(_measured, engine, probe, (at_center + localization) ** -0.5, localization)
+    key = jax.random.fold_in(engine.key, KeyTag.METRIC_PILOT)
+    numbers = Numbers(nbeta, localization, 1.0, FRICTION)
+    caution, gradients, llc, rounds = 1.0, 0.0, math.inf, 0
+    run, positions = None, [probe.center]
+    metric, curvature = measured(positions, 8, (), 0)
+    while math.isfinite(curvature) and caution < _MOST_CAUTION:
+        before = gradients + probe.gradients
+        size = STEP_SHARE / (caution * curvature)
+        inputs = engine.inputs(numbers._replace(step_size=size, metric=metric), key, hot=1.0)
+        run = run or engine.start(inputs)
+        began = run.step
+        engine.move(run, inputs, STEPS)
+        gradients += STEPS * engine.plan.num_chains
+        rounds += 1
+        if not engine.all_alive(run) or not _is_calm(run, began):
+            run, caution = None, 8 * caution
+            continue
+        caution = 1.0
+        llc = rough_llc(run, slice(began, run.step), localization)
+        positions = [engine.position(run, c) for c in range(min(2, engine.plan.num_chains))]
+        metric, curvature = measured(positions, 4, metric, rounds)
+        one_more = 2 * (gradients + probe.gradients) - before
+        if one_more > effort.allowed or run.step + STEPS > engine.plan.total_steps:
+            break
+    succeeded = math.isfinite(curvature) and caution < _MOST_CAUTION
+    curvature = curvature if succeeded else _MOST_CAUTION * at_center
+    return Pilot(curvature, positions, llc, gradients=gradients, rounds=rounds, metric=metric)
 
-        ``at_center``: the largest curvature at w* in the weights' own coordinates, which sets the secants' length. A
-        pilot that goes non-finite or hot starts again from w* with an eighth of the step; after five of them in a row
-        the run itself is left to say so.
-        """
-        engine, reach, caution = self.engine, (at_center + localization) ** -0.5, 1.0
-        run, at = engine.start(), [self.probe.center]
-        curvature = self._measure(at, 8, reach, localization)
-        while math.isfinite(curvature) and caution < 8**5:
-            before, began = self._spent(), run.step
-            engine.pilot(run, STEPS, SHARE / (caution * curvature), FRICTION, _PILOT)
-            self.gradients += STEPS * engine.plan.num_chains
-            self.rounds += 1
-            if not engine.all_alive(run) or not self._calm(run, began):
-                run, caution = engine.start(), 8 * caution
-                continue
-            caution = 1.0
-            self._read(run, began, localization)
-            at = [engine.position(run, c) for c in range(min(2, engine.plan.num_chains))]
-            curvature = self._measure(at, 4, reach, localization)
-            one_more = 2 * self._spent() - before
-            if one_more > self.allowed or run.step + STEPS > engine.plan.total_steps:
-                break
-        return (curvature if math.isfinite(curvature) and caution < 8**5 else 8**5 * at_center), at
 
-    def _measure(self, at: list, count: int, reach: float, localization: float) -> float:
-        """Give the engine the metric at these positions; the largest curvature left in its coordinates."""
-        engine, probe = self.engine, self.probe
-        key = jax.random.fold_in(jax.random.fold_in(engine.alone(engine.key), _PROBES), self.rounds)
-        begun = engine.alone(engine.metric) if self.rounds else ()
-        metric = measure(probe.curvature, at, count, reach, localization, key, begun)
-        if metric is None:
-            return math.nan
-        engine.measure_in(metric)
-        key = jax.random.fold_in(jax.random.fold_in(engine.alone(engine.key), _ITERATIONS), self.rounds)
-        return max(largest(probe.curvature, engine.alone(engine.metric), p, 8, key, probe.hessian) for p in at)
+def _measured(
+    engine: Engine, probe: Probe, reach: float, localization: float, positions: list[Position], count: int,
+    begun: Metric, number: int,
+) -> tuple[Metric, float]:  # fmt: skip
+    """(the metric at these positions, the largest curvature left in its coordinates); NaN where there is none."""
+    curvature = functools.partial(probe.curvature, localization=localization)
+    hessian = functools.partial(probe.hessian, localization=localization)
+    problem = engine.problem
+    own = problem.on_first_device(engine.key)
+    key = jax.random.fold_in(jax.random.fold_in(own, KeyTag.METRIC_PROBES), number)
+    metric = measure(curvature, positions, count, reach, localization, key, problem.on_first_device(begun))
+    if metric is None:
+        return begun, math.nan
+    metric = problem.put(metric)
+    key = jax.random.fold_in(jax.random.fold_in(own, KeyTag.METRIC_POWER_ITERATION), number)
+    here = problem.on_first_device(metric)
+    return metric, max(largest(curvature, here, position, 8, key, hessian) for position in positions)
 
-    def _calm(self, run: Any, began: int) -> bool:
-        """No chain is far hotter than it should be: one that has left the region of the metric heats up at once."""
-        return bool((run.trace.kinetic[:, began : run.step].mean(1) < HOTTEST).all())
 
-    def _read(self, run: Any, began: int, localization: float) -> None:
-        rows = slice(began, run.step)
-        fall = run.trace.virial[:, rows].mean(dtype=float)
-        self.llc = 0.5 * (fall - localization * run.trace.distance_sq[:, rows].mean(dtype=float))
-
-    def _spent(self) -> float:
-        return self.gradients + self.probe.gradients
+def _is_calm(run: Run, began: int) -> bool:
+    """No chain is far hotter than it should be: one that has left the region of the metric heats up at once."""
+    return bool((run.trace.kinetic[:, began : run.step].mean(1) < HOTTEST).all())

@@ -1,4 +1,4 @@
-"""Looks at single positions: curvature, gradient noise, acceptance. Each costs a few gradients and moves no chain."""
+"""Measurements at single positions: curvature, gradient noise, acceptance. They cost a few gradients, and move none."""
 
 import functools
 import math
@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from slt_jax.posterior.local import LocalPosterior
+from slt_jax.engine.problem import Problem
 from slt_jax.posterior.program import LossProgram, can_be_lowered
-from slt_jax.samplers.base import Position, displacement, inner, noise_like, pull_back, root
+from slt_jax.samplers.base import Metric, Position, displacement, inner, noise_like, pull_back, root
 
 _ROWS = 16  # of a Hessian, side by side where the model is small
 _FEW = 10_000  # weights of such a model
@@ -21,7 +21,7 @@ _TANGENTS = 2.2  # times what a gradient takes, for its derivative along a direc
 class Noise(NamedTuple):
     """Trace of the covariance of nbeta grad L_m(w): of the plain gradient, and with control variates at w*.
 
-    In the coordinates of the engine's metric, if it has one.
+    In the coordinates of the metric, if there is one.
     """
 
     plain: float
@@ -32,8 +32,8 @@ def _grad_over(program: LossProgram, frozen: Any, blocks: Any, position: Positio
     """Mean loss and its gradient over all blocks, one block at a time."""
 
     def add(total, block):
-        found = jax.value_and_grad(program.mean_loss)(position, frozen, block)
-        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, found), None
+        loss_and_grad = jax.value_and_grad(program.mean_loss)(position, frozen, block)
+        return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, loss_and_grad), None
 
     zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, position))
     total, _ = jax.lax.scan(add, zero, blocks)
@@ -83,21 +83,22 @@ def _sharpness(program: LossProgram, position, frozen, blocks, nbeta, floor, rea
 
     The product with the Hessian is (grad L(w + s v) - grad L(w - s v)) / (2 s): two gradients, no second derivative of
     the model. s settles at 1 / sqrt(curvature), so that where the Hessian vanishes (a quartic) this is the curvature
-    that a chain meets. The length is averaged with the last one's logarithm: alone, a quartic's would swing for ever.
+    that a chain meets. The length is averaged with the last one's logarithm: by itself, a quartic's would never
+    settle.
     """
 
     def body(_, carry):
         v, s, _ = carry
         unit = s / _norm(v)
         product = _scaled(nbeta / (2 * s), _grad_change(program, frozen, blocks, position, v, unit))
-        found = _norm(product)
-        good = jnp.isfinite(found) & (found > 0)
+        curvature = _norm(product)
+        good = jnp.isfinite(curvature) & (curvature > 0)
         product = tuple(jnp.where(good, p, x) for p, x in zip(product, v, strict=True))
-        s = jnp.where(good, jnp.sqrt(s / jnp.sqrt(found + floor)), s / 10)
-        return product, s, jnp.where(good, found, 0.0)
+        s = jnp.where(good, jnp.sqrt(s / jnp.sqrt(curvature + floor)), s / 10)
+        return product, s, jnp.where(good, curvature, 0.0)
 
-    _, _, found = jax.lax.fori_loop(0, iterations, body, (start, reach, jnp.float32(0)))
-    return found
+    _, _, curvature = jax.lax.fori_loop(0, iterations, body, (start, reach, jnp.float32(0)))
+    return curvature
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -114,7 +115,7 @@ def _curvature(program: LossProgram, position, direction, frozen, blocks, nbeta,
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _hessian(program: LossProgram, position, direction, frozen, blocks, nbeta, localization):
+def hessian_product(program: LossProgram, position, direction, frozen, blocks, nbeta, localization):
     """The same by the derivative of the gradient along ``direction``."""
 
     def add(total, block):
@@ -132,13 +133,13 @@ def _dense_hessian(program: LossProgram, position, frozen, blocks, nbeta):
     weights = sum(w.size for w in (*position, *frozen))
 
     def row(unit):
-        return ravel_pytree(_hessian(program, position, unravel(unit), frozen, blocks, nbeta, 0.0))[0]
+        return ravel_pytree(hessian_product(program, position, unravel(unit), frozen, blocks, nbeta, 0.0))[0]
 
     return jax.lax.map(row, jnp.eye(flat.size, dtype=flat.dtype), batch_size=_ROWS if weights < _FEW else 1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _noise(program: LossProgram, position, center, frozen, halves, metric, nbeta):
+def noise_squares(program: LossProgram, position, center, frozen, halves, metric, nbeta):
     """Squared norms of g(w) and of g(w) - g(w*), with g the gradient of nbeta L over the first half less that over the
     second. Scaled before it is squared: float32 ends at 1e-38.
     """
@@ -162,7 +163,7 @@ def _noise(program: LossProgram, position, center, frozen, halves, metric, nbeta
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _acceptance(program: LossProgram, position, center, frozen, blocks, nbeta, localization, step_size, metric, fresh):
+def acceptance(program: LossProgram, position, center, frozen, blocks, nbeta, localization, step_size, metric, fresh):
     """Metropolis acceptance of one Euler-Maruyama step, which is one leapfrog step from the ``fresh`` momentum."""
     time = jnp.sqrt(step_size)
 
@@ -191,89 +192,84 @@ def _temporaries(program: Any, given: tuple) -> int:
 
 
 class Probe:
-    """Compiled looks at positions of one engine's posterior; ``gradients`` counts their cost in minibatch gradients.
+    """Compiled measurements at positions of one problem; ``gradients`` counts their cost in minibatch gradients.
 
-    On the first device alone, where the mesh is one of whole chains of this process. ``center``: w* there.
+    On the first device only, where the mesh is one of whole chains of this process. ``center``, ``frozen``: w* there,
+    ``blocks``: the fixed set of examples.
 
     Args:
-        engine: whose posterior, data and batch size are meant.
+        problem: whose loss, data and batch size are meant. nbeta: of the posterior.
         blocks: minibatches in the fixed set of examples that curvature and acceptance are taken over.
-        key: draws the examples. posterior: looked at in place of the engine's: the same with other numbers.
+        key: draws the examples.
     """
 
-    def __init__(self, engine: Any, blocks: int, key: jax.Array, posterior: LocalPosterior | None = None):
-        self._engine, self._own, self._key = engine, posterior, engine.alone(key)
-        self._batch = engine.plan.batch_size
+    def __init__(self, problem: Problem, nbeta: float, blocks: int, key: jax.Array):
+        self.problem, self._nbeta, self._key = problem, nbeta, problem.on_first_device(key)
+        self._batch = problem.batch_size
         self._random = np.random.default_rng(np.asarray(jax.random.key_data(key)))
-        num = engine.source.num_data
+        num = problem.source.num_data
         self.num_blocks = max(1, min(blocks, num // self._batch))
         chosen = self._random.choice(num, self.num_blocks * self._batch, replace=num < self._batch)
-        fetched = engine.fetch(np.sort(chosen))
-        self._blocks = jax.tree.map(lambda x: x.reshape(self.num_blocks, self._batch, *x.shape[1:]), fetched)
-        self.center, self._frozen = engine.alone(engine.center), engine.alone(engine.frozen)
+        fetched = problem.fetch(np.sort(chosen))
+        self.blocks = jax.tree.map(lambda x: x.reshape(self.num_blocks, self._batch, *x.shape[1:]), fetched)
+        self.center, self.frozen = problem.on_first_device(problem.center), problem.on_first_device(problem.frozen)
         self.gradients = 0.0
-
-    @property
-    def _posterior(self) -> LocalPosterior:
-        return self._engine.posterior if self._own is None else self._own
 
     def _next_key(self) -> jax.Array:
         self._key, out = jax.random.split(self._key)
         return out
 
-    def temporaries(self, *, calibrates: bool) -> list[int]:
-        """Bytes that its looks take beside their arguments, on one device; compiled here, and not again for them.
+    def temporaries(self, *, calibrates: bool, metric: bool = False) -> list[int]:
+        """Bytes that its measurements take beside their arguments, on one device; compiled here, and not again later.
 
         Args:
             calibrates: those that a calibration takes; else those at a run's end.
+            metric: whether the calibration measures a metric.
         """
-        looks = [(_noise, self._for_noise(self.center))]
+        programs = [(noise_squares, self._for_noise(self.center, ()))]
         if calibrates:
-            looks.append((_sharpness, self._for_sharpness(self.center, 1, self.center)))
-            looks.append((_grad_blocks, self._for_gradient(self.center)))
+            programs.append((_sharpness, self._for_sharpness(self.center, 1, self.center)))
+            programs.append((_grad_blocks, self._for_gradient(self.center)))
         else:
-            looks.append((_acceptance, self._for_acceptance(self.center, 1.0, self.center)))
-        found = [_temporaries(program, given) for program, given in looks]
-        return [*found, int(_TANGENTS * found[-1])] if calibrates and self._engine.sampler.metric else found
+            programs.append((acceptance, self._for_acceptance(self.center, 1.0, 1.0, (), self.center)))
+        sizes = [_temporaries(program, given) for program, given in programs]
+        return [*sizes, int(_TANGENTS * sizes[-1])] if calibrates and metric else sizes
 
     def sharpness(self, position: Position, iterations: int) -> float:
         """Largest curvature of nbeta L at ``position``, from below, by ``iterations`` rounds; 0 on flat ground."""
         start = noise_like(self._next_key(), position)
-        found = _sharpness(*self._for_sharpness(position, iterations, start))
+        largest = _sharpness(*self._for_sharpness(position, iterations, start))
         self.gradients += 2 * iterations * self.num_blocks
-        return float(found)
+        return float(largest)
 
     def _for_sharpness(self, position: Position, iterations: int, start: Position) -> tuple:
-        posterior = self._posterior
         size = float(jnp.sqrt(_square(position)))
-        numbers = (jnp.float32(x) for x in (posterior.nbeta, 1e-12, 1e-3 * (1 + size)))
-        return posterior.program, position, self._frozen, self._blocks, *numbers, start, iterations
+        numbers = (jnp.float32(x) for x in (self._nbeta, 1e-12, 1e-3 * (1 + size)))
+        return self.problem.program, position, self.frozen, self.blocks, *numbers, start, iterations
 
-    def curvature(self, position: Position, direction: Position, reach: float) -> Position:
+    def curvature(self, position: Position, direction: Position, reach: float, localization: float) -> Position:
         """(nbeta Hessian + localization) times ``direction``, by a secant ``reach`` times as long; two gradients."""
-        posterior = self._posterior
         self.gradients += 2 * self.num_blocks
-        numbers = (jnp.float32(x) for x in (posterior.nbeta, posterior.localization, reach))
-        return _curvature(posterior.program, position, direction, self._frozen, self._blocks, *numbers)
+        numbers = (jnp.float32(x) for x in (self._nbeta, localization, reach))
+        return _curvature(self.problem.program, position, direction, self.frozen, self.blocks, *numbers)
 
-    def hessian(self, position: Position, direction: Position, reach: float) -> Position:
-        """The same by the second derivative, whose rounding is a part of the product alone; by a secant for a loss that
+    def hessian(self, position: Position, direction: Position, reach: float, localization: float) -> Position:
+        """The same by the second derivative, whose rounding is proportional to the product; by a secant for a loss that
         has none, such as a kernel's with a derivative of its own.
         """
         if not self.has_hessian:
-            return self.curvature(position, direction, reach)
+            return self.curvature(position, direction, reach, localization)
         self.gradients += 2 * self.num_blocks
-        return _hessian(*self._for_hessian(position, direction))
+        return hessian_product(*self._for_hessian(position, direction, localization))
 
     @functools.cached_property
     def has_hessian(self) -> bool:
         """Whether the loss has a second derivative; a kernel's with a derivative of its own may not."""
-        return can_be_lowered(_hessian, *self._for_hessian(self.center, self.center))
+        return can_be_lowered(hessian_product, *self._for_hessian(self.center, self.center, 0.0))
 
-    def _for_hessian(self, position: Position, direction: Position) -> tuple:
-        posterior = self._posterior
-        numbers = (jnp.float32(x) for x in (posterior.nbeta, posterior.localization or 0.0))
-        return posterior.program, position, direction, self._frozen, self._blocks, *numbers
+    def _for_hessian(self, position: Position, direction: Position, localization: float) -> tuple:
+        numbers = (jnp.float32(x) for x in (self._nbeta, localization))
+        return self.problem.program, position, direction, self.frozen, self.blocks, *numbers
 
     def curvatures(self, position: Position) -> np.ndarray:
         """All eigenvalues of the Hessian of nbeta L, ascending, float64; two gradients for each free weight."""
@@ -286,8 +282,7 @@ class Probe:
         return _temporaries(_dense_hessian, self._for_dense_hessian(self.center))
 
     def _for_dense_hessian(self, position: Position) -> tuple:
-        posterior = self._posterior
-        return posterior.program, position, self._frozen, self._blocks, jnp.float32(posterior.nbeta)
+        return self.problem.program, position, self.frozen, self.blocks, jnp.float32(self._nbeta)
 
     def loss_and_grad_norm(self, position: Position) -> tuple[float, float]:
         """Mean loss over the fixed examples, and the norm of its gradient."""
@@ -296,39 +291,39 @@ class Probe:
         return float(loss), float(jnp.sqrt(_square(grad)))
 
     def _for_gradient(self, position: Position) -> tuple:
-        return self._posterior.program, position, self._frozen, self._blocks
+        return self.problem.program, position, self.frozen, self.blocks
 
-    def noise(self, position: Position, repeats: int) -> tuple[Noise, Noise]:
+    def noise(self, position: Position, repeats: int, metric: Metric = ()) -> tuple[Noise, Noise]:
         """Mean and standard error over ``repeats`` fresh batches, by the difference of a batch's two halves.
 
         None where a batch is the whole data set.
         """
-        if self._engine.takes_all:
+        if self.problem.takes_all:
             return Noise(0.0, 0.0), Noise(0.0, 0.0)
-        half, found = max(1, self._batch // 2), []
+        half, pairs = max(1, self._batch // 2), []
         for _ in range(repeats):
-            found.append(_noise(*self._for_noise(position)))
+            pairs.append(noise_squares(*self._for_noise(position, metric)))
             self.gradients += 4 * half / self._batch
-        values = half / (2 * self._batch) * np.array([[float(x) for x in pair] for pair in found])
+        values = half / (2 * self._batch) * np.array([[float(x) for x in pair] for pair in pairs])
         error = values.std(0, ddof=1) / math.sqrt(repeats) if repeats > 1 else np.full(2, np.nan)
         return Noise(*values.mean(0).tolist()), Noise(*error.tolist())
 
-    def _for_noise(self, position: Position) -> tuple:
-        engine, half = self._engine, max(1, self._batch // 2)
-        drawn = self._random.integers(0, engine.source.num_data, 2 * half)
-        halves = jax.tree.map(lambda x: x.reshape(2, half, *x.shape[1:]), engine.fetch(drawn))
-        around = (self._posterior.program, position, self.center, self._frozen)
-        return *around, halves, engine.alone(engine.metric), jnp.float32(self._posterior.nbeta or 0)
+    def _for_noise(self, position: Position, metric: Metric) -> tuple:
+        problem, half = self.problem, max(1, self._batch // 2)
+        drawn = self._random.integers(0, problem.source.num_data, 2 * half)
+        halves = jax.tree.map(lambda x: x.reshape(2, half, *x.shape[1:]), problem.fetch(drawn))
+        around = (problem.program, position, self.center, self.frozen)
+        return *around, halves, problem.on_first_device(metric), jnp.float32(self._nbeta)
 
-    def acceptance(self, position: Position, step_size: float) -> float:
+    def acceptance(self, position: Position, step_size: float, localization: float, metric: Metric = ()) -> float:
         """Metropolis acceptance of one Euler-Maruyama step of this size from ``position``, on the fixed examples."""
         self.gradients += 2 * self.num_blocks
         momentum = noise_like(self._next_key(), position)
-        return float(_acceptance(*self._for_acceptance(position, step_size, momentum)))
+        return float(acceptance(*self._for_acceptance(position, step_size, localization, metric, momentum)))
 
-    def _for_acceptance(self, position: Position, step_size: float, momentum: Position) -> tuple:
-        engine, posterior = self._engine, self._posterior
-        gamma = 1.0 if posterior.localization is None else posterior.localization
-        numbers = (jnp.float32(x) for x in (posterior.nbeta, gamma, step_size))
-        around = (posterior.program, position, self.center, self._frozen, self._blocks)
-        return *around, *numbers, engine.alone(engine.metric), momentum
+    def _for_acceptance(
+        self, position: Position, step_size: float, localization: float, metric: Metric, momentum: Position
+    ) -> tuple:
+        numbers = (jnp.float32(x) for x in (self._nbeta, localization, step_size))
+        around = (self.problem.program, position, self.center, self.frozen, self.blocks)
+        return *around, *numbers, self.problem.on_first_device(metric), momentum

@@ -215,5 +215,5 @@ def table(results: dict[str, LLCResult]) -> Iterator[str]:
     yield "|---" * (5 + len(names)) + "|"
     for part, result in results.items():
         values = [f"{x.llc:.3g} ± {x.llc_stderr:.2g}" for x in (result, *result.also.values())]
-        numbers = f"{result.settings['num_free']:,} | {' | '.join(values)} | {result.health.rhat:.3f}"
+        numbers = f"{result.settings.num_free:,} | {' | '.join(values)} | {result.health.rhat:.3f}"
         yield f"| {part} | {numbers} | {result.verdict} |"

@@ -19,11 +19,12 @@ the covariance by rare draws far out, so the share is kept between the two.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-LARGEST = 0.25  # of the raw estimate, that may be taken off
+from slt_jax.diagnostics.limits import CORRECTION_SHARE as LARGEST
 
 
 @dataclass(frozen=True)
@@ -46,20 +47,24 @@ class Bias:
         return float(np.nansum([self.step_size, self.noise]))
 
 
-def heating(family: str, step_size: float, friction: float, noise: float) -> float:
-    """What minibatch noise adds to the estimate; ``noise``: trace of the covariance of nbeta grad L_m(w).
+def overdamped_heating(step_size: float, friction: float) -> float:
+    """What a unit of gradient noise adds to the estimate under Euler-Maruyama or Leimkuhler-Matthews steps."""
+    return step_size * (1 / 8)
 
-    Euler-Maruyama and Leimkuhler-Matthews: step_size / 8. BAOAB: step_size coth(friction / 2) / 8. SGHMC:
-    step_size / (4 friction). Times ``noise``, each. NaN for samplers without a theory here.
-    """
-    factor = {
-        "euler": lambda: 1 / 8,
-        "matthews": lambda: 1 / 8,
-        "baoab": lambda: 1 / (8 * math.tanh(friction / 2)),
-        "sghmc": lambda: 1 / (4 * friction),
-        "exact": lambda: 0.0,
-    }.get(family, lambda: math.nan)()
-    return step_size * factor * noise
+
+def underdamped_heating(step_size: float, friction: float) -> float:
+    """The same under BAOAB steps."""
+    return step_size * (1 / (8 * math.tanh(friction / 2)))
+
+
+def euler_step_bias(step_size: float, friction: float, smooth: float) -> float:
+    """What Euler-Maruyama's step adds on a quadratic; ``smooth``: mean <nbeta grad L, P G>, without minibatch noise."""
+    return step_size / 8 * smooth
+
+
+def no_step_bias(step_size: float, friction: float, smooth: float) -> float:
+    """A scheme that is exact on quadratics: what is left is of second order."""
+    return 0.0
 
 
 def thermometer(kinetic: np.ndarray, num_free: int, ess: float) -> tuple[float, float]:
@@ -73,57 +78,70 @@ def thermometer(kinetic: np.ndarray, num_free: int, ess: float) -> tuple[float, 
     return float(num_free / 2 * (kinetic.mean(dtype=np.float64) - 1)), float(num_free / 2 * error)
 
 
-def bias_of(
-    family: str,
-    raw: float,
-    drift_sq: float,
-    heat: tuple[float, float],
-    noise: tuple[float, float],
-    settings: dict,
-    with_loss: tuple[float, float] = (math.nan, math.nan),
-    degree: float = math.nan,
-) -> Bias:
-    """The bias of an estimate.
+@dataclass(frozen=True)
+class Moments:
+    """What a bias is computed from; NaN where it was not measured.
 
-    Args:
-        family: the sampler's.
-        raw: nbeta times the mean gap.
-        drift_sq: mean of G'PG over the draws, less localization times the mean of <w - w*, PG>, that is, the mean of
-            <nbeta grad L, PG>: the localization's own share moves only directions that do not count.
-        heat: what ``thermometer`` found, NaN for a sampler without momentum.
-        noise: trace of the covariance of nbeta grad L_m(w), and its standard error; NaN when not measured.
-        settings: of the run: step_size, friction.
-        with_loss, degree: what ``covariance_with_loss`` and ``degree_of`` of ``diagnostics`` found; without them
-            Euler-Maruyama's bias is that on a quadratic.
+    ``raw``: nbeta times the mean gap. ``drift_sq``: mean of G'PG over the draws, less localization times the mean of
+    <w - w*, PG>, that is, the mean of <nbeta grad L, PG>: the localization's own share moves only directions that do
+    not count. ``heat``: value and standard error of ``thermometer``, NaN without momentum. ``noise``: trace of the
+    covariance of nbeta grad L_m(w), and its standard error. ``with_loss``: what ``covariance_with_loss`` gives, and
+    ``degree`` that of ``degree_of``; without them Euler-Maruyama's bias is that on a quadratic.
     """
-    size, friction = settings["step_size"], settings.get("friction", 0.1)
-    if family == "exact":
-        return Bias(0.0, 0.0, 0.0, 0.0, "exact: every move passed a Metropolis test, over the whole data set")
-    step, error = math.nan, 0.0
-    added = heating(family, size, friction, noise[0])
-    added_error = heating(family, size, friction, noise[1])
-    why = "no minibatch noise" if noise[0] == 0 else "two half batches"
-    smooth = drift_sq - (noise[0] if math.isfinite(noise[0]) else 0.0)
-    if family == "euler":
-        step, why = size / 8 * smooth, "step_size / 8 of the mean <nbeta grad L, G>"
-        if math.isfinite(with_loss[0] + degree + added) and smooth > 0:
-            shares = 2 - (with_loss[0] + with_loss[1] * np.array([0.0, 1.0, -1.0])) / smooth
-            share, low, high = np.clip(shares, 2 / max(2.0, degree), 1.0).tolist()
-            step, error = share * step, (high - low) / 2 * step
+
+    raw: float
+    drift_sq: float
+    heat: tuple[float, float]
+    noise: tuple[float, float]
+    step_size: float
+    friction: float = 0.1
+    control_variate: bool = False
+    with_loss: tuple[float, float] = (math.nan, math.nan)
+    degree: float = math.nan
+
+
+def bias_of(
+    moments: Moments, heating: Callable[[float, float], float], step_bias: Callable[[float, float, float], float], *,
+    covariance_corrects: bool = False, second_order: bool = False,
+) -> Bias:  # fmt: skip
+    """The bias of an estimate by a sampler with this theory; see ``samplers.base.Theory`` for the arguments."""
+    m, step, error, why = moments, math.nan, 0.0, "two half batches"
+    each = heating(m.step_size, m.friction)
+    noise, noise_error = each * m.noise[0], each * m.noise[1]
+    if m.noise[0] == 0:
+        why = "no minibatch noise"
+    smooth = m.drift_sq - (m.noise[0] if math.isfinite(m.noise[0]) else 0.0)
+    step = step_bias(m.step_size, m.friction, smooth)
+    if covariance_corrects:
+        why = "step_size / 8 of the mean <nbeta grad L, G>"
+        if math.isfinite(m.with_loss[0] + m.degree + noise) and smooth > 0:
+            share, spread = _share_beyond_quadratics(m, smooth)
+            step, error = share * step, spread * step
             why = f"{share:.2f} times {why}"
-    elif family == "sghmc":
-        step = size * smooth / (8 - 4 * friction)
-        error = added_error
-    elif family in ("matthews", "baoab"):
-        step, error = 0.0, added_error
-        if math.isfinite(heat[1]) and not 2 * added_error <= heat[1]:
-            added, error, why = heat[0], heat[1], "the kinetic thermometer"
-        if settings.get("control_variate") and math.isfinite(added):
-            # Label noise times second derivatives heats flat directions too, which do not count: none to all of it.
-            added, error, why = added / 2, math.hypot(error, added / math.sqrt(12)), f"half of {why}, give or take"
-    if math.isnan(step) and math.isnan(added):
-        return Bias(step, added, math.nan, 0.0, "no theory of its bias for this sampler")
-    found = Bias(step, added, error if math.isfinite(error) else 0.0, 0.0, why)
-    if not abs(found.total) <= LARGEST * abs(raw):
-        return Bias(step, added, found.stderr, 0.0, f"over {LARGEST:.0%} of the raw estimate, so it is not taken off")
-    return Bias(step, added, found.stderr, found.total, why)
+    else:
+        error = noise_error
+    if second_order:
+        noise, error, why = _noise_alone(m, noise, noise_error, why)
+    if math.isnan(step) and math.isnan(noise):
+        return Bias(step, noise, math.nan, 0.0, "no theory of its bias for this sampler")
+    estimated = Bias(step, noise, error if math.isfinite(error) else 0.0, 0.0, why)
+    if not abs(estimated.total) <= LARGEST * abs(m.raw):
+        return replace(estimated, why=f"over {LARGEST:.0%} of the raw estimate, so it is not taken off")
+    return replace(estimated, applied=estimated.total)
+
+
+def _share_beyond_quadratics(m: Moments, smooth: float) -> tuple[float, float]:
+    """(by how much the bias on a quadratic is to be multiplied, half the width of its interval)."""
+    shares = 2 - (m.with_loss[0] + m.with_loss[1] * np.array([0.0, 1.0, -1.0])) / smooth
+    share, low, high = np.clip(shares, 2 / max(2.0, m.degree), 1.0).tolist()
+    return share, (high - low) / 2
+
+
+def _noise_alone(m: Moments, noise: float, error: float, why: str) -> tuple[float, float, str]:
+    """(bias, its error, how it is known) where the step itself adds nothing: by the surer of probe and thermometer."""
+    if math.isfinite(m.heat[1]) and not 2 * error <= m.heat[1]:
+        noise, error, why = m.heat[0], m.heat[1], "the kinetic thermometer"
+    if m.control_variate and math.isfinite(noise):
+        # Label noise times second derivatives heats flat directions too, which do not count: none to all of it.
+        return noise / 2, math.hypot(error, noise / math.sqrt(12)), f"half of {why}, give or take"
+    return noise, error, why

@@ -5,9 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from slt_jax.diagnostics.limits import NOISE_SHARE
 from slt_jax.diagnostics.series import ess_and_rhat
-
-_NOISE_SHARE = 0.1  # of the variance of the loss, that minibatches may make
 
 
 class Slope(NamedTuple):
@@ -20,7 +19,9 @@ class Slope(NamedTuple):
 UNKNOWN = Slope(math.nan, math.nan)
 
 
-def slopes(draws: np.ndarray, gap_var: np.ndarray, distance_sq: np.ndarray, nbeta: float, localization: float) -> tuple[Slope, Slope]:
+def slopes(
+    draws: np.ndarray, gap_var: np.ndarray, distance_sq: np.ndarray, nbeta: float, localization: float
+) -> tuple[Slope, Slope]:
     """(d LLC / d log nbeta, d LLC / d log localization), from the draws alone.
 
     Derivation: with p proportional to exp(-nbeta L - localization D), D = |w - w*|^2 / 2, the derivative of E[L] by
@@ -33,16 +34,18 @@ def slopes(draws: np.ndarray, gap_var: np.ndarray, distance_sq: np.ndarray, nbet
     Args:
         draws: nbeta (L_m(w) - L_m(w*)), (chain, draw). gap_var: per draw, of L_m(w) - L_m(w*). distance_sq: |w - w*|^2.
     """
-    if (parts := _quarters(draws, nbeta * (nbeta * gap_var.astype(np.float64)), localization / 2 * distance_sq)) is None:
+    if (
+        parts := _quarters(draws, nbeta * (nbeta * gap_var.astype(np.float64)), localization / 2 * distance_sq)
+    ) is None:
         return UNKNOWN, UNKNOWN
     energy, noise, pull = parts
     up = _mean_of(energy - (_product(energy, energy) - noise))
     away = np.abs(draws - draws.mean())
-    least = _gamma_error(float(energy.mean()), ess_and_rhat((away / (away.max() or 1.0)) ** 2)[0])  # in float32's range
+    least = gamma_error(float(energy.mean()), ess_and_rhat((away / (away.max() or 1.0)) ** 2)[0])  # in float32's range
     return Slope(up.value, max(up.stderr, least)), _mean_of(-_product(energy, pull))
 
 
-def _gamma_error(shape: float, count: float) -> float:
+def gamma_error(shape: float, count: float) -> float:
     """Standard error of mean - variance over ``count`` independent draws of a Gamma law of scale 1.
 
     Its cumulants are shape (n - 1)!, so that the mean, the variance and their covariance have the variances
@@ -55,13 +58,13 @@ def covariance_with_loss(draws: np.ndarray, gap_var: np.ndarray, drift_sq: np.nd
     """Cov(nbeta L, |G|^2) over all draws; unknown where minibatches make it up.
 
     A minibatch of large examples has a large loss and a large gradient both: where its part of the loss's variance is
-    above a tenth, the covariance is of no use. Standard error from the spread over quarters of the chains.
+    above ``NOISE_SHARE``, the covariance is of no use. Standard error from the spread over quarters of the chains.
 
     Args:
         draws: nbeta (L_m(w) - L_m(w*)), (chain, draw). gap_var: per draw, of L_m(w) - L_m(w*). drift_sq: G'PG.
     """
     parts = _quarters(draws, drift_sq)
-    if parts is None or not nbeta**2 * gap_var.mean(dtype=np.float64) <= _NOISE_SHARE * draws.var():
+    if parts is None or not nbeta**2 * gap_var.mean(dtype=np.float64) <= NOISE_SHARE * draws.var():
         return UNKNOWN
     return _mean_of(_product(*parts))
 

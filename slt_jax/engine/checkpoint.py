@@ -19,17 +19,23 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from slt_jax._io import write_file
-from slt_jax.engine.mesh import gathered, leads, spans_processes
+from slt_jax.engine.mesh import allgather, is_main_process, spans_processes
 
 MANIFEST = "manifest.json"
 FORMAT = 3
 PATIENCE = 20  # seconds until a file that another machine wrote is seen here
 
 
+def check_directory(directory: Any) -> None:
+    """Raise TypeError unless ``directory`` is a path."""
+    if not isinstance(directory, str | os.PathLike):
+        raise TypeError(f"checkpoint_dir must be a path, got {directory!r}. Give a directory of its own.")
+
+
 def versions() -> dict[str, str]:
     """Versions that a bit-for-bit result depends on."""
-    found = {name: importlib.metadata.version(name) for name in ("slt-jax", "jax", "jaxlib")}
-    return {**found, "python": ".".join(platform.python_version_tuple()[:2])}
+    packages = {name: importlib.metadata.version(name) for name in ("slt-jax", "jax", "jaxlib")}
+    return {**packages, "python": ".".join(platform.python_version_tuple()[:2])}
 
 
 class RunStore:
@@ -38,7 +44,7 @@ class RunStore:
     Args:
         directory: created if missing; may hold an earlier, interrupted run of the same thing.
         identity: nested dict of strings and numbers: everything the result depends on, causes before what they change.
-        mesh: whose processes call this together; without one, this process alone.
+        mesh: whose processes call this together; without one, this process only.
 
     Raises:
         ValueError: the directory holds something else, or a run that differs; the text names the first field. Or the
@@ -47,13 +53,12 @@ class RunStore:
     """
 
     def __init__(self, directory: str | os.PathLike, identity: dict[str, Any], mesh: Mesh | None = None):
-        if not isinstance(directory, str | os.PathLike):
-            raise TypeError(f"checkpoint_dir must be a path, got {directory!r}. Give a directory of its own.")
+        check_directory(directory)
         self.path, self.mesh = Path(directory).absolute(), mesh
         if jax.process_count() > 1 and not spans_processes(mesh):
             raise ValueError(
                 f"checkpoint_dir {self.path} needs all {jax.process_count()} processes to sample together, and the "
-                "mesh has devices of one alone. Take a mesh of all, leave checkpoint_dir out, or start this process "
+                "mesh has devices of only one. Take a mesh of all, leave checkpoint_dir out, or start this process "
                 "without jax.distributed."
             )
         try:
@@ -88,17 +93,20 @@ class RunStore:
 
     def _first_does(self, action: Callable[[], Any]) -> Any:
         """What ``action`` returns or raises on the first process, on all of them."""
-        value = error = told = None
-        if leads(self.mesh):
+        value = error = report = None
+        if is_main_process(self.mesh):
             try:
                 value = action()
             except (OSError, ValueError) as raised:
-                error, told = raised, [getattr(raised, "errno", None), getattr(raised, "strerror", None) or str(raised)]
-        value, told = gathered([value, told], self.mesh)[0]
+                error, report = (
+                    raised,
+                    [getattr(raised, "errno", None), getattr(raised, "strerror", None) or str(raised)],
+                )
+        value, report = allgather([value, report], self.mesh)[0]
         if error is not None:
             raise error
-        if told is not None:
-            raise ValueError(told[1]) if told[0] is None else OSError(*told)
+        if report is not None:
+            raise ValueError(report[1]) if report[0] is None else OSError(*report)
         return value
 
     def _check_shared(self) -> None:
@@ -109,7 +117,7 @@ class RunStore:
         until = time.monotonic() + PATIENCE
         while not shown.exists() and time.monotonic() < until:
             time.sleep(0.05)
-        seen = gathered(shown.exists(), self.mesh)
+        seen = allgather(shown.exists(), self.mesh)
         self._first_does(lambda: shown.unlink())
         if not all(seen):
             raise ValueError(
@@ -131,7 +139,7 @@ class RunStore:
 
     def write_note(self, name: str, value: dict[str, Any]) -> None:
         """Keep plain JSON beside the run."""
-        if leads(self.mesh):
+        if is_main_process(self.mesh):
             write_file(self.path / f"{name}.json", json.dumps(value, indent=1))
 
     def restore(self, state: Any, host: dict[str, np.ndarray]) -> tuple[int, Any, dict[str, np.ndarray]] | None:
@@ -168,8 +176,8 @@ class RunStore:
     def close(self) -> None:
         self._manager.close()
 
-    def _compare(self, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-        if (other := first_difference(found, wanted)) is not None:
+    def _compare(self, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+        if (other := first_difference(saved, wanted)) is not None:
             name, there, here = other
             raise ValueError(
                 f"checkpoint_dir {self.path} holds a run with another {name}: {there!r} there, {here!r} "
@@ -177,10 +185,10 @@ class RunStore:
             )
 
 
-def first_difference(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
-    """(dotted name, value found, value wanted) of the first field of two nested dicts that differs, else None."""
-    for name in [*wanted, *(name for name in found if name not in wanted)]:
-        there, here = found.get(name), wanted.get(name)
+def first_difference(saved: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> tuple[str, Any, Any] | None:
+    """(dotted name, saved value, wanted value) of the first field of two nested dicts that differs, else None."""
+    for name in [*wanted, *(name for name in saved if name not in wanted)]:
+        there, here = saved.get(name), wanted.get(name)
         if isinstance(here, dict) and isinstance(there, dict):
             if (inside := first_difference(there, here, f"{prefix}{name}.")) is not None:
                 return inside
@@ -196,9 +204,9 @@ def digest_of(identity: dict[str, Any]) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is truncated or foreign: {error}. Give another directory.") from None
-    if not isinstance(found, dict) or "format" not in found:
+    if not isinstance(content, dict) or "format" not in content:
         raise ValueError(f"{path} is not a manifest of slt-jax. Give another directory.")
-    return found
+    return content

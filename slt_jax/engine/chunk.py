@@ -12,43 +12,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Bool, Key
 
+from slt_jax.engine.keys import KeyTag
+from slt_jax.engine.trace import Trace, blank
 from slt_jax.posterior.data import draw_indices, gather
 from slt_jax.posterior.program import LossProgram
-from slt_jax.samplers.base import Hyper, Metric, displacement, inner
+from slt_jax.samplers.base import Hyper, Metric, Position, displacement, inner
 
 PyTree = Any
-BATCH, _NOISE, _ALSO = 0, 1, 2  # what a step's key is folded with; from _ALSO on, one for each further data set
-
-
-class Trace(NamedTuple):
-    """Per chain and step, float32 ``(num_chains, total_steps)``; NaN where nothing was recorded.
-
-    ``gap_var``: variance of the batch mean of the per-example losses less their baseline, by their spread in the batch;
-    0 where the batch is the whole data set. ``tilt``: <grad L_m(w*), w - w*>, at every ``Window.tilt_every``-th draw.
-    ``also``: with K further data sets, ``(num_chains, total_steps, K, 3)``: loss, baseline and gap_var on each; () with
-    none. The other names are those of ``Info``.
-    """
-
-    loss: Any
-    baseline: Any
-    gap_var: Any
-    tilt: Any
-    drift_sq: Any
-    virial: Any
-    distance_sq: Any
-    kinetic: Any
-    acceptance: Any
-    pull: Any
-    time: Any
-    also: Any = ()
-
-
-def blank(xp: Any, shape: tuple[int, ...], num_also: int) -> Trace:
-    """A trace of NaN in ``xp``, NumPy or ``jax.numpy``, each name of this shape."""
-    full = functools.partial(xp.full, fill_value=xp.nan, dtype=xp.float32)
-    each = [full(shape) for _ in Trace._fields[:-1]]
-    return Trace(*each, full((*shape, num_also, 3)) if num_also else ())
 
 
 class Static(NamedTuple):
@@ -63,15 +35,15 @@ class Static(NamedTuple):
     gather: Callable | None
     mesh: Mesh
     control_variate: bool = False
-    exact: bool = False
+    full_batch: bool = False
     also_data: tuple[int, ...] = ()  # examples of each further data set
-    tilt: str = ""  # how the slope at w* is looked at: "gradient", by that over all data, "forward", or not at all
+    slope_method: str = ""  # how the slope at w* is measured, see ``SlopeSchedule``
 
 
 class Window(NamedTuple):
     """Which steps a chunk takes, and what depends on their numbers. ``offset``: of the first one in ``batches``.
 
-    ``tilt_every``: draws from one look at the slope at w* to the next.
+    ``tilt_every``: draws from one measurement of the slope at w* to the next.
     """
 
     start: jax.Array
@@ -95,6 +67,21 @@ class Row(NamedTuple):
     step_size: Any
     friction: Any
     limit: Any
+
+
+class Shared(NamedTuple):
+    """What all chains use, held once on each device.
+
+    ``arrays``: the data, () where the host gives batches. ``center_grad``: grad L_n(w*), () where it is not needed.
+    ``also``: the arrays of further data sets.
+    """
+
+    center: Position
+    frozen: tuple[jax.Array, ...]
+    arrays: PyTree
+    metric: Metric
+    center_grad: Position | tuple[()]
+    also: tuple[PyTree, ...]
 
 
 def loss_and_grad_on(static: Static, frozen: PyTree, batch: PyTree) -> Callable:
@@ -138,11 +125,11 @@ def _losses_at(static: Static, position: PyTree, frozen: PyTree, batch: PyTree) 
 
 def takes_all(static: Static, num_data: int) -> bool:
     """Whether a step's batch is the whole data set of ``num_data`` examples, and so without noise."""
-    return static.exact or static.batch_size == num_data
+    return static.full_batch or static.batch_size == num_data
 
 
 def _spread(static: Static, gap: jax.Array, num_data: int) -> jax.Array:
-    """Variance of the mean of a batch's per-example values; NaN where it cannot be told from them.
+    """Variance of the mean of a batch's per-example values; NaN where they do not determine it.
 
     Over the whole data set the mean has no sampling noise, however much its examples differ.
     """
@@ -154,13 +141,15 @@ def _spread(static: Static, gap: jax.Array, num_data: int) -> jax.Array:
     return jnp.var(gap, ddof=1) / size
 
 
-def _read_also(static: Static, frozen: PyTree, also: tuple, key: jax.Array, position: PyTree, center: PyTree):
+def _losses_on_other_data(
+    static: Static, frozen: PyTree, also: tuple, key: jax.Array, position: PyTree, center: PyTree
+):
     """(loss, loss at w*, variance of their difference) on a batch of each further data set: float32 ``(K, 3)``."""
     rows = []
     for k, (arrays, size) in enumerate(zip(also, static.also_data, strict=True)):
         batch = arrays
         if not takes_all(static, size):
-            drawn = draw_indices(jax.random.fold_in(key, _ALSO + k), size, static.batch_size)
+            drawn = draw_indices(jax.random.fold_in(key, KeyTag.OTHER_DATA + k), size, static.batch_size)
             batch = gather(arrays, drawn)
         here, there = (_losses_at(static, at, frozen, batch) for at in (position, center))
         spread = _spread(static, here - there, size)
@@ -168,10 +157,11 @@ def _read_also(static: Static, frozen: PyTree, also: tuple, key: jax.Array, posi
     return jnp.stack(rows)
 
 
-def _read_center(static: Static, kept, looked, position: PyTree, center: PyTree, frozen: PyTree, batch: PyTree):
+def _losses_at_center(static: Static, kept, slope_too, position: PyTree, center: PyTree, frozen: PyTree, batch: PyTree):
     """(L_m(w*) of each example, <grad L_m(w*), w - w*>), NaN where they are not asked for.
 
-    The product is taken forward, with the losses: no gradient is held. Unless that is the way, it is always NaN.
+    The product is taken by forward differentiation, together with the losses, so no gradient is stored. With another
+    ``slope_method`` it is always NaN.
     """
 
     def losses_at(at):
@@ -183,10 +173,10 @@ def _read_center(static: Static, kept, looked, position: PyTree, center: PyTree,
 
     unknown = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(losses_at, center))
     nothing = lambda: (unknown, jnp.float32(jnp.nan))  # noqa: E731
-    alone = (lambda: (losses_at(center), jnp.float32(jnp.nan))) if static.paired else nothing
-    if static.tilt == "forward":
-        return jax.lax.switch(kept.astype(jnp.int32) + looked.astype(jnp.int32), [nothing, alone, both])
-    return jax.lax.cond(kept, alone, nothing)
+    losses_alone = (lambda: (losses_at(center), jnp.float32(jnp.nan))) if static.paired else nothing
+    if static.slope_method == "forward":
+        return jax.lax.switch(kept.astype(jnp.int32) + slope_too.astype(jnp.int32), [nothing, losses_alone, both])
+    return jax.lax.cond(kept, losses_alone, nothing)
 
 
 def _at_step(window: Window, step: jax.Array, row: Row, metric: Metric) -> Hyper:
@@ -200,9 +190,73 @@ def _at_step(window: Window, step: jax.Array, row: Row, metric: Metric) -> Hyper
     return Hyper(row.nbeta / heat, row.localization, step_size, row.friction, adapt, metric, row.limit)
 
 
-def _one_chain(static: Static, shared: tuple, window: Window, state, key, row, alive, batches):
+def _batch_at(static: Static, shared: Shared, window: Window, i: jax.Array, step_key: jax.Array, batches: PyTree):
+    """The examples of the chunk's step ``i``: from the host, all there are, or drawn here."""
+    if static.gather is None:
+        return jax.tree.map(lambda b: b[window.offset + i], batches)
+    if takes_all(static, static.num_data):
+        return shared.arrays
+    drawn = draw_indices(jax.random.fold_in(step_key, KeyTag.BATCH), static.num_data, static.batch_size)
+    return static.gather(shared.arrays, drawn)
+
+
+def _one_step(
+    static: Static, shared: Shared, window: Window, key: jax.Array, row: Row, batches: PyTree, i: jax.Array, state: Any
+) -> tuple[Any, Trace]:
+    """Step ``i`` of the chunk of one chain: (the moved state, what is recorded at the position before the move)."""
+    center, frozen = shared.center, shared.frozen
+    step = window.start + i
+    step_key = jax.random.fold_in(key, step)
+    batch = _batch_at(static, shared, window, i, step_key, batches)
+    plain = loss_and_grad = loss_and_grad_on(static, frozen, batch)
+    if static.control_variate:
+        losses_at_center, noise = plain(center)
+
+        def loss_and_grad(position):
+            losses, grad = plain(position)
+            return losses, jax.tree.map(lambda g, n, full: g - n + full, grad, noise, shared.center_grad)
+
+    kept = (step >= window.num_warmup) & ((step - window.num_warmup) % window.thinning == window.thinning - 1)
+    draw, before = (step - window.num_warmup) // window.thinning, state.position
+    slope_too = kept & (draw % window.tilt_every == 0) if static.slope_method else jnp.bool(False)
+    if static.control_variate:
+        baseline, tilt = losses_at_center, jnp.float32(jnp.nan)
+    else:
+        baseline, tilt = _losses_at_center(static, kept, slope_too, before, center, frozen, batch)
+    if static.slope_method == "gradient":
+        downhill = lambda: inner(shared.center_grad, displacement(before, center))  # noqa: E731
+        tilt = jax.lax.cond(slope_too, downhill, lambda: jnp.float32(jnp.nan))
+    hyper = _at_step(window, step, row, shared.metric)
+    noise_key = jax.random.fold_in(step_key, KeyTag.NOISE)
+    state, info = static.sampler_step(noise_key, state, loss_and_grad, center, hyper)
+    gap = info.loss - baseline if static.paired else info.loss
+    spread = _spread(static, gap, static.num_data)
+    also: Any = ()
+    if shared.also:
+        also = jax.lax.cond(
+            kept,
+            lambda: _losses_on_other_data(static, frozen, shared.also, step_key, before, center),
+            lambda: jnp.full((len(shared.also), 3), jnp.nan, jnp.float32),
+        )
+    at_draw = lambda x: jnp.where(kept, x, jnp.nan)  # noqa: E731
+    return state, Trace(
+        loss=jnp.mean(info.loss),
+        baseline=at_draw(jnp.mean(baseline) if static.paired else jnp.nan),
+        gap_var=at_draw(spread),
+        tilt=tilt,
+        drift_sq=info.drift_sq,
+        virial=info.virial,
+        distance_sq=info.distance_sq,
+        kinetic=info.kinetic,
+        acceptance=info.acceptance,
+        pull=info.pull,
+        time=info.time,
+        also=also,
+    )
+
+
+def _one_chain(static: Static, shared: Shared, window: Window, state, key, row: Row, alive, batches):
     """All steps of the chunk for one chain; stops when the chain (with vmap: its whole group) is no longer finite."""
-    center, frozen, arrays, metric, center_grad, also = shared
 
     def go_on(carry):
         i, _, still, _ = carry
@@ -211,50 +265,11 @@ def _one_chain(static: Static, shared: tuple, window: Window, state, key, row, a
 
     def body(carry):
         i, state, still, trace = carry
-        step = window.start + i
-        step_key = jax.random.fold_in(key, step)
-        if static.gather is None:
-            batch = jax.tree.map(lambda b: b[window.offset + i], batches)
-        elif takes_all(static, static.num_data):
-            batch = arrays
-        else:
-            drawn = draw_indices(jax.random.fold_in(step_key, BATCH), static.num_data, static.batch_size)
-            batch = static.gather(arrays, drawn)
-        plain = at = loss_and_grad_on(static, frozen, batch)
-        if static.control_variate:
-            at_center, noise = plain(center)
-
-            def at(position):
-                losses, grad = plain(position)
-                return losses, jax.tree.map(lambda g, n, full: g - n + full, grad, noise, center_grad)
-
-        kept = (step >= window.num_warmup) & ((step - window.num_warmup) % window.thinning == window.thinning - 1)
-        draw, before = (step - window.num_warmup) // window.thinning, state.position
-        looked = kept & (draw % window.tilt_every == 0) if static.tilt else jnp.bool(False)
-        if static.control_variate:
-            baseline, tilt = at_center, jnp.float32(jnp.nan)
-        else:
-            baseline, tilt = _read_center(static, kept, looked, before, center, frozen, batch)
-        if static.tilt == "gradient":
-            away = lambda: inner(center_grad, displacement(before, center))  # noqa: E731
-            tilt = jax.lax.cond(looked, away, lambda: jnp.float32(jnp.nan))
-        mine = _at_step(window, step, row, metric)
-        state, info = static.sampler_step(jax.random.fold_in(step_key, _NOISE), state, at, center, mine)
-        gap = info.loss - baseline if static.paired else info.loss
-        spread = _spread(static, gap, static.num_data)
-        others: Any = ()
-        if also:
-            others = jax.lax.cond(
-                kept,
-                lambda: _read_also(static, frozen, also, step_key, before, center),
-                lambda: jnp.full((len(also), 3), jnp.nan, jnp.float32),
-            )
-        at_draws = (jnp.where(kept, x, jnp.nan) for x in (jnp.mean(baseline) if static.paired else jnp.nan, spread))
-        now = Trace(jnp.mean(info.loss), *at_draws, tilt, *info[1:], others)
+        state, now = _one_step(static, shared, window, key, row, batches, i, state)
         trace = jax.tree.map(lambda t, x: t.at[i].set(jnp.where(still, x, jnp.nan).astype(t.dtype)), trace, now)
-        return i + 1, state, still & jnp.isfinite(now.loss) & jnp.isfinite(info.drift_sq), trace
+        return i + 1, state, still & jnp.isfinite(now.loss) & jnp.isfinite(now.drift_sq), trace
 
-    empty = blank(jnp, (static.length,), len(also))
+    empty = blank(jnp, (static.length,), len(shared.also))
     _, state, alive, trace = jax.lax.while_loop(go_on, body, (jnp.int32(0), state, alive, empty))
     return state, alive, trace
 
@@ -283,7 +298,10 @@ def _device_chunk(static: Static, state, alive, keys, rows, batches, shared, win
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1,))
-def run_chunk(static: Static, state, alive, keys, rows, batches, shared, window):
+def run_chunk(
+    static: Static, state: PyTree, alive: Bool[Array, " chain"], keys: Key[Array, " chain"], rows: Row, batches: PyTree,
+    shared: Shared, window: Window,
+) -> tuple[PyTree, Bool[Array, " chain"], Trace]:  # fmt: skip
     """``window.count`` steps of every chain: (state, alive, trace, whose names are ``(num_chains, length)``)."""
     per, whole = PartitionSpec("chain"), PartitionSpec()
     mapped = jax.shard_map(

@@ -1,10 +1,10 @@
-"""The memory that a run will take, told before it starts: what is taken now, and what XLA plans for its programs.
+"""The memory that a run will take, estimated before it starts: what is in use now, and what XLA plans for its programs.
 
-The programs are compiled for it ahead of time, and the run uses the same compilations: telling costs no time.
+The programs are compiled for it ahead of time, and the run uses the same compilations: the estimate costs no time.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,38 +14,38 @@ from jax.sharding import Mesh
 from slt_jax._checks import check_count
 from slt_jax._machine import size_text, taken_and_free
 from slt_jax.engine.loop import Engine
-from slt_jax.engine.mesh import chain_mesh
+from slt_jax.engine.mesh import allgather, chain_mesh
 from slt_jax.posterior.local import LocalPosterior
 from slt_jax.samplers.kronecker import largest_side
 
-_HEAP = 300 * 2**20  # for each of a CPU's devices: what the allocator keeps of what was freed, at 14M to 162M weights
+HEAP = 300 * 2**20  # for each of a CPU's devices: what the allocator keeps of what was freed, at 14M to 162M weights
 _EIGEN = 8  # matrices in float64 that a decomposition holds, as fitted to peaks at sides of 1000 to 3000
 _EIGEN_THERE = 11  # the same on an accelerator, at a side of 2987
-_SLACK = 1.05  # of what a run is told to take, for what is not seen from here
+_SLACK = 1.05  # of what a run is estimated to take, for what is not seen from here
 _TOGETHER = 2**26  # weights of chains that an accelerator moves together: a fifth faster than 2**24 on an H100
-_MUCH = 2**28  # bytes
+MUCH = 2**28  # bytes
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryEstimate:
     """Bytes: of the whole process on a CPU (``where`` says so), else of its fullest device.
 
-    ``peak``: the most that was taken so far. ``now``: taken already, by w* on every device of the mesh and by the data
-    among others. ``free``: more than ``now`` that can be had. ``chain``: what one chain holds between steps.
-    ``chains``: all of them, here. ``batches``: those of a chunk from the host, and the next ones. ``step``: what moving
-    chains takes beside that, ``look`` a look at one position (calibration, the end), ``save`` a checkpoint on its way
-    to disk. ``control``: control variates, in no sum, since they are not taken up where they do not fit.
+    ``peak``: the most that was in use so far. ``in_use``: now, by w* on every device of the mesh and by the data among
+    others. ``available``: beyond that. ``chain``: what one chain holds between steps. ``chains``: all of them, here.
+    ``batches``: those of a chunk from the host, and the next ones. ``step``: what moving chains takes beside that,
+    ``measurement`` a measurement at one position (calibration, the end), ``save`` a checkpoint on its way to disk.
+    ``control``: control variates, in no sum, since they are not taken up where they do not fit.
     """
 
     where: str
     peak: float
-    now: float
-    free: float
+    in_use: float
+    available: float
     chain: float
     chains: float
     batches: float
     step: float
-    look: float
+    measurement: float
     save: float
     control: float
     num_chains: int
@@ -53,30 +53,32 @@ class Need:
     devices: int
 
     @property
-    def more(self) -> float:
-        """Beyond ``now``, at most."""
-        return self.chains + self.batches + self.save + max(self.step, self.look)
+    def additional(self) -> float:
+        """Beyond ``in_use``, at most."""
+        return self.chains + self.batches + self.save + max(self.step, self.measurement)
 
     @property
     def total(self) -> float:
-        return max(self.peak, self.now + self.more)
+        return max(self.peak, self.in_use + self.additional)
 
     @property
     def fits(self) -> bool:
-        return _SLACK * self.more <= self.free
+        return _SLACK * self.additional <= self.available
 
     @property
     def fits_with_control(self) -> bool:
-        return _SLACK * (self.more + self.control) <= self.free
+        return _SLACK * (self.additional + self.control) <= self.available
 
     def to_dict(self) -> dict[str, Any]:
         """In MiB, for the record of a run."""
-        mib = {name: round(getattr(self, name) / 2**20) for name in ("total", "now", "chain", "step", "look")}
-        return {"of": self.where, **{f"{name}_mib": value for name, value in mib.items()}}
+        sizes = {
+            "total": self.total, "now": self.in_use, "chain": self.chain, "step": self.step, "look": self.measurement,
+        }  # fmt: skip
+        return {"of": self.where, **{f"{name}_mib": round(size / 2**20) for name, size in sizes.items()}}
 
     def lines(self) -> list[str]:
         """For a person, before the run."""
-        free = "" if math.isinf(self.free) else f", of {size_text(self.now + self.free)}"
+        free = "" if math.isinf(self.available) else f", of {size_text(self.in_use + self.available)}"
         spread = f" on {self.devices} devices" if self.devices > 1 else ""
         return [
             f"memory: {size_text(self.chain)} a chain, {self.at_once} of {self.num_chains} chains at once{spread}; at "
@@ -85,20 +87,20 @@ class Need:
 
     def refusal(self) -> str:
         """Why it is not begun, and what would help."""
-        most = max((self.step, "a step"), (self.look, "a look at one chain's curvature"))
+        most = max((self.step, "a step"), (self.measurement, "measuring one chain's curvature"))
         taken = [
-            (self.now, "taken already"), (self.chains, f"{self.num_chains} chains of {size_text(self.chain)}"),
+            (self.in_use, "in use already"), (self.chains, f"{self.num_chains} chains of {size_text(self.chain)}"),
             (self.batches, "batches"), (self.save, "a checkpoint being written"), most,
         ]  # fmt: skip
-        told = ", ".join(f"{what} {size_text(size)}" for size, what in taken if size)
-        left = self.free / _SLACK - self.batches - most[0]
+        parts = ", ".join(f"{what} {size_text(size)}" for size, what in taken if size)
+        left = self.available / _SLACK - self.batches - most[0]
         fit = math.floor(left / (self.chain * (2 if self.save else 1)))
         fewer = f"at most {fit} chains, " if 1 <= fit < self.num_chains else ""
         return (
-            f"the run needs about {size_text(self.total)} of {self.where} ({told}), and "
-            f"{size_text(self.now + self.free)} can be had. Take {fewer}more micro-batches or shorter examples, "
-            "bfloat16 for the forward pass, a part of the model, sgld (its chains hold one copy of the "
-            "weights, most others two), or a machine with more memory."
+            f"the run needs about {size_text(self.total)} of {self.where} ({parts}), and "
+            f"{size_text(self.in_use + self.available)} are available. Take {fewer}more micro-batches or "
+            "shorter examples, bfloat16 for the forward pass, a part of the model, sgld (its chains hold one copy of "
+            "the weights, most others two), or a machine with more memory."
         )
 
 
@@ -121,7 +123,7 @@ def layouts(num_chains: int, mesh: Mesh | None, chain_batch: int | None, num_fre
             )
     for one in meshes:
         for group in _divisors(num_chains // one.shape["chain"]):
-            # Past that many weights one chain alone keeps an accelerator busy.
+            # Past that many weights a single chain keeps an accelerator busy.
             good = group == 1 or (not on_cpu and group * num_free <= _TOGETHER)
             if group == chain_batch or (chain_batch is None and good):
                 yield one, group
@@ -132,52 +134,75 @@ def _divisors(count: int) -> list[int]:
     return [k for k in range(count, 0, -1) if count % k == 0]
 
 
-def weighs(posterior: LocalPosterior, num_chains: int) -> bool:
-    """Whether the weights alone, free and frozen, are enough to ask whether the run fits into memory."""
+def needs_memory_check(posterior: LocalPosterior, num_chains: int) -> bool:
+    """Whether the weights, free and frozen, are large enough for memory to matter: estimating it compiles programs."""
     devices = jax.local_device_count()
     whole = sum(x.size for x in jax.tree.leaves(posterior.center))
-    return 4 * (posterior.num_free * (8 * devices + 2 * num_chains) + whole * devices) > _MUCH
+    return 4 * (posterior.num_free * (8 * devices + 2 * num_chains) + whole * devices) > MUCH
 
 
-def need_of(engine: Engine, looks: Sequence[int], *, saves: bool, control: bool = False) -> Need:
+def estimate_memory(
+    engine: Engine, measurements: Sequence[int], *, saves: bool, control: bool = False
+) -> MemoryEstimate:
     """What a run of this engine takes.
 
     Args:
-        looks: temporary bytes of the programs of its probes, see ``Probe.temporaries``.
+        measurements: temporary bytes of the programs that measure at single positions, see ``Probe.temporaries``.
         saves: whether checkpoints are written. control: whether control variates are asked for.
     """
-    plan, mesh = engine.plan, engine.mesh
+    plan, problem, mesh = engine.plan, engine.problem, engine.problem.mesh
     local = plan.num_chains // mesh.shape["chain"]
     here = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
     on_cpu = here[0].platform == "cpu"
     many = len(here) if on_cpu else 1
     step = _beside_arguments(engine.lower().compile().memory_analysis())
     state, _, batches = map(_on_device, engine.described())
-    position = sum(x.addressable_data(0).nbytes for x in engine.center)
-    look = (2 * position + max(looks)) * (1 if engine.alone_is_one else many) if looks else 0
-    heap = _HEAP * many if on_cpu and looks else 0
-    held = position if engine.holds_grad else 0  # at w*, not there yet
-    more = 0 if plan.control_variate or engine.sampler.family == "exact" else 2 * position - held  # two gradients
-    step += held
+    position = sum(x.addressable_data(0).nbytes for x in problem.center)
+    measurement = (2 * position + max(measurements)) * (1 if problem.has_first_device else many) if measurements else 0
+    heap = HEAP * many if on_cpu and measurements else 0
+    at_center = position if engine.needs_center_grad else 0  # at w*, not there yet
+    more = 0 if plan.control_variate or engine.static.full_batch else 2 * position - at_center  # two gradients
+    step += at_center
     step, spare = (step + more, 0) if control else (step, many * more)
     if engine.sampler.metric:  # scales and bases on each device; while they are measured, sums and what turns them
-        turning = (_EIGEN if on_cpu else _EIGEN_THERE) * 8 * largest_side(engine.center) ** 2
-        step, look = step + 3 * position, look + (3 * many + 3.5) * position + turning
-        heap += 2 * _HEAP if on_cpu else 0  # its programs, and more that comes back late
+        turning = (_EIGEN if on_cpu else _EIGEN_THERE) * 8 * largest_side(problem.center) ** 2
+        step, measurement = step + 3 * position, measurement + (3 * many + 3.5) * position + turning
+        heap += 2 * HEAP if on_cpu else 0  # its programs, and more that comes back late
     chains = many * state
-    peak, now, free = taken_and_free(here)
-    return Need(
-        where="this process" if on_cpu else "each device", peak=peak, now=now, free=free,
+    peak, in_use, available = taken_and_free(here)
+    return MemoryEstimate(
+        where="this process" if on_cpu else "each device", peak=peak, in_use=in_use, available=available,
         chain=state / local, chains=chains, save=chains if saves else 0.0,
-        batches=(3 if on_cpu else 2) * many * batches,  # on a CPU the next ones are also held as they were read
-        step=many * step + heap, look=look + heap, control=spare,
+        batches=(3 if on_cpu else 2) * many * batches,  # on a CPU the next ones are also in memory as they were read
+        step=many * step + heap, measurement=measurement + heap, control=spare,
         num_chains=plan.num_chains, at_once=plan.chain_batch * mesh.shape["chain"], devices=mesh.devices.size,
     )  # fmt: skip
 
 
+def first_that_fits(
+    engines: Iterable[Engine], estimate: Callable[[Engine], MemoryEstimate | None], refusal: str = ""
+) -> tuple[Engine, MemoryEstimate | None]:
+    """The first engine that fits into memory, and its estimate; the processes of a mesh agree.
+
+    Args:
+        engines: laid out in different ways, from the fastest to the one that takes least.
+        estimate: of an engine; None where it is too small to ask.
+        refusal: what to say where there is no engine at all.
+
+    Raises:
+        MemoryError: none fits.
+    """
+    last = None
+    for engine in engines:
+        last = estimate(engine)
+        if last is None or all(allgather(last.fits, engine.problem.mesh)):
+            return engine, last
+    raise MemoryError(last.refusal() if last else refusal)
+
+
 def state_bytes(engine: Engine) -> int:
     """Bytes that the chains hold between steps, on all of a CPU's devices or on one other; nothing is compiled."""
-    here = [d for d in engine.mesh.devices.flat if d.process_index == jax.process_index()]
+    here = [d for d in engine.problem.mesh.devices.flat if d.process_index == jax.process_index()]
     return (len(here) if here[0].platform == "cpu" else 1) * _on_device(engine.described()[0])
 
 
@@ -188,7 +213,7 @@ def _on_device(described: Any) -> int:
 
 
 def _beside_arguments(analysis: Any) -> int:
-    """Bytes on one device, of which donated arguments take none again; 0 where the compiler does not tell."""
+    """Bytes on one device, of which donated arguments take none again; 0 where the compiler gives no numbers."""
     if analysis is None:
         return 0
     return analysis.temp_size_in_bytes + max(0, analysis.output_size_in_bytes - analysis.alias_size_in_bytes)

@@ -1,7 +1,7 @@
 """Devices: a ``chain`` axis first, a ``model`` axis for weights that do not fit one device; one process or many.
 
-A mesh belongs to one process alone, or has devices of every process (it *spans* them). In the second case all
-processes run the same host code in step: what one of them alone knows (a clock, a file) goes through ``gathered``.
+A mesh belongs to a single process, or has devices of every process (it *spans* them). In the second case all
+processes run the same host code in step: what only one of them knows (a clock, a file) goes through ``allgather``.
 """
 
 import functools
@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-_SHORT = 64  # bytes that `gathered` sends at once
+_SHORT = 64  # bytes that `allgather` sends at once
 
 
 def chain_mesh(num_chains: int, devices: list | None = None) -> Mesh:
@@ -40,7 +40,7 @@ def chain_mesh(num_chains: int, devices: list | None = None) -> Mesh:
 
 
 def automatic(mesh: Any) -> Mesh:
-    """The same devices with automatic axes: ``jax.make_mesh`` gives explicit ones unless told otherwise."""
+    """The same devices with automatic axes: ``jax.make_mesh`` gives explicit ones by default."""
     if not isinstance(mesh, Mesh):
         raise TypeError(
             f"mesh must be a jax.sharding.Mesh with an axis 'chain', got {mesh!r}. "
@@ -71,16 +71,16 @@ def check_mesh(mesh: Mesh, num_chains: int) -> Mesh:
 
 
 def spans_processes(mesh: Mesh | None) -> bool:
-    """Whether some of the devices are another process's; no mesh is this process alone."""
+    """Whether some of the devices are another process's; no mesh means this process only."""
     return mesh is not None and any(device.process_index != jax.process_index() for device in mesh.devices.flat)
 
 
-def leads(mesh: Mesh | None) -> bool:
-    """Whether this process is the one that speaks and writes for the mesh: process 0, or the only one."""
+def is_main_process(mesh: Mesh | None) -> bool:
+    """Whether this process is the one that prints and writes for the mesh: process 0, or the only one."""
     return jax.process_index() == 0 or not spans_processes(mesh)
 
 
-def gathered(value: Any, mesh: Mesh | None) -> list:
+def allgather(value: Any, mesh: Mesh | None) -> list:
     """``value``, which JSON can hold, of every process of the mesh in turn; all must call this together."""
     if not spans_processes(mesh):
         return [value]
@@ -125,10 +125,10 @@ def place_rows(rows: Any, num_rows: int, sharding: NamedSharding) -> jax.Array:
     """An array of ``num_rows`` rows, of which every process gives those of ``own_rows``."""
     if sharding.is_fully_addressable:
         return jax.device_put(rows, sharding)
-    mine = own_rows(num_rows, sharding)
+    own = own_rows(num_rows, sharding)
 
     def at(index: tuple) -> np.ndarray:
-        return rows[np.searchsorted(mine, np.arange(num_rows)[index[0]])]
+        return rows[np.searchsorted(own, np.arange(num_rows)[index[0]])]
 
     return jax.make_array_from_callback((num_rows, *rows.shape[1:]), sharding, at)
 
@@ -139,7 +139,7 @@ def chain_sharding(mesh: Mesh, leaf: Any) -> NamedSharding:
 
 
 def shared_sharding(mesh: Mesh, leaf: Any) -> NamedSharding:
-    """Sharding of ``leaf`` held once for all chains: its own ``model`` sharding, else replicated."""
+    """Sharding of ``leaf`` stored once for all chains: its own ``model`` sharding, else replicated."""
     return NamedSharding(mesh, PartitionSpec(*_model_spec(mesh, leaf)))
 
 

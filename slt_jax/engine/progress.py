@@ -10,21 +10,23 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
 from slt_jax._machine import peak_of_process
+from slt_jax.engine.plan import Schedule
 
-_WORTH_TELLING = 60  # seconds
+_WORTH_SHOWING = 60  # seconds
 
 
 class Progress:
     """A progress bar over the steps of a run, and the clock that says when a save is due.
 
-    ``part``: which part of something larger the run is; there the chains' mean is of different things and not shown.
+    ``part``: which part of something larger the run is. ``nbeta``: that of all chains; without it no running estimate
+    is shown.
     """
 
-    def __init__(self, engine, *, enabled: bool, every: float, part: str = ""):
-        self._engine, self._every, self._part = engine, every, part
+    def __init__(self, plan: Schedule, *, enabled: bool, every: float, part: str = "", nbeta: float | None = None):
+        self._plan, self._every, self._part, self._nbeta = plan, every, part, nbeta
         self._saved = self._began = self._started = time.monotonic()
         self._first: int | None = None
-        self._enabled, self._told = enabled, False
+        self._enabled, self._announced = enabled, False
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
         console = Console(stderr=True)
         self._bar = RichProgress(
@@ -35,7 +37,7 @@ class Progress:
             disable=not (enabled and (console.is_terminal or console.is_jupyter)),  # a log needs no bars
             transient=True,
         )
-        self._task = self._bar.add_task(f"{part}compiling", total=engine.plan.total_steps, note="")
+        self._task = self._bar.add_task(f"{part}compiling", total=plan.total_steps, note="")
 
     def __enter__(self) -> "Progress":
         self._bar.__enter__()
@@ -57,23 +59,23 @@ class Progress:
     def _speed(self, run) -> float | None:
         if self._first is None or run.step == self._first:
             return None
-        return (run.step - self._first) * self._engine.plan.num_chains / (time.monotonic() - self._began)
+        return (run.step - self._first) * self._plan.num_chains / (time.monotonic() - self._began)
 
     def update(self, run) -> None:
         """Show where ``run`` is. Speed is counted after the first chunk, which compiles."""
         if self._first is None:
             self._first, self._began = run.step, time.monotonic()
-        plan, speed = self._engine.plan, self._speed(run)
+        plan, speed = self._plan, self._speed(run)
         phase = "warm-up" if run.step <= plan.num_warmup else "drawing"
         note = "" if speed is None else f"{speed:,.1f} steps/s"
-        if phase == "drawing" and plan.baseline == "paired" and not self._part:
+        if phase == "drawing" and plan.baseline == "paired" and self._nbeta is not None:
             gap = (run.trace.loss - run.trace.baseline)[:, plan.num_warmup : run.step]
             if np.isfinite(gap).any():
-                note += f", LLC {self._engine.posterior.nbeta * np.nanmean(gap):.4g}"
-        if speed is not None and not self._told:
-            self._told = True
+                note += f", LLC {self._nbeta * np.nanmean(gap):.4g}"
+        if speed is not None and not self._announced:
+            self._announced = True
             each = plan.num_chains / speed
-            if self._enabled and (left := (plan.total_steps - run.step) * each) > _WORTH_TELLING:
+            if self._enabled and (left := (plan.total_steps - run.step) * each) > _WORTH_SHOWING:
                 line = f"  {each:.2g} s a step of all chains: about {span(left)} to go"
                 self._bar.console.print(line, highlight=False, soft_wrap=True)
         self._bar.update(self._task, completed=run.step, description=f"{self._part}{phase}", note=note)
@@ -95,7 +97,7 @@ def span(seconds: float) -> str:
 
 
 def peak_memory() -> tuple[int | None, str]:
-    """(MiB, what it is of): of one device where it tells, else of this process; both since the process began."""
+    """(MiB, what it is of): of one device where it reports that, else of this process; both since the process began."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] // 2**20, "device_peak_mib"

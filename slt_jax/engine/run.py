@@ -1,4 +1,4 @@
-"""A run from its start to its end: what w* must be for it, and how it is kept on disk on the way.
+"""A run from its start to its end: checks of the loss at w*, progress, and saves on the way.
 
 A directory that fails costs the durability of a run, not the run.
 """
@@ -12,17 +12,18 @@ import jax
 import numpy as np
 
 from slt_jax.engine.checkpoint import RunStore
-from slt_jax.engine.chunk import Trace
-from slt_jax.engine.loop import Engine, Run
-from slt_jax.engine.mesh import gathered, leads, place
+from slt_jax.engine.loop import Engine, Inputs, Run
+from slt_jax.engine.mesh import allgather, is_main_process, place
+from slt_jax.engine.problem import Problem
 from slt_jax.engine.progress import Progress
+from slt_jax.engine.trace import Trace
 from slt_jax.posterior.data import ArrayData
 from slt_jax.posterior.tree import to_host
 
 
-def check_at_center(engine: Engine, loss: float, grad_norm: float) -> None:
+def check_at_center(problem: Problem, loss: float, grad_norm: float) -> None:
     """Raise FloatingPointError unless the loss at w* and its gradient's norm are finite."""
-    _check_finite(engine, loss, "over a sample of the data")
+    _check_finite(problem, loss, "over a sample of the data")
     if not math.isfinite(grad_norm):
         raise FloatingPointError(
             f"the gradient of the loss at w* is not finite over a sample of the data, though the loss {loss:.4g} is. "
@@ -35,7 +36,7 @@ def _check_center(engine: Engine, run: Run) -> None:
     first, drift_sq = run.trace.loss[:, 0], run.trace.drift_sq[:, 0]
     if not np.isfinite(first).all():
         chain = int(np.argmin(np.isfinite(first)))
-        _check_finite(engine, float(first[chain]), f"on the first batch of chain {chain}")
+        _check_finite(engine.problem, float(first[chain]), f"on the first batch of chain {chain}")
     if not np.isfinite(drift_sq).all():
         chain = int(np.argmin(np.isfinite(drift_sq)))
         raise FloatingPointError(
@@ -44,27 +45,27 @@ def _check_center(engine: Engine, run: Run) -> None:
         )
 
 
-def full_loss_at_center(engine: Engine) -> float:
-    """L_n(w*). Raises FloatingPointError when it is not finite."""
-    loss = engine.full_loss()
-    _check_finite(engine, loss, "over the whole data set")
-    return loss
+def full_loss_at_center(problem: Problem) -> float:
+    """L_n(w*), on every process. Raises FloatingPointError when it is not finite."""
+    loss = problem.full_loss()
+    _check_finite(problem, loss, "over the whole data set")
+    return allgather(loss, problem.mesh)[0]
 
 
-def check_also(engine: Engine, others: Mapping[str, ArrayData]) -> None:
+def check_other_data(problem: Problem, others: Mapping[str, ArrayData]) -> None:
     """Raise FloatingPointError unless the loss at w* is finite on the first examples of each further data set."""
     for name, data in others.items():
-        _check_finite(engine, engine.first_loss(data), f"on the first examples of '{name}'")
+        _check_finite(problem, problem.first_loss(data), f"on the first examples of '{name}'")
 
 
-def check_first_loss(engine: Engine) -> None:
+def check_first_loss(problem: Problem) -> None:
     """Raise FloatingPointError unless the loss at w* is finite on the first examples."""
-    _check_finite(engine, engine.first_loss(), "on the first examples")
+    _check_finite(problem, problem.first_loss(), "on the first examples")
 
 
-def _check_finite(engine: Engine, loss: float, where: str) -> None:
+def _check_finite(problem: Problem, loss: float, where: str) -> None:
     if not math.isfinite(loss):
-        example = engine.source.fetch(np.zeros(1, np.int64))
+        example = problem.source.fetch(np.zeros(1, np.int64))
         whole = any(np.issubdtype(x.dtype, np.integer) for x in jax.tree.leaves(example))
         hint = " The data holds integers: are all token ids inside the model's vocabulary?" if whole else ""
         raise FloatingPointError(
@@ -73,40 +74,43 @@ def _check_finite(engine: Engine, loss: float, where: str) -> None:
         )
 
 
-def restored(engine: Engine, store: RunStore) -> Run | None:
+def restored(engine: Engine, inputs: Inputs, store: RunStore) -> Run | None:
     """The run as ``store`` last saved it, if it did."""
-    run = engine.start()
+    run = engine.start(inputs)
     if (saved := store.restore(run.state, _host_part(run))) is None:
         return None
     run.step, run.state, host = saved
-    run.trace = Trace(*(host.get(name, ()) for name in Trace._fields))
-    run.alive = place(np.asarray(host["alive"]), engine.per_chain)
+    run.trace = Trace(**{name: host.get(name, ()) for name in Trace._fields})
+    run.alive = place(np.asarray(host["alive"]), engine.problem.per_chain)
     return run
 
 
 def run_to_end(
-    engine: Engine, store: RunStore | None, progress: bool, every: float, part: str = "", start: Run | None = None
-) -> Run:
+    engine: Engine, inputs: Inputs, store: RunStore | None, *, progress: bool, every: float, part: str = "",
+    nbeta: float | None = None, start: Run | None = None,
+) -> Run:  # fmt: skip
     """All steps, from where ``store`` left off if it has any; saved at most once in ``every`` seconds.
 
-    ``start``: where the chains begin, if not at w*. Raises FloatingPointError when the loss or its gradient at w* is
-    not finite on the first batch.
+    ``part``: which part of something larger the run is, for the progress bar; ``nbeta``: that of all its chains, with
+    which the running estimate is shown. ``start``: where the chains begin, if not at w*. Raises FloatingPointError when
+    the loss or its gradient at w* is not finite on the first batch.
     """
-    run = (None if store is None else restored(engine, store)) or start or engine.start()
+    run = (None if store is None else restored(engine, inputs, store)) or start or engine.start(inputs)
+    mesh = engine.problem.mesh
     try:
-        with Progress(engine, enabled=progress and leads(engine.mesh), every=every, part=part) as bar:
-            for _ in engine.steps(run):
+        with Progress(
+            engine.plan, enabled=progress and is_main_process(mesh), every=every, part=part, nbeta=nbeta
+        ) as bar:
+            for _ in engine.steps(run, inputs):
                 if bar.first_chunk and start is None:
                     _check_center(engine, run)
                 bar.update(run)
-                if store is not None and (
-                    gathered(bar.save_due(), engine.mesh)[0] or run.step == engine.plan.total_steps
-                ):
+                if store is not None and (allgather(bar.save_due(), mesh)[0] or run.step == engine.plan.total_steps):
                     store = _save(store, run)
     except BaseException:
         abandon(store)
         raise
-    run.cost = gathered(bar.cost(run), engine.mesh)[0]
+    run.cost = allgather(bar.cost(run), mesh)[0]
     if store is not None:
         _finish(store, run)
     return run
@@ -134,16 +138,16 @@ def _finish(store: RunStore, run: Run) -> None:
 
 def _failure(store: RunStore, action: Callable[[], None]) -> str | None:
     """What went wrong with ``action`` on the first process on which it did; None when all went well."""
-    told = None
+    reason = None
     try:
         action()
     except Exception as error:
-        told = str(error)
-    return next((why for why in gathered(told, store.mesh) if why is not None), None)
+        reason = str(error)
+    return next((why for why in allgather(reason, store.mesh) if why is not None), None)
 
 
 def abandon(store: RunStore | None) -> None:
-    """End the background writer, after what it has in hand; what it met was told, or an error is under way."""
+    """End the background writer after what it has begun; its errors were reported, or another one is being raised."""
     if store is not None:
         with contextlib.suppress(Exception):
             store.close()

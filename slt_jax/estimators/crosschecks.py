@@ -29,7 +29,7 @@ def variance_estimator(result: LLCResult) -> CrossCheck:
     it is. Source: Imai, arXiv:1906.01341; with the minibatch correction, arXiv:2606.22389.
     """
     draws = result.llc_draws
-    noise = result.gap_var[result.kept_chains].astype(np.float64) * result.settings["nbeta"] ** 2
+    noise = result.traces.gap_var[result.kept_chains].astype(np.float64) * result.settings.nbeta**2
     if not draws.size or not np.isfinite(noise).all():
         raise ValueError(
             "the variance estimator needs the losses of single examples, at every draw: let loss_fn return one loss "
@@ -52,15 +52,15 @@ def two_temperature_estimator(first: LLCResult, second: LLCResult) -> CrossCheck
     867-897, theorem 4.
     """
     a, b = first.settings, second.settings
-    if math.isclose(a["nbeta"], b["nbeta"], rel_tol=1e-9):
-        raise ValueError(f"both results have nbeta = {a['nbeta']:.6g}; give two that differ, e.g. by a factor of 2.")
+    if math.isclose(a.nbeta, b.nbeta, rel_tol=1e-9):
+        raise ValueError(f"both results have nbeta = {a.nbeta:.6g}; give two that differ, e.g. by a factor of 2.")
     for name in ("num_data", "num_free", "localization"):
-        if a[name] != b[name]:
-            raise ValueError(f"the results differ in {name}: {a[name]} and {b[name]}. Only nbeta may differ.")
+        if (values := (getattr(a, name), getattr(b, name)))[0] != values[1]:
+            raise ValueError(f"the results differ in {name}: {values[0]} and {values[1]}. Only nbeta may differ.")
     means, errors = [], []
     for result in (first, second):
-        losses = result.loss_trace[result.kept_chains].astype(np.float64)
+        losses = result.traces.loss[result.kept_chains].astype(np.float64)
         means.append(losses.mean())
         errors.append(standard_error(losses, ess_and_rhat(losses)[0]))
-    width = 1 / a["nbeta"] - 1 / b["nbeta"]
+    width = 1 / a.nbeta - 1 / b.nbeta
     return CrossCheck(float((means[0] - means[1]) / width), float(math.hypot(*errors) / abs(width)))

@@ -1,39 +1,200 @@
-"""What every front door checks and fixes before anything is sampled, and what makes a run the same run when resumed."""
+"""The one front door: what a caller asked for, checked before anything is sampled, and what identifies it on disk."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from slt_jax._checks import check_count
-from slt_jax.calibration.choose import calibrate
-from slt_jax.engine.checkpoint import RunStore, digest_of, first_difference, versions
-from slt_jax.engine.loop import Engine
-from slt_jax.engine.mesh import automatic, chain_mesh, gathered, spans_processes
-from slt_jax.engine.plan import Schedule
-from slt_jax.engine.run import check_at_center
-from slt_jax.posterior.data import ArrayData, Source, as_source, check_batch_size
+from slt_jax._checks import check_count, check_key, check_positive
+from slt_jax.engine.checkpoint import RunStore, check_directory, digest_of, first_difference, versions
+from slt_jax.engine.mesh import allgather, automatic, chain_mesh, check_mesh, spans_processes
+from slt_jax.engine.plan import Lengths, Schedule
+from slt_jax.engine.problem import Problem
+from slt_jax.posterior.data import ArrayData, Source, as_source, check_batch_size, named_data
 from slt_jax.posterior.local import LocalPosterior
 from slt_jax.posterior.tree import addressable
 from slt_jax.samplers.base import Sampler
 from slt_jax.samplers.exact import from_blackjax
 from slt_jax.samplers.underdamped import underdamped
 
+_LEAST = {"num_chains": 1, "num_draws": 1, "num_warmup": 0, "thinning": 1, "budget": 1}
+_BATCH = 256  # by default, or all there are
 
-class Subject(NamedTuple):
-    """What is to be sampled, and how; an Engine in the eyes of ``identity_of``."""
+
+@dataclass(frozen=True)
+class Request:
+    """What a caller asked for, checked; a length, ``control_variate``, ``hot`` or a mesh of None is open.
+
+    The arguments are those of ``estimate_llc``. ``other_data``: its ``also``, in memory.
+    """
 
     posterior: LocalPosterior
     source: Source
     sampler: Sampler
-    plan: Schedule
-    mesh: Mesh
+    key: jax.Array
+    batch_size: int
+    micro_batches: int = 1
+    baseline: str = "paired"
+    chunk_size: int = 512
+    num_chains: int | None = None
+    num_draws: int | None = None
+    num_warmup: int | None = None
+    thinning: int | None = None
+    budget: int | None = None
+    control_variate: bool | None = None
+    hot: float | None = None
+    mesh: Mesh | None = None
+    chain_batch: int | None = None
+    checkpoint_dir: str | os.PathLike | None = None
+    checkpoint_seconds: float = 60.0
+    progress: bool = False
+    other_data: dict[str, ArrayData] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def checked(
+        cls, posterior: Any, data: Any, *, sampler: Any = None, key: Any = 0, batch_size: int | None = None,
+        micro_batches: int = 1, baseline: str = "paired", chunk_size: int = 512, num_chains: int | None = None,
+        num_draws: int | None = None, num_warmup: int | None = None, thinning: int | None = None,
+        budget: int | None = None, control_variate: bool | None = None, hot: float | None = None,
+        mesh: Mesh | None = None, chain_batch: int | None = None,
+        checkpoint_dir: str | os.PathLike | None = None, checkpoint_seconds: float = 60.0, progress: bool = False,
+        also: Mapping[str, Any] | None = None,
+    ) -> "Request":  # fmt: skip
+        """Of the arguments as they were given. Raises TypeError and ValueError that name the argument."""
+        _check_posterior(posterior)
+        source, sampler = as_source(data), as_sampler(sampler)
+        lengths = {
+            "num_chains": num_chains, "num_draws": num_draws, "num_warmup": num_warmup, "thinning": thinning,
+            "budget": budget,
+        }  # fmt: skip
+        for name, value in lengths.items():
+            if value is not None:
+                check_count(name, value, _LEAST[name])
+        _check_dynamics(control_variate, hot)
+        if budget is not None and num_draws is not None:
+            raise ValueError(f"budget = {budget} and num_draws = {num_draws} both set the length. Give one of them.")
+        if checkpoint_dir is not None:
+            check_directory(checkpoint_dir)
+        check_positive("checkpoint_seconds", checkpoint_seconds, "0 saves after every chunk.", zero=True)
+        return cls(
+            posterior=posterior,
+            source=source,
+            sampler=sampler,
+            batch_size=_checked_batch(source, sampler, batch_size, micro_batches, baseline, chunk_size),
+            key=check_key(key),
+            micro_batches=int(micro_batches),
+            baseline=baseline,
+            chunk_size=int(chunk_size),
+            **lengths,
+            control_variate=control_variate,
+            hot=hot,
+            mesh=mesh,
+            chain_batch=chain_batch,
+            checkpoint_dir=checkpoint_dir,
+            checkpoint_seconds=checkpoint_seconds,
+            progress=progress,
+            other_data=named_data(also),
+        )
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a calibration has to choose something."""
+        sampler = self.sampler
+        return sampler.step_size is None or sampler.friction is None or self.posterior.localization is None
+
+    @property
+    def may_have_few_chains(self) -> bool:
+        """Whether the caller left open how chains are laid out, so that a small budget may have fewer of them."""
+        return self.mesh is None and self.chain_batch is None and jax.process_count() == 1
+
+    @property
+    def passes(self) -> int:
+        """Minibatches of a pass over the data."""
+        return -(-self.source.num_data // self.batch_size)
+
+    @property
+    def folder(self) -> Path | None:
+        return None if self.checkpoint_dir is None else Path(self.checkpoint_dir)
+
+    def given_mesh(self, num_chains: int) -> Mesh | None:
+        """The caller's devices with automatic axes; raises where these chains cannot be laid out on them."""
+        return None if self.mesh is None else check_mesh(automatic(self.mesh), num_chains)
+
+    def mesh_of_one(self, num_chains: int) -> Mesh:
+        """Where the chains of one of many estimates run: on the given devices if they divide the chains."""
+        given = None if self.mesh is None else automatic(self.mesh)
+        if given is None or num_chains % given.shape.get("chain", 1):
+            return chain_mesh(num_chains)
+        return given
+
+    def schedule(self, lengths: Lengths, chain_batch: int = 1, control_variate: bool = False) -> Schedule:
+        return Schedule(
+            **lengths._asdict(), batch_size=int(self.batch_size), micro_batches=self.micro_batches,
+            baseline=self.baseline, chain_batch=chain_batch, chunk_size=self.chunk_size,
+            control_variate=control_variate,
+        )  # fmt: skip
+
+    def problem(self, mesh: Mesh, posterior: LocalPosterior | None = None) -> Problem:
+        """Its posterior, or another over the same data, on these devices."""
+        return Problem(
+            self.posterior if posterior is None else posterior, self.source, mesh, int(self.batch_size),
+            self.micro_batches, tuple(self.other_data.values()),
+        )  # fmt: skip
+
+    def checked_identity(
+        self, plan: Schedule, mesh: Mesh, asked: Mapping[str, Any], more: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Everything that a run's numbers depend on, for its directory; {} where it is not needed.
+
+        Args:
+            asked: numbers that the caller gave. more: what the run depends on beside this request.
+
+        Raises:
+            ValueError: on all processes, when the call of one of them differs from that of process 0.
+        """
+        if self.folder is None and not spans_processes(mesh):
+            return {}  # it takes a pass over the data, and a trace of the loss
+        identity = {**(more or {}), **self._identity(plan, mesh, asked)}
+        if spans_processes(mesh):
+            self._check_same_call(identity, mesh)
+        return identity
+
+    def _identity(self, plan: Schedule, mesh: Mesh, asked: Mapping[str, Any]) -> dict[str, Any]:
+        posterior = self.posterior
+        if spans_processes(mesh):
+            posterior = dataclasses.replace(posterior, center=addressable(posterior.center))
+        batch = self.source.fetch(np.zeros(plan.batch_size, np.int64))
+        # In this order a refusal names what was changed: the traced loss_fn, last, changes with most of the others.
+        return {
+            "versions": versions(),
+            "sampler": {name: getattr(self.sampler, name) for name in ("name", "step_size", "friction")},
+            "schedule": {k: v for k, v in vars(plan).items() if k != "chunk_size"},
+            "request": {k: None if v is None else np.asarray(v, float).tolist() for k, v in asked.items()},
+            "key": jax.random.key_data(self.key).tolist(),
+            "mesh": {name: int(size) for name, size in mesh.shape.items()},
+            "device": mesh.devices.flat[0].device_kind,
+            "data": {"examples": self.source.num_data, "fingerprint": self.source.fingerprint()},
+            "also": {name: data.fingerprint() for name, data in self.other_data.items()},
+            "posterior": posterior.fingerprint(batch),
+        }
+
+    def _check_same_call(self, identity: dict[str, Any], mesh: Mesh) -> None:
+        here = {**identity, "chunk_size": self.chunk_size, "checkpoint_dir is given": self.checkpoint_dir is not None}
+        first, *others = allgather(here, mesh)
+        for number, other in enumerate(others, start=1):
+            if (differs := first_difference(other, first)) is not None:
+                name, theirs, ours = differs
+                raise ValueError(
+                    f"process {number} samples with another {name} than process 0: {theirs!r} there, {ours!r} here. "
+                    "Let every process make the same call on the same data, or give each a mesh of "
+                    "jax.local_devices()."
+                )
 
 
 @dataclass(frozen=True)
@@ -43,91 +204,42 @@ class Notes:
     store: RunStore | None
     identity: str  # digest of everything that the numbers depend on
 
+    @classmethod
+    def opened(
+        cls, request: Request, plan: Schedule, mesh: Mesh, more: dict[str, Any], asked: dict[str, Any]
+    ) -> "Notes":
+        """Those of a run of many estimates in its directory. ``more``: what it depends on beside the request.
+
+        Raises ValueError where the directory, or another process, has something else, and OSError.
+        """
+        identity = request.checked_identity(plan, mesh, asked, more)
+        store = None if request.folder is None else RunStore(request.folder, identity, mesh)
+        return cls(store, digest_of(identity))
+
     def kept(self, name: str, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        found = None if self.store is None else self.store.read_note(name)
-        if found is None:
-            found = decide()
+        note = None if self.store is None else self.store.read_note(name)
+        if note is None:
+            note = decide()
             if self.store is not None:
-                self.store.write_note(name, found)
-        return found
+                self.store.write_note(name, note)
+        return note
 
 
-def subject_of(
-    posterior: LocalPosterior, data: Any, sampler: Any, mesh: Mesh | None, num_chains: int, num_draws: int,
-    num_warmup: int | None, thinning: int, batch_size: int | None, micro_batches: int, baseline: str, chunk_size: int,
-) -> Subject:  # fmt: skip
-    """What many estimates have in common; see ``sweep`` for the arguments. Raises TypeError, ValueError."""
-    check_posterior(posterior)
-    source, sampler = as_source(data), as_sampler(sampler)
-    if sampler.metric:
+def lengths_of_each(request: Request) -> Lengths:
+    """Of one of many estimates: by default as many warm-up steps as go into the draws."""
+    chains, draws, thinning = request.num_chains, request.num_draws, request.thinning
+    for name, value in {"num_chains": chains, "num_draws": draws, "thinning": thinning}.items():
+        check_count(name, value, 1)
+    assert chains is not None
+    assert draws is not None
+    assert thinning is not None
+    warmup = draws * thinning if request.num_warmup is None else request.num_warmup
+    return Lengths(int(chains), int(draws), int(warmup), int(thinning))
+
+
+def check_no_metric(request: Request) -> None:
+    if request.sampler.metric:
         raise ValueError("a metric belongs to one setting at one checkpoint. Take underdamped() without a metric.")
-    for name, value in {"num_chains": num_chains, "num_draws": num_draws, "thinning": thinning}.items():
-        check_count(name, value, 1)
-    num_warmup = num_draws * thinning if num_warmup is None else num_warmup
-    check_count("num_warmup", num_warmup, 0)
-    batch_size = checked_batch(source, sampler, batch_size, micro_batches, baseline, chunk_size)
-    numbers = (num_chains, num_draws, num_warmup, thinning, batch_size, micro_batches)
-    plan = Schedule(*(int(x) for x in numbers), baseline, 1, int(chunk_size))
-    return Subject(posterior, source, sampler, plan, alone_layout(num_chains, mesh))
-
-
-def opened(
-    subject: Subject, key: jax.Array, more: dict[str, Any], request: dict[str, Any], folder: Path | None
-) -> Notes:
-    """The notes of a run of many estimates in its directory. ``more``: what it depends on beside ``subject``.
-
-    Raises ValueError where the directory, or another process, has something else, and OSError.
-    """
-    identity = {**more, **identity_of(subject, key, request, {})}
-    if spans_processes(subject.mesh):
-        check_same_call({**identity, "checkpoint_dir is given": folder is not None}, subject.mesh)
-    return Notes(None if folder is None else RunStore(folder, identity, subject.mesh), digest_of(identity))
-
-
-def calibrated(engine: Engine, sampler: Sampler, localization: float | None) -> dict[str, Any]:
-    """What is open in ``sampler`` and of the localization, measured at w*; without control variates."""
-    total = engine.plan.num_chains * engine.plan.total_steps
-    check = functools.partial(check_at_center, engine)
-    choice = calibrate(engine, sampler, localization, False, total, check, alone=False)
-    return gathered(choice.to_dict(), engine.mesh)[0]
-
-
-def alone_layout(num_chains: int, mesh: Mesh | None) -> Mesh:
-    """Where the chains of one estimate run alone: on the given devices if they divide them."""
-    given = None if mesh is None else automatic(mesh)
-    if given is None or num_chains % given.shape.get("chain", 1):
-        return chain_mesh(num_chains)
-    return given
-
-
-def checked_batch(
-    source: Source, sampler: Sampler, batch_size: int | None, micro_batches: int, baseline: str, chunk_size: int
-) -> int:
-    """The batch size, by default min(256, num_data) or all; see ``estimate_llc``. Raises TypeError, ValueError."""
-    for name, value in {"chunk_size": chunk_size, "micro_batches": micro_batches}.items():
-        check_count(name, value, 1)
-    whole = sampler.family == "exact"
-    if batch_size is None:
-        batch_size = source.num_data if whole else min(256, source.num_data)
-    check_batch_size(batch_size, source.num_data)
-    if whole and (source.on_host or batch_size != source.num_data):
-        raise ValueError(
-            f"{sampler.name} takes every gradient over the whole data set: give the data as arrays in memory, and "
-            "leave batch_size out."
-        )
-    if batch_size % micro_batches:
-        raise ValueError(f"micro_batches = {micro_batches} does not divide batch_size = {batch_size}. Take a divisor.")
-    if not isinstance(baseline, str) or baseline not in ("paired", "full"):
-        raise ValueError(f"baseline must be 'paired' or 'full', got {baseline!r}. 'paired' has less variance.")
-    return batch_size
-
-
-def check_posterior(posterior: Any) -> None:
-    if not isinstance(posterior, LocalPosterior):
-        raise TypeError(
-            f"posterior must be a LocalPosterior, got a {type(posterior).__name__}. "
-            "Pass slt_jax.LocalPosterior(loss_fn, center, num_data) first, then the data."
-        )
 
 
 def as_sampler(sampler: Any) -> Sampler:
@@ -141,37 +253,40 @@ def as_sampler(sampler: Any) -> Sampler:
     raise TypeError(f"sampler must be a Sampler, got {sampler!r}. Call its constructor: slt_jax.sgld(step_size).")
 
 
-def check_same_call(mine: dict[str, Any], mesh: Mesh) -> None:
-    """Raise ValueError, on all processes, when one of them asks for something else than process 0."""
-    first, *others = gathered(mine, mesh)
-    for number, other in enumerate(others, start=1):
-        if (differs := first_difference(other, first)) is not None:
-            name, there, here = differs
-            raise ValueError(
-                f"process {number} samples with another {name} than process 0: {there!r} there, {here!r} here. Let "
-                "every process make the same call on the same data, or give each a mesh of jax.local_devices()."
-            )
+def _check_posterior(posterior: Any) -> None:
+    if not isinstance(posterior, LocalPosterior):
+        raise TypeError(
+            f"posterior must be a LocalPosterior, got a {type(posterior).__name__}. "
+            "Pass slt_jax.LocalPosterior(loss_fn, center, num_data) first, then the data."
+        )
 
 
-def identity_of(
-    engine: Engine, key: jax.Array, request: dict[str, Any], others: dict[str, ArrayData]
-) -> dict[str, Any]:
-    """Everything that a run's numbers depend on, for its directory."""
-    plan, mesh = engine.plan, engine.mesh
-    posterior = engine.posterior
-    if spans_processes(mesh):
-        posterior = dataclasses.replace(posterior, center=addressable(posterior.center))
-    batch = engine.source.fetch(np.zeros(plan.batch_size, np.int64))
-    # In this order a refusal names what was changed: the traced loss_fn, last, changes with most of the others.
-    return {
-        "versions": versions(),
-        "sampler": {name: getattr(engine.sampler, name) for name in ("name", "step_size", "friction")},
-        "schedule": {k: v for k, v in vars(plan).items() if k != "chunk_size"},
-        "request": {k: None if v is None else np.asarray(v, float).tolist() for k, v in request.items()},
-        "key": jax.random.key_data(key).tolist(),
-        "mesh": {name: int(size) for name, size in mesh.shape.items()},
-        "device": mesh.devices.flat[0].device_kind,
-        "data": {"examples": engine.source.num_data, "fingerprint": engine.source.fingerprint()},
-        "also": {name: one.fingerprint() for name, one in others.items()},
-        "posterior": posterior.fingerprint(batch),
-    }
+def _check_dynamics(control_variate: Any, hot: Any) -> None:
+    if control_variate not in (None, True, False):
+        raise TypeError(f"control_variate must be True, False or None, got {control_variate!r}.")
+    if hot is not None:
+        check_positive("hot", hot, "1 starts every chain at w*, 10 every other one at a tenth of nbeta.")
+        if hot < 1:
+            raise ValueError(f"hot must be at least 1, got {hot}. 10 starts every other chain at nbeta / 10.")
+
+
+def _checked_batch(
+    source: Source, sampler: Sampler, batch_size: int | None, micro_batches: int, baseline: str, chunk_size: int
+) -> int:
+    """The batch size, by default min(256, num_data) or all; see ``estimate_llc``. Raises TypeError, ValueError."""
+    for name, value in {"chunk_size": chunk_size, "micro_batches": micro_batches}.items():
+        check_count(name, value, 1)
+    whole = sampler.theory.full_batch
+    if batch_size is None:
+        batch_size = source.num_data if whole else min(_BATCH, source.num_data)
+    check_batch_size(batch_size, source.num_data)
+    if whole and (source.on_host or batch_size != source.num_data):
+        raise ValueError(
+            f"{sampler.name} takes every gradient over the whole data set: give the data as arrays in memory, and "
+            "leave batch_size out."
+        )
+    if batch_size % micro_batches:
+        raise ValueError(f"micro_batches = {micro_batches} does not divide batch_size = {batch_size}. Take a divisor.")
+    if not isinstance(baseline, str) or baseline not in ("paired", "full"):
+        raise ValueError(f"baseline must be 'paired' or 'full', got {baseline!r}. 'paired' has less variance.")
+    return batch_size

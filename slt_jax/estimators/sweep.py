@@ -4,9 +4,8 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,20 +13,29 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from slt_jax._checks import check_key, check_positive
+from slt_jax._checks import check_positive
 from slt_jax.engine.checkpoint import RunStore
+from slt_jax.engine.keys import KeyTag
 from slt_jax.engine.loop import Engine
-from slt_jax.engine.memory import Need, layouts, need_of, state_bytes, weighs
-from slt_jax.engine.mesh import automatic, check_mesh, gathered, leads
+from slt_jax.engine.memory import (
+    MemoryEstimate,
+    estimate_memory,
+    first_that_fits,
+    layouts,
+    needs_memory_check,
+    state_bytes,
+)
+from slt_jax.engine.mesh import is_main_process
+from slt_jax.engine.plan import Numbers, Schedule
 from slt_jax.engine.run import abandon, full_loss_at_center, run_to_end
-from slt_jax.estimators.outcome import look_bytes, result_of
-from slt_jax.estimators.prior_control import control_of
-from slt_jax.estimators.request import Notes, Subject, calibrated, opened, subject_of
+from slt_jax.estimators.ends import end_temporaries
+from slt_jax.estimators.outcome import result_of
+from slt_jax.estimators.prior_control import prior_control
+from slt_jax.estimators.request import Notes, Request, check_no_metric, lengths_of_each
+from slt_jax.estimators.shared import shared_calibration
 from slt_jax.posterior.local import LocalPosterior
 from slt_jax.results.llc import LLCResult
 from slt_jax.results.sweep import AXES, Sweep
-
-_CONTROL, _CALIBRATION = 2**31 - 21, 2**31 - 22  # folded into the key
 
 
 def sweep(
@@ -72,58 +80,70 @@ def sweep(
             for bit equal.
 
     Returns:
-        a Sweep: ``dataset`` (xarray, with named coordinates), ``reading`` (where the LLC stands, what to take),
+        a Sweep: ``dataset`` (xarray, with named coordinates), ``reading`` (where the LLC is stable, what to take),
         ``cell(...)``, ``plot``, ``save``.
 
     Raises:
         TypeError, ValueError: an argument that cannot be used. FloatingPointError: the loss is not finite at w*.
         MemoryError: not even one cell fits.
     """
-    lengths = (num_chains, num_draws, num_warmup, thinning, batch_size, micro_batches, baseline, chunk_size)
-    subject, key = subject_of(posterior, data, sampler, mesh, *lengths), check_key(key)
+    request = Request.checked(
+        posterior, data, sampler=sampler, num_chains=num_chains, num_draws=num_draws, num_warmup=num_warmup,
+        thinning=thinning, batch_size=batch_size, key=key, mesh=mesh, chain_batch=chain_batch,
+        checkpoint_dir=checkpoint_dir, progress=progress, micro_batches=micro_batches, baseline=baseline,
+        chunk_size=chunk_size, checkpoint_seconds=checkpoint_seconds,
+    )  # fmt: skip
+    check_no_metric(request)
     given = {name: _axis(name, values) for name, values in zip(AXES, (nbeta, localization, step_size), strict=True)}
     if all(values is None for values in given.values()):
         raise ValueError("a sweep needs values for nbeta, localization or step_size: step_size=[1e-5, 3e-5, 1e-4].")
     if memory_gib is not None:
         check_positive("memory_gib", memory_gib, "It is the memory of the process or of a device, in GiB.")
-    check_positive("checkpoint_seconds", checkpoint_seconds, "0 saves after every chunk.", zero=True)
-    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+    return _sweep(request, given, memory_gib)
+
+
+def _sweep(request: Request, given: dict[str, np.ndarray | None], memory_gib: float | None) -> Sweep:
+    plan = request.schedule(lengths_of_each(request))
+    mesh = request.mesh_of_one(plan.num_chains)
     grid = {name: None if values is None else values.tolist() for name, values in given.items()}
-    notes = opened(subject, key, {"grid": grid}, {}, folder)
+    notes = Notes.opened(request, plan, mesh, {"grid": grid}, {})
     try:
-        axes, friction = _filled(given, subject, key, notes)
+        axes, friction = _filled(request, given, plan, mesh, notes)
         most = {name: max(axes[name]) for name in ("nbeta", "localization")}
-        subject = subject._replace(posterior=posterior.with_numbers(**most))
-        work = _Work(subject, key, mesh, chain_batch, memory_gib, axes, friction)
-        engine, at_once, need = _fitted(work, notes)
+        cells = _Cells(request, request.posterior.with_numbers(**most), plan, axes, friction, memory_gib)
+        engine, at_once, memory = _fitted(cells, notes)
     finally:
         abandon(notes.store)
-    if progress and leads(engine.mesh):
-        print(f"  {work.num_cells} cells of {num_chains} chains, {at_once} cells at once", file=sys.stderr)
-    full = gathered(full_loss_at_center(engine), engine.mesh)[0] if baseline == "full" else None
-    control = control_of(engine, axes["localization"], jax.random.fold_in(key, _CONTROL))
+    problem = engine.problem
+    if request.progress and is_main_process(problem.mesh):
+        print(f"  {cells.number} cells of {plan.num_chains} chains, {at_once} cells at once", file=sys.stderr)
+    full_loss = full_loss_at_center(problem) if request.baseline == "full" else None
+    control_key = jax.random.fold_in(request.key, KeyTag.SWEEP_CONTROL)
+    control = prior_control(problem, axes["localization"], control_key, engine.key)
     results: list[LLCResult] = []
-    for first in range(0, work.num_cells, at_once):
-        cells = range(first, first + at_once)
-        part = "" if at_once == work.num_cells else f"cells {first} to {cells[-1]}: "
-        mine = {"sweep": notes.identity, "mesh": dict(engine.mesh.shape), "at once": engine.plan.chain_batch}
-        store = None if folder is None else RunStore(folder / f"cells-{first}-{cells[-1]}", mine, engine.mesh)
-        results += _run_cells(work, engine, cells, store, (progress, checkpoint_seconds, part), full, need)
+    for first in range(0, cells.number, at_once):
+        block = range(first, first + at_once)
+        store = None
+        if request.folder is not None:
+            identity = {"sweep": notes.identity, "mesh": dict(problem.mesh.shape), "at once": engine.plan.chain_batch}
+            store = RunStore(request.folder / f"cells-{first}-{block[-1]}", identity, problem.mesh)
+        results += _run_block(cells, engine, block, store, full_loss, memory)
     return Sweep(axes, tuple(results), control)
 
 
 @dataclass(frozen=True)
-class _Work:
-    subject: Subject  # of one cell, at the largest nbeta and localization
-    key: jax.Array
-    mesh: Mesh | None
-    chain_batch: int | None
-    memory_gib: float | None
+class _Cells:
+    """The grid. ``posterior``: that of a cell with the largest nbeta and localization. ``plan``: of one cell."""
+
+    request: Request
+    posterior: LocalPosterior
+    plan: Schedule
     axes: dict[str, np.ndarray]
     friction: float | None
+    memory_gib: float | None
 
     @property
-    def num_cells(self) -> int:
+    def number(self) -> int:
         return math.prod(len(values) for values in self.axes.values())
 
     def numbers(self, cells: range) -> dict[str, np.ndarray]:
@@ -145,17 +165,17 @@ def _axis(name: str, values: Any) -> np.ndarray | None:
                 "nbeta holds 0: that control is drawn exactly, for every localization, without asking. Leave 0 out."
             )
         check_positive(f"each {name}", value, "Leave the others out of the list.")
-    found = np.unique(np.asarray(listed, float))
-    if len(found) < len(listed):
+    axis = np.unique(np.asarray(listed, float))
+    if len(axis) < len(listed):
         raise ValueError(f"{name} holds a value twice: {[float(x) for x in listed]}. Give each once.")
-    return found
+    return axis
 
 
 def _filled(
-    given: dict[str, np.ndarray | None], subject: Subject, key: jax.Array, notes: Notes
+    request: Request, given: dict[str, np.ndarray | None], plan: Schedule, mesh: Mesh, notes: Notes
 ) -> tuple[dict[str, np.ndarray], float | None]:
     """(axes, friction), with what was left out: the posterior's own number, the sampler's, or the calibration's."""
-    posterior, source, sampler, plan, layout = subject
+    posterior, sampler = request.posterior, request.sampler
     own = {"nbeta": posterior.nbeta, "localization": posterior.localization, "step_size": sampler.step_size}
     axes = {name: np.array([own[name]], float) if values is None else values for name, values in given.items()}
     missing = [name for name, values in axes.items() if np.isnan(values).any()]
@@ -163,11 +183,12 @@ def _filled(
         return axes, sampler.friction
     gamma = None if "localization" in missing else float(max(axes["localization"]))
     known = None if "step_size" in missing else float(max(axes["step_size"]))
-    one = posterior.with_numbers(nbeta=max(axes["nbeta"]), localization=gamma)
+    stiffest = posterior.with_numbers(nbeta=max(axes["nbeta"]), localization=gamma)
 
     def decide() -> dict[str, Any]:
-        engine = Engine(one, source, sampler, plan, jax.random.fold_in(key, _CALIBRATION), layout)
-        return calibrated(engine, sampler._replace(step_size=known), gamma)
+        key = jax.random.fold_in(request.key, KeyTag.SHARED_CALIBRATION)
+        engine = Engine(request.problem(mesh, stiffest), sampler._replace(step_size=known), plan, key)
+        return shared_calibration(engine, stiffest)
 
     note = notes.kept("calibration", decide)
     for name in missing:
@@ -175,56 +196,63 @@ def _filled(
     return axes, note["friction"]
 
 
-def _fitted(work: _Work, notes: Notes) -> tuple[Engine, int, Need | None]:
+def _fitted(cells: _Cells, notes: Notes) -> tuple[Engine, int, MemoryEstimate | None]:
     """An engine for as many cells at once as memory takes, and divide their number; resumed, for as many as before."""
-    found: list[Any] = []
+    saves = notes.store is not None
+    fitted: list[tuple[Engine, MemoryEstimate | None]] = []
 
     def decide() -> dict[str, Any]:
-        found.extend(_fitting(work, range(work.num_cells, 0, -1), notes.store is not None))
-        return {"cells": found[1]}
+        fitted.append(_fitting(cells, range(cells.number, 0, -1), saves))
+        return {"cells": fitted[0][0].plan.num_chains // cells.plan.num_chains}
 
-    cells = notes.kept("at-once", decide)["cells"]
-    engine, _, need = found or _fitting(work, [cells], notes.store is not None)
-    return engine, cells, need
-
-
-def _fitting(work: _Work, counts: Iterable[int], saves: bool) -> tuple[Engine, int, Need | None]:
-    """(engine, cells at once, its need) for the first of ``counts`` that divides the cells and fits."""
-    posterior, source, sampler, plan, _ = work.subject
-    sampler = sampler._replace(step_size=float(work.axes["step_size"][0]), friction=work.friction)
-    limit, need = math.inf if work.memory_gib is None else work.memory_gib * 2**30, None
-    for cells in (k for k in counts if work.num_cells % k == 0):
-        rows = cells * plan.num_chains
-        mesh = None if work.mesh is None else check_mesh(automatic(work.mesh), rows)
-        for layout, group in layouts(rows, mesh, work.chain_batch, posterior.num_free):
-            laid = dataclasses.replace(plan, num_chains=rows, chain_batch=group)
-            engine = Engine(posterior, source, sampler, laid, work.key, layout)
-            if work.memory_gib is None and not weighs(posterior, rows):
-                return engine, cells, None
-            if state_bytes(engine) > limit:
-                continue
-            need = need_of(engine, look_bytes(engine, plan.num_chains), saves=saves)
-            need = dataclasses.replace(need, free=min(need.free, limit - need.now))
-            if all(gathered(need.fits, layout)):
-                return engine, cells, need
-    told = f"memory_gib = {work.memory_gib} is less than the chains of one cell hold. Give more."
-    raise MemoryError(need.refusal() if need else told)
+    at_once = notes.kept("at-once", decide)["cells"]
+    engine, memory = fitted[0] if fitted else _fitting(cells, [at_once], saves)
+    return engine, at_once, memory
 
 
-def _run_cells(
-    work: _Work, engine: Engine, cells: range, store: RunStore | None, show: tuple, full: float | None,
-    need: Need | None,
+def _fitting(cells: _Cells, counts: Iterable[int], saves: bool) -> tuple[Engine, MemoryEstimate | None]:
+    """(an engine, its memory) for the first of ``counts`` cells that divides all of them and fits."""
+    request, gib = cells.request, cells.memory_gib
+    sampler = request.sampler._replace(step_size=float(cells.axes["step_size"][0]), friction=cells.friction)
+    limit = math.inf if gib is None else gib * 2**30
+
+    def engines() -> Iterator[Engine]:
+        for count in (k for k in counts if cells.number % k == 0):
+            rows = count * cells.plan.num_chains
+            mesh = request.given_mesh(rows)
+            for layout, group in layouts(rows, mesh, request.chain_batch, cells.posterior.num_free):
+                plan = dataclasses.replace(cells.plan, num_chains=rows, chain_batch=group)
+                engine = Engine(request.problem(layout, cells.posterior), sampler, plan, request.key)
+                if gib is None or state_bytes(engine) <= limit:
+                    yield engine
+
+    def estimate(engine: Engine) -> MemoryEstimate | None:
+        if gib is None and not needs_memory_check(cells.posterior, engine.plan.num_chains):
+            return None
+        memory = estimate_memory(engine, end_temporaries(engine, cells.plan.num_chains), saves=saves)
+        return dataclasses.replace(memory, available=min(memory.available, limit - memory.in_use))
+
+    return first_that_fits(
+        engines(), estimate, f"memory_gib = {gib} is less than the chains of one cell hold. Give more."
+    )
+
+
+def _run_block(
+    cells: _Cells, engine: Engine, block: range, store: RunStore | None, full_loss: float | None,
+    memory: MemoryEstimate | None,
 ) -> list[LLCResult]:  # fmt: skip
-    numbers, chains = work.numbers(cells), work.subject.plan.num_chains
-    keys = jnp.stack([jax.random.fold_in(work.key, i) for i in cells])
-    engine.share_out(keys, chains, **numbers)
-    progress, seconds, part = show
-    run = run_to_end(engine, store, progress, seconds, part)
-    found = []
-    for i in range(len(cells)):
-        one = {name: float(values[i]) for name, values in numbers.items()}
-        posterior = work.subject.posterior.with_numbers(nbeta=one["nbeta"], localization=one["localization"])
-        mine = range(i * chains, (i + 1) * chains)
-        given = (engine, run, posterior, one["step_size"], work.friction)
-        found.append(result_of(*given, chains=mine, key=keys[i], full_loss=full, need=need))
-    return found
+    """The results of these cells, which run together."""
+    request, chains, values = cells.request, cells.plan.num_chains, cells.numbers(block)
+    keys = jnp.stack([jax.random.fold_in(request.key, i) for i in block])
+    inputs = engine.cell_inputs(Numbers(**values, friction=cells.friction or 0.1), keys, chains)
+    part = "" if len(block) == cells.number else f"cells {block[0]} to {block[-1]}: "
+    run = run_to_end(engine, inputs, store, progress=request.progress, every=request.checkpoint_seconds, part=part)
+    results = []
+    for i in range(len(block)):
+        numbers = Numbers(**{name: float(x[i]) for name, x in values.items()}, friction=cells.friction)
+        posterior = cells.posterior.with_numbers(nbeta=numbers.nbeta, localization=numbers.localization)
+        own = range(i * chains, (i + 1) * chains)
+        results.append(
+            result_of(engine, run, posterior, numbers, chains=own, key=keys[i], full_loss=full_loss, memory=memory)
+        )
+    return results

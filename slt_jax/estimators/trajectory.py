@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,18 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from slt_jax._checks import check_key, check_positive
 from slt_jax.calibration.probe import Probe
 from slt_jax.engine.checkpoint import RunStore
-from slt_jax.engine.loop import Engine, Run
-from slt_jax.engine.memory import layouts, need_of, weighs
-from slt_jax.engine.mesh import automatic, check_mesh, gathered, leads
+from slt_jax.engine.keys import KeyTag
+from slt_jax.engine.loop import Engine, Inputs, Run
+from slt_jax.engine.memory import MemoryEstimate, estimate_memory, first_that_fits, layouts, needs_memory_check
+from slt_jax.engine.mesh import allgather, is_main_process
+from slt_jax.engine.plan import Numbers, Schedule
 from slt_jax.engine.run import abandon, check_first_loss, full_loss_at_center, restored, run_to_end
-from slt_jax.estimators.outcome import look_bytes, result_of
-from slt_jax.estimators.request import Notes, Subject, calibrated, opened, subject_of
+from slt_jax.estimators.ends import end_temporaries
+from slt_jax.estimators.outcome import result_of
+from slt_jax.estimators.request import Notes, Request, check_no_metric, lengths_of_each
+from slt_jax.estimators.shared import shared_calibration
 from slt_jax.posterior.local import LocalPosterior
 from slt_jax.posterior.tree import path_of
 from slt_jax.results.llc import LLCResult, load_result
@@ -30,8 +33,8 @@ from slt_jax.results.plateau import SETTLED
 from slt_jax.results.text import estimate_text
 from slt_jax.results.trajectory import WHOLE, Trajectory
 
-_CALIBRATION, _SHARPNESS = 2**31 - 22, 2**31 - 23  # folded into the key
 _ROUNDS = 8  # of a power iteration at each checkpoint
+_SHARPNESS_BLOCKS = 2
 
 Part = Callable[[LocalPosterior], LocalPosterior]
 
@@ -63,7 +66,7 @@ def trajectory(
 
     Every checkpoint is sampled with the same nbeta, localization, step size, friction and lengths, and so they compare.
     What is not given is chosen by a calibration at the checkpoint whose loss is most sharply curved: a step that is
-    short enough there is so for all. Whether the setting serves each of them, its verdict says.
+    short enough there is so for all. The verdict of each says whether the setting is right for it.
 
     Args:
         posterior: loss, data size, nbeta, localization and mask for all; its own center is not sampled.
@@ -85,33 +88,42 @@ def trajectory(
         TypeError, ValueError: an argument that cannot be used. FloatingPointError: the loss is not finite at some w*.
         MemoryError: the chains do not fit.
     """
-    lengths = (num_chains, num_draws, num_warmup, thinning, batch_size, micro_batches, baseline, chunk_size)
-    subject, key = subject_of(posterior, data, sampler, mesh, *lengths), check_key(key)
-    steps, chosen = _steps(centers), _parts(parts)
-    check_positive("checkpoint_seconds", checkpoint_seconds, "0 saves after every chunk.", zero=True)
-    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
-    more = {"steps": steps, "parts": list(chosen)}
-    notes = opened(subject, key, more, {"warm_start": warm_start}, folder)
-    given = None if mesh is None else check_mesh(automatic(mesh), num_chains)
-    work = _Work(subject, centers, key, folder, notes.identity)
+    request = Request.checked(
+        posterior, data, sampler=sampler, num_chains=num_chains, num_draws=num_draws, num_warmup=num_warmup,
+        thinning=thinning, batch_size=batch_size, key=key, mesh=mesh, chain_batch=chain_batch,
+        checkpoint_dir=checkpoint_dir, progress=progress, micro_batches=micro_batches, baseline=baseline,
+        chunk_size=chunk_size, checkpoint_seconds=checkpoint_seconds,
+    )  # fmt: skip
+    check_no_metric(request)
+    return _trajectory(request, centers, _steps(centers), _parts(parts), warm_start)
+
+
+def _trajectory(
+    request: Request, centers: Mapping[int, Any], steps: list[int], parts: dict[str, Part], warm_start: bool
+) -> Trajectory:
+    plan = request.schedule(lengths_of_each(request))
+    mesh = request.mesh_of_one(plan.num_chains)
+    more = {"steps": steps, "parts": list(parts)}
+    notes = Notes.opened(request, plan, mesh, more, {"warm_start": warm_start})
+    course = _Course(request, centers, plan, mesh, notes.identity)
     try:
-        work = _fitted(_filled(work, steps, notes), steps[0], given, chain_batch)
+        course = _fitted(_filled(course, steps, notes), steps[0])
     finally:
         abandon(notes.store)
-    found: dict[str, list[LLCResult]] = {name: [] for name in chosen}
+    results: dict[str, list[LLCResult]] = {name: [] for name in parts}
     ends: dict[str, _End] = {}
     for step in steps:
-        whole = work.at(step)
-        for number, (name, part) in enumerate(chosen.items()):
+        whole = course.posterior_at(step)
+        for number, (name, part) in enumerate(parts.items()):
             last = ends.get(name) if warm_start else None
-            result, end = _one(work, name, part(whole), number, step, last, (progress, checkpoint_seconds))
-            found[name].append(result)
-            _tidy(work, name, ends.get(name))
+            result, end = _at_checkpoint(course, name, part(whole), number, step, last)
+            results[name].append(result)
+            _remove_state(course, name, ends.get(name))
             ends[name] = end
-            if progress and leads(work.subject.mesh):
+            if request.progress and is_main_process(mesh):
                 value = estimate_text(result.llc, result.llc_stderr, "±")
                 print(f"  step {step}, {name}: LLC {value}, {result.verdict}", file=sys.stderr)
-    return Trajectory(tuple(steps), {name: tuple(results) for name, results in found.items()})
+    return Trajectory(tuple(steps), {name: tuple(row) for name, row in results.items()})
 
 
 @dataclass(frozen=True)
@@ -125,39 +137,48 @@ class _End:
 
 
 @dataclass(frozen=True)
-class _Work:
-    subject: Subject
+class _Course:
+    """The checkpoints, and the one setting for all. ``identity``: digest of everything that the numbers depend on."""
+
+    request: Request
     centers: Mapping[int, Any]
-    key: jax.Array
-    folder: Path | None
+    plan: Schedule
+    mesh: Mesh
     identity: str
 
-    def at(self, step: int) -> LocalPosterior:
+    def posterior_at(self, step: int) -> LocalPosterior:
         """The posterior around the checkpoint of this step."""
         center = self.centers[step]
         center = center() if callable(center) else center
         try:
-            posterior = dataclasses.replace(self.subject.posterior, center=center)
+            posterior = dataclasses.replace(self.request.posterior, center=center)
         except (TypeError, ValueError) as error:
             raise type(error)(f"the checkpoint of step {step}: {error}") from error
-        mine, wanted = _shapes(center), _shapes(self.subject.posterior.center)
-        for name in [*wanted, *mine]:
-            if mine.get(name) != wanted.get(name):
+        given, wanted = _shapes(center), _shapes(self.request.posterior.center)
+        for name in [*wanted, *given]:
+            if given.get(name) != wanted.get(name):
                 raise ValueError(
                     f"the checkpoint of step {step} is of another model than posterior.center: '{name}' has shape "
-                    f"{mine.get(name)} there, {wanted.get(name)} here. Give checkpoints of one training run."
+                    f"{given.get(name)} there, {wanted.get(name)} here. Give checkpoints of one training run."
                 )
         return posterior
 
     def engine(self, posterior: LocalPosterior, key: jax.Array) -> Engine:
-        _, source, sampler, plan, mesh = self.subject
-        return Engine(posterior, source, sampler, plan, key, mesh)
+        return Engine(self.request.problem(self.mesh, posterior), self.request.sampler, self.plan, key)
 
-    def identity_at(self, name: str, step: int) -> dict[str, Any]:
-        return {"trajectory": self.identity, "part": name, "step": step, "mesh": dict(self.subject.mesh.shape)}
+    @property
+    def numbers(self) -> Numbers:
+        """What all chains are moved with, once nothing is open any more."""
+        posterior, sampler = self.request.posterior, self.request.sampler
+        return Numbers(posterior.nbeta, posterior.localization, sampler.step_size, sampler.friction)
 
-    def place_of(self, name: str, step: int) -> Path:
-        return (self.folder or Path()) / name.replace(" ", "-") / f"step-{step}"
+    def store_at(self, name: str, step: int) -> RunStore:
+        """Where the state of one checkpoint is kept."""
+        identity = {"trajectory": self.identity, "part": name, "step": step, "mesh": dict(self.mesh.shape)}
+        return RunStore(self.folder_of(name, step), identity, self.mesh)
+
+    def folder_of(self, name: str, step: int) -> Path:
+        return (self.request.folder or Path()) / name.replace(" ", "-") / f"step-{step}"
 
 
 def _steps(centers: Any) -> list[int]:
@@ -192,85 +213,94 @@ def _parts(parts: Any) -> dict[str, Part]:
     return {WHOLE: lambda posterior: posterior, **named}
 
 
-def _filled(work: _Work, steps: list[int], notes: Notes) -> _Work:
+def _filled(course: _Course, steps: list[int], notes: Notes) -> _Course:
     """With every number of the setting given or chosen."""
-    posterior, sampler = work.subject.posterior, work.subject.sampler
-    if None in (sampler.step_size, sampler.friction, posterior.localization):
-        found = notes.kept("calibration", lambda: _at_the_sharpest(work, steps))
-        sampler = sampler._replace(step_size=found["step_size"], friction=found["friction"])
-        posterior = posterior.with_numbers(nbeta=posterior.nbeta, localization=found["localization"])
-    return dataclasses.replace(work, subject=work.subject._replace(posterior=posterior, sampler=sampler))
+    posterior, sampler = course.request.posterior, course.request.sampler
+    if not course.request.is_open:
+        return course
+    note = notes.kept("calibration", lambda: _calibrated_at_the_sharpest(course, steps))
+    sampler = sampler._replace(step_size=note["step_size"], friction=note["friction"])
+    posterior = posterior.with_numbers(nbeta=float(posterior.nbeta or 0.0), localization=note["localization"])
+    return dataclasses.replace(
+        course, request=dataclasses.replace(course.request, posterior=posterior, sampler=sampler)
+    )
 
 
-def _fitted(work: _Work, step: int, mesh: Mesh | None, chain_batch: int | None) -> _Work:
+def _fitted(course: _Course, step: int) -> _Course:
     """With a layout that fits into memory, by the checkpoint of this step."""
-    first, num_chains, need = work.at(step), work.subject.plan.num_chains, None
-    for layout, group in layouts(num_chains, mesh, chain_batch, first.num_free):
-        plan = dataclasses.replace(work.subject.plan, chain_batch=group)
-        fitted = dataclasses.replace(work, subject=work.subject._replace(plan=plan, mesh=layout))
-        if not weighs(first, num_chains):
-            return fitted
-        engine = fitted.engine(first, work.key)
-        need = need_of(engine, look_bytes(engine, num_chains), saves=work.folder is not None)
-        if all(gathered(need.fits, layout)):
-            return fitted
-    raise MemoryError(need.refusal() if need else "")
+    first, num_chains, request = course.posterior_at(step), course.plan.num_chains, course.request
+
+    def engines() -> Iterator[Engine]:
+        for mesh, group in layouts(num_chains, request.given_mesh(num_chains), request.chain_batch, first.num_free):
+            plan = dataclasses.replace(course.plan, chain_batch=group)
+            yield dataclasses.replace(course, plan=plan, mesh=mesh).engine(first, request.key)
+
+    def estimate(engine: Engine) -> MemoryEstimate | None:
+        if not needs_memory_check(first, num_chains):
+            return None
+        return estimate_memory(engine, end_temporaries(engine, num_chains), saves=request.folder is not None)
+
+    engine, _ = first_that_fits(engines(), estimate)
+    return dataclasses.replace(course, plan=engine.plan, mesh=engine.problem.mesh)
 
 
-def _at_the_sharpest(work: _Work, steps: list[int]) -> dict[str, Any]:
+def _calibrated_at_the_sharpest(course: _Course, steps: list[int]) -> dict[str, Any]:
     """The calibration's choice at the checkpoint whose loss is most sharply curved."""
-    sharp = {}
+    key, nbeta = course.request.key, float(course.request.posterior.nbeta or 0.0)
+    sharpness = {}
     for step in steps:
-        engine = work.engine(work.at(step), jax.random.fold_in(work.key, _SHARPNESS))
-        probe = Probe(engine, 2, jax.random.fold_in(engine.key, step))
-        sharp[step] = gathered(probe.sharpness(probe.center, _ROUNDS), engine.mesh)[0]
-    at = max(sharp, key=lambda step: sharp[step])
-    engine = work.engine(work.at(at), jax.random.fold_in(work.key, _CALIBRATION))
-    return {**calibrated(engine, work.subject.sampler, work.subject.posterior.localization), "at": at}
+        engine = course.engine(course.posterior_at(step), jax.random.fold_in(key, KeyTag.SHARPNESS))
+        probe = Probe(engine.problem, nbeta, _SHARPNESS_BLOCKS, jax.random.fold_in(engine.key, step))
+        sharpness[step] = allgather(probe.sharpness(probe.center, _ROUNDS), course.mesh)[0]
+    sharpest = max(sharpness, key=lambda step: sharpness[step])
+    posterior = course.posterior_at(sharpest)
+    engine = course.engine(posterior, jax.random.fold_in(key, KeyTag.SHARED_CALIBRATION))
+    return {**shared_calibration(engine, posterior), "at": sharpest}
 
 
-def _one(
-    work: _Work, name: str, posterior: LocalPosterior, number: int, step: int, last: _End | None, show: tuple
+def _at_checkpoint(
+    course: _Course, name: str, posterior: LocalPosterior, number: int, step: int, last: _End | None
 ) -> tuple[LLCResult, _End]:
-    """The result at one checkpoint, and where its chains ended."""
-    key = jax.random.fold_in(work.key, step)
-    engine = work.engine(posterior, jax.random.fold_in(key, number) if number else key)
-    place = work.place_of(name, step)
-    done, run, store = place.with_suffix(".zarr"), None, None
-    if work.folder is not None and done.exists():
-        result = load_result(done)
+    """The result at one checkpoint, and where its chains ended. ``number``: of the part, 0 for the whole."""
+    request, key = course.request, jax.random.fold_in(course.request.key, step)
+    engine = course.engine(posterior, jax.random.fold_in(key, number) if number else key)
+    folder = course.folder_of(name, step)
+    saved, run, store = folder.with_suffix(".zarr"), None, None
+    if request.folder is not None and saved.exists():
+        result = load_result(saved)
     else:
-        if work.folder is not None:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            store = RunStore(place, work.identity_at(name, step), engine.mesh)
-        progress, seconds = show
-        full = gathered(full_loss_at_center(engine), engine.mesh)[0] if engine.plan.baseline == "full" else None
-        start = _carried(work, name, engine, last) if last is not None and last.settled else None
-        run = run_to_end(engine, store, progress, seconds, f"step {step}, {name}: ", start)
-        step_size, friction = engine.sampler.step_size, engine.sampler.friction
-        assert step_size is not None
-        result = result_of(engine, run, posterior, step_size, friction, full_loss=full)
-        if store is not None and leads(engine.mesh):
-            result.save(done)
-    return result, _End(step, engine.center, result.verdict in SETTLED, run)
+        if request.folder is not None:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            store = course.store_at(name, step)
+        full_loss = full_loss_at_center(engine.problem) if request.baseline == "full" else None
+        inputs = engine.inputs(course.numbers)
+        start = _carried(course, name, engine, inputs, last) if last is not None and last.settled else None
+        run = run_to_end(
+            engine, inputs, store, progress=request.progress, every=request.checkpoint_seconds,
+            part=f"step {step}, {name}: ", start=start,
+        )  # fmt: skip
+        result = result_of(engine, run, posterior, course.numbers, full_loss=full_loss)
+        if store is not None and is_main_process(course.mesh):
+            result.save(saved)
+    return result, _End(step, engine.problem.center, result.verdict in SETTLED, run)
 
 
-def _carried(work: _Work, name: str, engine: Engine, last: _End) -> Run | None:
+def _carried(course: _Course, name: str, engine: Engine, inputs: Inputs, last: _End) -> Run | None:
     """A start as far from w* as the chains of the checkpoint before ended.
 
     None where one of them was lost, or would begin at a loss that is not finite.
     """
     run = last.run
     if run is None:
-        store = RunStore(work.place_of(name, last.step), work.identity_at(name, last.step), engine.mesh)
-        run = restored(engine, store)
+        store = course.store_at(name, last.step)
+        run = restored(engine, inputs, store)
         abandon(store)
     if run is None or not engine.all_alive(run):
         return None
-    begun = engine.start()
-    begun.state = run.state._replace(position=_shifted(run.state.position, engine.center, last.center))
-    check_first_loss(engine)
-    losses = (engine.first_loss(position=engine.position(begun, c)) for c in range(engine.plan.num_chains))
+    begun, problem = engine.start(inputs), engine.problem
+    begun.state = run.state._replace(position=_shifted(run.state.position, problem.center, last.center))
+    check_first_loss(problem)
+    losses = (problem.first_loss(position=engine.position(begun, c)) for c in range(engine.plan.num_chains))
     return begun if all(map(math.isfinite, losses)) else None
 
 
@@ -279,7 +309,7 @@ def _shifted(positions: tuple, center: tuple, old: tuple) -> tuple:
     return tuple(w + (new - was) for w, new, was in zip(positions, center, old, strict=True))
 
 
-def _tidy(work: _Work, name: str, last: _End | None) -> None:
+def _remove_state(course: _Course, name: str, last: _End | None) -> None:
     """The state of a checkpoint is needed until the next one is done."""
-    if work.folder is not None and last is not None and leads(work.subject.mesh):
-        shutil.rmtree(work.place_of(name, last.step), ignore_errors=True)
+    if course.request.folder is not None and last is not None and is_main_process(course.mesh):
+        shutil.rmtree(course.folder_of(name, last.step), ignore_errors=True)

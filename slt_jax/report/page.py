@@ -4,12 +4,13 @@ import base64
 import io
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 from matplotlib.figure import Figure
 
-from slt_jax.samplers.base import NO_MOMENTUM
+from slt_jax.results.record import RunRecord
+from slt_jax.samplers import theory_of
 
 GOOD, CAUTION, BAD, UNMEASURED = "good", "caution", "bad", "none"
 _SYMBOLS = {GOOD: "✓", CAUTION: "!", BAD: "✗", UNMEASURED: "–"}
@@ -100,22 +101,24 @@ _MEANINGS = {
 }  # fmt: skip
 
 
-def settings_sections(settings: dict[str, Any]) -> Iterable[Section]:
+def settings_sections(settings: RunRecord, without: tuple[str, ...] = ()) -> Iterable[Section]:
+    """What was given and what the calibration chose, without the settings of these names."""
     forms = {float: lambda x: f"{x:.4g}", int: lambda x: f"{x:,}", bool: lambda x: "yes" if x else "no"}
-    still = ("friction",) if settings.get("family") in NO_MOMENTUM else ()
-    still += ("mean_time",) if settings.get("mean_time") == 1 else ()
-    known = {name: settings[name] for name in _MEANINGS if settings.get(name) is not None and name not in still}
+    without += () if theory_of(settings.family).has_momentum else ("friction",)
+    without += ("mean_time",) if settings.mean_time == 1 else ()
+    values = {name: getattr(settings, name) for name in _MEANINGS if name not in without}
+    known = {name: value for name, value in values.items() if value is not None}
     rows = tuple(Row((name, forms.get(type(value), str)(value), _MEANINGS[name])) for name, value in known.items())
     if rows:
         yield Section("Settings", header=("setting", "value", "meaning"), rows=rows)
-    if lines := settings.get("calibration", {}).get("lines"):
+    if lines := settings.calibration.get("lines"):
         text = ("What was not given was measured on this model and data:",)
         yield Section("What the calibration chose, and why", text, items=tuple(Item(line) for line in lines))
 
 
-def citation_section(settings: dict[str, Any], wbic: bool) -> Section:
+def citation_section(settings: RunRecord, wbic: bool) -> Section:
     items = [
-        Item(f"slt-jax {settings.get('versions', {}).get('slt-jax', '')}".strip() + ", which computed this estimate."),
+        Item(f"slt-jax {settings.versions.get('slt-jax', '')}".strip() + ", which computed this estimate."),
         Item("The estimator: E. Lau, Z. Furman, G. Wang, D. Murfet, S. Wei, The Local Learning Coefficient: A "
              "Singularity-Aware Complexity Measure, AISTATS 2025.", "https://arxiv.org/abs/2308.12108"),
     ]  # fmt: skip

@@ -40,7 +40,7 @@ def sweep_page(sweep: Sweep, path: str | None) -> Page:
         Section("What it says", code=str(reading)),
         Section("Heat maps", picture=picture(plot_sweep(data, reading), alt)),
         Section("All cells", header=("cell", "LLC", "verdict"), rows=tuple(rows)),
-        *settings_sections({name: x for name, x in sweep.settings.items() if name not in AXES}),
+        *settings_sections(sweep.settings, AXES),
         citation_section(sweep.settings, False),
         loading_section("sweep", path),
     )

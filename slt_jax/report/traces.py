@@ -47,18 +47,18 @@ def _means(values: np.ndarray) -> np.ndarray:
 
 def _chain_style(result: Any, chain: int) -> dict[str, Any]:
     """Colour and label: a chain's own up to eight chains, beyond that of all chains that started alike."""
-    hot = result.settings.get("hot", 1.0) > 1 and chain % 2 == 1
+    hot = result.settings.hot > 1 and chain % 2 == 1
     if len(result.loss_trace) > len(COLORS):
         return {"color": COLORS[int(hot)], "label": "chains started hot" if hot else "chains from w*"}
     return {"color": COLORS[chain], "label": f"chain {chain}{', started hot' if hot else ''}"}
 
 
 def _draw_steps(result: Any) -> np.ndarray:
-    return result.settings["num_warmup"] + result.settings["thinning"] * (1 + np.arange(result.loss_trace.shape[1])) - 1
+    return result.settings.num_warmup + result.settings.thinning * (1 + np.arange(result.loss_trace.shape[1])) - 1
 
 
 def _losses(axis: Axes, result: Any) -> None:
-    warm, kept = result.settings["num_warmup"], result.kept_chains
+    warm, kept = result.settings.num_warmup, result.kept_chains
     steps = np.r_[_means(np.arange(warm)) if warm else [], _means(_draw_steps(result))]
     losses = np.concatenate([_means(x) for x in (result.warmup_loss, result.loss_trace) if x.size], axis=-1)
     for c, line in enumerate(losses):

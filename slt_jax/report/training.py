@@ -54,7 +54,9 @@ def plot_training(
         axis.set(xscale="log" if min(steps) > 0 else "linear", xlabel="training step")
         axis.set_ylabel("local learning coefficient", color=COLORS[0] if one else "black")
         right.set_ylabel(f"loss ({unit})", color=loss)
-        entries: dict[str, Any] = {t: h for a in (axis, right) for h, t in zip(*a.get_legend_handles_labels(), strict=True)}
+        entries: dict[str, Any] = {
+            t: h for a in (axis, right) for h, t in zip(*a.get_legend_handles_labels(), strict=True)
+        }
         if interval in entries:
             entries[interval] = (Patch(color="0.88"), entries[interval])
         place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 3, "fontsize": 9}

@@ -34,7 +34,7 @@ def trajectory_page(
             place = f"step {step:,}" + ("" if name == WHOLE else f", {name}")
             cells = (place, f"{result.init_loss:.4g}", llc, f"{result.health.rhat:.3f}", result.verdict)
             rows.append(Row(cells, tone_of(result.verdict)))
-    settings = {k: v for k, v in whole[-1].settings.items() if k not in ("probe", "gradients", "cost")}
+    settings = whole[-1].settings
     sections = (
         Section("Over training", picture=picture(found.plot(unit=unit, drift=drift), alt)),
         Section("What it says", code=found.summary(drift)),

@@ -38,7 +38,7 @@ class Solution:
         The batches of different draws and chains are independent, so that the loss has the standard error of a plain
         mean: 0 where the baseline is the loss over all data.
         """
-        kept = result.baseline_trace[result.kept_chains].astype(np.float64)
+        kept = result.traces.baseline[result.kept_chains].astype(np.float64)
         error = float(kept.std(ddof=1) / math.sqrt(kept.size)) if kept.size > 1 else math.nan
         return cls(result.init_loss, error, result.llc, result.llc_stderr, result.verdict)
 
@@ -151,7 +151,7 @@ def compare(a: LLCResult, b: LLCResult, *, num_data: float | None = None) -> Com
     """
     for name, result in (("a", a), ("b", b)):
         _check_result(name, result)
-    sizes = a.settings["num_data"], b.settings["num_data"]
+    sizes = a.settings.num_data, b.settings.num_data
     if num_data is None and sizes[0] != sizes[1]:
         raise ValueError(
             f"the results are of {sizes[0]} and {sizes[1]} examples; say with num_data at which n to compare them."
@@ -191,7 +191,9 @@ def _resampled(a: Solution, b: Solution) -> tuple[float, float, float]:
 
 def _unlike(a: LLCResult, b: LLCResult) -> tuple[str, ...]:
     """Settings of the two estimates that an LLC may depend on and that differ."""
-    values = {name: (a.settings[name], b.settings[name]) for name in ("num_data", "nbeta", "localization")}
+    values = {
+        name: (getattr(a.settings, name), getattr(b.settings, name)) for name in ("num_data", "nbeta", "localization")
+    }
     return tuple(f"{name} is {x:g} for a and {y:g} for b." for name, (x, y) in values.items() if x != y)
 
 

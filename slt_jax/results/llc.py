@@ -5,70 +5,77 @@ import json
 import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slt_jax.diagnostics.bias import Bias, bias_of, thermometer
+from slt_jax.diagnostics.bias import Bias, Moments, thermometer
+from slt_jax.diagnostics.evidence import Evidence
 from slt_jax.diagnostics.sensitivity import Slope, covariance_with_loss, degree_of, slopes, tilt_of
 from slt_jax.diagnostics.series import Rise, ess_and_rhat, rise_of, standard_error
-from slt_jax.diagnostics.verdict import Evidence, Health, assess
+from slt_jax.diagnostics.verdict import Health, assess
+from slt_jax.engine.trace import Trace
 from slt_jax.results.other_data import READINGS, Reading
+from slt_jax.results.record import RunRecord
 from slt_jax.results.storage import RESULT, digest, load, write
 from slt_jax.results.text import estimate_text
+from slt_jax.samplers import theory_of
+from slt_jax.samplers.base import Theory
 
 if TYPE_CHECKING:
     import xarray as xr
 
 
-TRACES = (
-    "loss_trace", "baseline_trace", "gap_var", "tilt", "drift_sq", "virial", "distance_sq", "kinetic", "acceptance",
-    "pull",
-)  # fmt: skip
+SAVED = {
+    "loss_trace": "loss", "baseline_trace": "baseline",
+    **{name: name for name in (
+        "gap_var", "tilt", "drift_sq", "virial", "distance_sq", "kinetic", "acceptance", "pull",
+    )},
+}  # fmt: skip
+"""Name in a saved file -> name in ``Trace``."""
 
 
 @dataclass(frozen=True)
 class LLCResult:
     """A local learning coefficient with its error bar. All axes are (chain, draw).
 
-    ``loss_trace`` and ``baseline_trace``: L_m(w_t) and the loss at w* that is subtracted from it, nats per example.
-    ``gap_var``: variance of the difference of the two, by the spread of the batch. ``tilt``: <grad L_m(w*), w_t - w*>
-    at some of the draws, NaN at the others. ``drift_sq``, ``virial``, ``distance_sq``, ``kinetic``, ``acceptance``,
-    ``pull``: the sampler's ``Info`` at the same draws. ``warmup_loss``: L_m(w_t) before the draws.
-    ``stopped``: chain -> step at which it went non-finite; those chains are in the traces but not in the estimate.
-    ``settings``: everything the run was given, and the versions it ran with. ``notes``: what went wrong without
-    touching the numbers. ``also_traces``: by name of a further data set, its loss, baseline and gap_var at the draws,
-    ``(chain, draw, 3)``; read them as ``also``.
+    ``traces``: what was recorded at the draws, see ``engine.trace.Trace``. ``warmup_loss``: L_m(w_t) before the draws,
+    (chain, step). ``stopped``: chain -> step at which it went non-finite; those chains are in the traces but not in the
+    estimate. ``settings``: everything the run was given, what it took, and the versions it ran with. ``notes``: what
+    went wrong without touching the numbers. ``other_names``: of the further data sets in ``traces.also``; read them as
+    ``also``. ``theory``: of the sampler; by default the one that ``settings.family`` names.
     """
 
-    loss_trace: np.ndarray
-    baseline_trace: np.ndarray
-    gap_var: np.ndarray
-    tilt: np.ndarray
-    drift_sq: np.ndarray
-    virial: np.ndarray
-    distance_sq: np.ndarray
-    kinetic: np.ndarray
-    acceptance: np.ndarray
-    pull: np.ndarray
+    traces: Trace
     warmup_loss: np.ndarray
     stopped: dict[int, int]
-    settings: dict[str, Any]
+    settings: RunRecord
     notes: tuple[str, ...] = ()
-    also_traces: dict[str, np.ndarray] = field(default_factory=dict)
+    other_names: tuple[str, ...] = ()
+    theory: Theory | None = None
+
+    @property
+    def loss_trace(self) -> np.ndarray:
+        """L_m(w_t) at the draws, nats per example."""
+        return self.traces.loss
+
+    @property
+    def baseline_trace(self) -> np.ndarray:
+        """The loss at w* that is subtracted from ``loss_trace``, nats per example."""
+        return self.traces.baseline
 
     @functools.cached_property
     def kept_chains(self) -> np.ndarray:
         """Indices of the chains that stayed finite."""
-        return np.array([c for c in range(len(self.loss_trace)) if c not in self.stopped], dtype=int)
+        return np.array([c for c in range(len(self.traces.loss)) if c not in self.stopped], dtype=int)
 
     @functools.cached_property
     def llc_draws(self) -> np.ndarray:
         """nbeta (L_m(w_t) - L_m(w*)) of the chains that stayed finite, float64."""
-        gap = self.loss_trace.astype(np.float64) - self.baseline_trace.astype(np.float64)
-        return self.settings["nbeta"] * gap[self.kept_chains]
+        gap = self.traces.loss.astype(np.float64) - self.traces.baseline.astype(np.float64)
+        return self.settings.nbeta * gap[self.kept_chains]
 
     @property
     def llc_raw(self) -> float:
@@ -83,81 +90,101 @@ class LLCResult:
     @functools.cached_property
     def also(self) -> dict[str, Reading]:
         """What the further data sets read at the same draws, by name."""
-        kept, nbeta = self.kept_chains, self.settings["nbeta"]
-        return {name: Reading(*np.moveaxis(t[kept], -1, 0), nbeta) for name, t in self.also_traces.items()}
+        return {
+            name: Reading(*np.moveaxis(self.traces.also[self.kept_chains, :, k], -1, 0), self.settings.nbeta)
+            for k, name in enumerate(self.other_names)
+        }
 
     @functools.cached_property
     def bias(self) -> Bias:
         """What step size and minibatch noise add to ``llc_raw``, to first order."""
-        s, kept = self.settings, self.kept_chains
+        kept = self.kept_chains
         if not kept.size:
             return Bias(math.nan, math.nan, math.nan, 0.0, "no chain stayed finite")
-        heat, probe = self._heat, s.get("probe", {})
-        noise = tuple(probe.get(name, math.nan) for name in ("noise", "noise_stderr"))
-        pull = np.where(np.isnan(self.pull), self.virial, self.pull)
-        drift_sq, pull = (float(x[kept].mean(dtype=np.float64)) for x in (self.drift_sq, pull))
-        drift_sq -= s["localization"] * pull
-        of_loss = covariance_with_loss(self.llc_draws, self.gap_var[kept], self.drift_sq[kept], s["nbeta"])
-        return bias_of(s.get("family", ""), self.llc_raw, drift_sq, heat, noise, s, of_loss, self._degree.value)
+        return self._theory.bias(self._moments)
+
+    @property
+    def _theory(self) -> Theory:
+        return theory_of(self.settings.family) if self.theory is None else self.theory
+
+    @property
+    def _moments(self) -> Moments:
+        s, t, kept = self.settings, self.traces, self.kept_chains
+        pull = np.where(np.isnan(t.pull), t.virial, t.pull)
+        drift_sq, pull = (float(x[kept].mean(dtype=np.float64)) for x in (t.drift_sq, pull))
+        return Moments(
+            raw=self.llc_raw,
+            drift_sq=drift_sq - s.localization * pull,
+            heat=self._heat,
+            noise=(s.probe.get("noise", math.nan), s.probe.get("noise_stderr", math.nan)),
+            step_size=s.step_size,
+            friction=0.1 if s.friction is None else s.friction,
+            control_variate=s.control_variate,
+            with_loss=covariance_with_loss(self.llc_draws, t.gap_var[kept], t.drift_sq[kept], s.nbeta),
+            degree=self._degree.value,
+        )
 
     @functools.cached_property
     def _heat(self) -> Slope:
-        kinetic = self.kinetic[self.kept_chains]
-        return Slope(*thermometer(kinetic, self.settings["num_free"], ess_and_rhat(kinetic)[0]))
+        kinetic = self.traces.kinetic[self.kept_chains]
+        return Slope(*thermometer(kinetic, self.settings.num_free, ess_and_rhat(kinetic)[0]))
 
     @functools.cached_property
     def _degree(self) -> Slope:
-        kept = self.kept_chains
-        return degree_of(self.llc_draws, self.virial[kept], self.distance_sq[kept], self.settings["localization"])
+        t, kept = self.traces, self.kept_chains
+        return degree_of(self.llc_draws, t.virial[kept], t.distance_sq[kept], self.settings.localization)
 
     @functools.cached_property
     def _hot(self) -> np.ndarray:
         """Which of the kept chains started hot."""
-        return (self.kept_chains % 2 == 1) & (self.settings.get("hot", 1.0) > 1)
+        return (self.kept_chains % 2 == 1) & (self.settings.hot > 1)
 
     @functools.cached_property
     def _rise(self) -> Rise:
-        cold, nbeta = self.kept_chains[~self._hot], self.settings["nbeta"]
-        baseline = self.baseline_trace[cold].astype(np.float64)
+        cold, nbeta = self.kept_chains[~self._hot], self.settings.nbeta
+        baseline = self.traces.baseline[cold].astype(np.float64)
         if not baseline.size:
             return Rise()
         warmup = nbeta * (self.warmup_loss[cold] - baseline.mean())
         error = nbeta * baseline.std() / math.sqrt(baseline.size)
-        return rise_of(warmup, self.llc_draws[~self._hot], self.settings["thinning"], error)
+        return rise_of(warmup, self.llc_draws[~self._hot], self.settings.thinning, error)
 
     @functools.cached_property
     def health(self) -> Health:
         """Convergence numbers and the verdict."""
-        kept, s = self.kept_chains, self.settings
-        if not kept.size:
+        if not self.kept_chains.size:
             return assess(self.llc_draws, Evidence(num_stopped=len(self.stopped)))
-        drift_sq, virial, kinetic = (x[kept].mean(dtype=np.float64) for x in (self.drift_sq, self.virial, self.kinetic))
-        right = s["num_free"] + (s["step_size"] / 4 * drift_sq if s.get("family") == "euler" else 0.0)
-        away, gap_var, cool = self.distance_sq[kept], self.gap_var[kept], 1.0
+        return assess(self.llc_draws, self._evidence)
+
+    @property
+    def _evidence(self) -> Evidence:
+        s, t, kept = self.settings, self.traces, self.kept_chains
+        drift_sq, virial, kinetic = (x[kept].mean(dtype=np.float64) for x in (t.drift_sq, t.virial, t.kinetic))
+        excess = self._theory.virial_excess
+        expected = s.num_free + (excess(s.step_size, drift_sq) if excess else 0.0)
+        away, cool = t.distance_sq[kept], 1.0
         if self.bias.applied:
             cool = self.llc / self.llc_raw  # the heat is spread like the draws
-        by_nbeta, by_pull = slopes(cool * self.llc_draws, cool**2 * gap_var, away, s["nbeta"], s["localization"])
-        acceptance, owed, longer = (s.get("probe", {}).get(x, math.nan) for x in ("acceptance", "owed", "longer"))
-        evidence = Evidence(
-            float(virial / right),
-            float(kinetic),
-            acceptance,
-            self.bias,
-            by_nbeta,
-            by_pull,
-            self._degree,
-            float(1 - (virial - s["localization"] * away.mean(dtype=np.float64)) / s["num_free"]),
-            self._hot,
-            len(self.stopped),
-            s["num_free"],
-            s.get("metric", False),
-            self._heat,
-            self._rise,
-            tilt_of(self.tilt[kept], s["nbeta"]),
-            owed,
-            longer,
+        by_nbeta, by_pull = slopes(cool * self.llc_draws, cool**2 * t.gap_var[kept], away, s.nbeta, s.localization)
+        return Evidence(
+            virial=float(virial / expected),
+            kinetic=float(kinetic),
+            acceptance=s.probe.get("acceptance", math.nan),
+            bias=self.bias,
+            nbeta_slope=by_nbeta,
+            localization_slope=by_pull,
+            degree=self._degree,
+            localized_share=float(1 - (virial - s.localization * away.mean(dtype=np.float64)) / s.num_free),
+            hot=self._hot,
+            num_stopped=len(self.stopped),
+            num_free=s.num_free,
+            metric=s.metric,
+            heat=self._heat,
+            rise=self._rise,
+            tilt=tilt_of(t.tilt[kept], s.nbeta),
+            unrelaxed_bias=s.probe.get("owed", math.nan),
+            times_longer=s.probe.get("longer", math.nan),
         )
-        return assess(self.llc_draws, evidence)
 
     @property
     def llc_stderr(self) -> float:
@@ -185,17 +212,17 @@ class LLCResult:
     @property
     def init_loss(self) -> float:
         """Mean of the loss at w* that was subtracted."""
-        kept = self.baseline_trace[self.kept_chains]
+        kept = self.traces.baseline[self.kept_chains]
         return float(kept.mean(dtype=np.float64)) if kept.size else math.nan
 
     @property
     def wbic(self) -> float:
-        """Watanabe's n E[L_n(w)], nats; NaN unless nbeta is num_data / log(num_data), where alone it is defined.
+        """Watanabe's n E[L_n(w)], nats; NaN unless nbeta is num_data / log(num_data), for which it is defined.
 
         Source: Watanabe, JMLR 14 (2013), 867-897.
         """
-        n, kept = self.settings["num_data"], self.loss_trace[self.kept_chains]
-        if not kept.size or not math.isclose(self.settings["nbeta"], n / math.log(n), rel_tol=1e-6):
+        n, kept = self.settings.num_data, self.traces.loss[self.kept_chains]
+        if not kept.size or not math.isclose(self.settings.nbeta, n / math.log(n), rel_tol=1e-6):
             return math.nan
         return n * float(kept.mean(dtype=np.float64))
 
@@ -205,27 +232,27 @@ class LLCResult:
 
     def __str__(self) -> str:
         s, h = self.settings, self.health
-        chains, draws = self.loss_trace.shape
+        chains, draws = self.traces.loss.shape
         text = (
             f"LLC {self.estimate_text('+/-')}  ({len(self.kept_chains)} chains x {draws} draws, "
             f"R-hat {h.rhat:.3f}, ESS {h.ess:.0f})\n"
             f"Verdict: {h.verdict}: {h.reason}\n"
             f"Loss {self.init_loss:.5g} at w*, "
-            f"{np.nanmean(self.loss_trace[self.kept_chains]) if len(self.kept_chains) else math.nan:.5g} "
+            f"{np.nanmean(self.traces.loss[self.kept_chains]) if len(self.kept_chains) else math.nan:.5g} "
             f"around it (nats per example); {self._signs()}.\n"
             f"{self._bias_text()}\n"
-            f"{s['sampler']} with step_size {s['step_size']:.3g}, nbeta {s['nbeta']:.4g}, localization "
-            f"{s['localization']:.3g}{_shortened(s.get('mean_time', 1.0))}; "
-            f"{s['num_free']:,} weights free, {s['num_warmup']} warm-up steps, thinning {s['thinning']}, batch "
-            f"{s['batch_size']} of {s['num_data']:,}."
+            f"{s.sampler} with step_size {s.step_size:.3g}, nbeta {s.nbeta:.4g}, localization "
+            f"{s.localization:.3g}{_shortened(s.mean_time)}; "
+            f"{s.num_free:,} weights free, {s.num_warmup} warm-up steps, thinning {s.thinning}, batch "
+            f"{s.batch_size} of {s.num_data:,}."
         )
-        if lines := s.get("calibration", {}).get("lines"):
+        if lines := s.calibration.get("lines"):
             text += f"\nChosen: {'; '.join(lines)}."
         for name, other in self.also.items():
-            found = estimate_text(other.llc, other.llc_stderr, "+/-")
-            text += f"\nOn '{name}': {found} (R-hat {other.rhat:.3f}), with loss {other.init_loss:.5g} at w*; "
+            estimate = estimate_text(other.llc, other.llc_stderr, "+/-")
+            text += f"\nOn '{name}': {estimate} (R-hat {other.rhat:.3f}), with loss {other.init_loss:.5g} at w*; "
             text += "compare with the raw estimate."
-        text += _cost_line(s.get("cost", {}), s.get("memory", {}).get("total_mib"))
+        text += _cost_line(s.cost, s.memory.get("total_mib"))
         if self.stopped:
             where = ", ".join(f"chain {c} at step {t}" for c, t in sorted(self.stopped.items())[:8])
             text += f"\nWent non-finite and left out: {where} ({len(self.stopped)} of {chains})."
@@ -263,8 +290,8 @@ class LLCResult:
             "nbeta_slope_stderr": h.evidence.nbeta_slope.stderr,
             "localization_slope": h.evidence.localization_slope.value,
             "localization_slope_stderr": h.evidence.localization_slope.stderr, "degree": h.evidence.degree.value,
-            "degree_stderr": h.evidence.degree.stderr, "held": h.evidence.held, "tilt": h.evidence.tilt.value,
-            "tilt_stderr": h.evidence.tilt.stderr, "owed": h.evidence.owed,
+            "degree_stderr": h.evidence.degree.stderr, "held": h.evidence.localized_share,
+            "tilt": h.evidence.tilt.value, "tilt_stderr": h.evidence.tilt.stderr, "owed": h.evidence.unrelaxed_bias,
         }  # fmt: skip
         plain = {k: (v if math.isfinite(v) else None) for k, v in numbers.items()}
         stopped = {str(k): v for k, v in self.stopped.items()}
@@ -275,7 +302,7 @@ class LLCResult:
             "flags": list(h.flags),
             "stopped": stopped,
             "also": {name: other.to_dict() for name, other in self.also.items()},
-            "settings": self.settings,
+            "settings": self.settings.to_json(),
         }
 
     def to_xarray(self) -> "xr.DataTree":
@@ -283,23 +310,23 @@ class LLCResult:
 
         And, with further data sets, ``also_sample_stats`` (data_set, chain, draw).
         """
-        import xarray as xr  # 70 MB of memory, for whoever asks
+        import xarray as xr  # 70 MB of memory, only when needed
 
-        sample = xr.Dataset({name: (("chain", "draw"), getattr(self, name)) for name in TRACES})
+        sample = xr.Dataset({name: (("chain", "draw"), x) for name, x in saved_traces(self).items()})
         warm = xr.Dataset({"loss": (("chain", "step"), self.warmup_loss)})
         groups = {"/sample_stats": sample, "/warmup_sample_stats": warm}
-        if names := list(self.also_traces):
-            each = np.moveaxis(np.stack([self.also_traces[name] for name in names]), -1, 0)
+        if names := self.other_names:
+            each = np.moveaxis(self.traces.also, (2, 3), (1, 0))
             dims = ("data_set", "chain", "draw")
             also = {name: (dims, value) for name, value in zip(READINGS, each, strict=True)}
             groups["/also_sample_stats"] = xr.Dataset(also, {"data_set": np.array(names, dtype=object)})
         tree = xr.DataTree.from_dict(groups)
         tree.attrs = {
             RESULT: 1,
-            "settings": json.dumps(self.settings),
+            "settings": json.dumps(self.settings.to_json()),
             "stopped": json.dumps({str(k): v for k, v in self.stopped.items()}),
             "notes": json.dumps(list(self.notes)),
-            "sha256": digest([*(getattr(self, x) for x in (*TRACES, "warmup_loss")), *self.also_traces.values()]),
+            "sha256": digest([*saved_traces(self).values(), self.warmup_loss, *_by_data_set(self.traces.also)]),
         }
         return tree
 
@@ -330,8 +357,8 @@ def _cost_line(cost: dict[str, Any], predicted: int | None) -> str:
     speed = "" if cost["steps_per_s"] is None else f", {cost['steps_per_s']:,.4g} steps/s over all chains"
     peaks = {"device_peak_mib": "of a device", "process_peak_mib": "of the process"}
     memory = [f"; peak memory {of} {cost[name]:,} MiB" for name, of in peaks.items() if cost.get(name)]
-    told = f" ({predicted:,} predicted)" if memory and predicted else ""
-    return f"\nTook {cost['seconds']:.3g} s{speed}{''.join(memory)}{told}."
+    estimate = f" ({predicted:,} predicted)" if memory and predicted else ""
+    return f"\nTook {cost['seconds']:.3g} s{speed}{''.join(memory)}{estimate}."
 
 
 def load_result(path: str | os.PathLike) -> LLCResult:
@@ -339,24 +366,42 @@ def load_result(path: str | os.PathLike) -> LLCResult:
     return load(path, RESULT, _of_tree)
 
 
-def read_traces(sample: Any, rest: Iterable[np.ndarray], expected: str) -> list[np.ndarray]:
-    """``TRACES`` out of a saved group; NaN for ``tilt``, which files of before do not have.
+def saved_traces(result: LLCResult) -> dict[str, np.ndarray]:
+    """The traces by their names in a saved file."""
+    return {name: getattr(result.traces, field) for name, field in SAVED.items()}
+
+
+def read_traces(sample: Any, rest: Iterable[np.ndarray], expected: str) -> dict[str, np.ndarray]:
+    """The traces of a saved group, by the names of ``Trace``; NaN for those that older files do not have.
 
     Raises ValueError unless they and ``rest`` have this digest.
     """
-    found = {name: sample[name].values for name in TRACES if name in sample}
-    if digest([*found.values(), *rest]) != expected:
+    saved = {name: sample[name].values for name in SAVED if name in sample}
+    if digest([*saved.values(), *rest]) != expected:
         raise ValueError("its traces are not those that were saved")
-    return [found[name] if name in found else np.full_like(found["loss_trace"], np.nan) for name in TRACES]
+    unknown = np.full_like(saved["loss_trace"], np.nan)
+    return {field: saved.get(name, unknown) for name, field in SAVED.items()}
+
+
+def _by_data_set(also: Any) -> list[np.ndarray]:
+    """(chain, draw, 3) of each further data set."""
+    return [] if isinstance(also, tuple) else list(np.moveaxis(also, 2, 0))
 
 
 def _of_tree(tree: "xr.DataTree") -> LLCResult:
     settings, stopped, notes = (json.loads(tree.attrs[name]) for name in ("settings", "stopped", "notes"))
     warm = tree["warmup_sample_stats"]["loss"].values
-    also = {}
+    also, names = (), ()
     if "also_sample_stats" in tree:
         group = tree["also_sample_stats"]
-        each = np.stack([group[name].values for name in READINGS], axis=-1)
-        also = {str(name): each[i] for i, name in enumerate(group["data_set"].values)}
-    traces = read_traces(tree["sample_stats"], [warm, *also.values()], tree.attrs["sha256"])
-    return LLCResult(*traces, warm, {int(k): v for k, v in stopped.items()}, settings, tuple(notes), also)
+        also = np.moveaxis(np.stack([group[name].values for name in READINGS], axis=-1), 0, 2)
+        names = tuple(str(name) for name in group["data_set"].values)
+    traces = read_traces(tree["sample_stats"], [warm, *_by_data_set(also)], tree.attrs["sha256"])
+    return LLCResult(
+        traces=Trace(**traces, also=also),
+        warmup_loss=warm,
+        stopped={int(k): v for k, v in stopped.items()},
+        settings=RunRecord.from_json(settings),
+        notes=tuple(notes),
+        other_names=names,
+    )

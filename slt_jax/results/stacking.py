@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slt_jax.results.llc import TRACES, LLCResult, read_traces
+from slt_jax.engine.trace import Trace
+from slt_jax.results.llc import SAVED, LLCResult, read_traces, saved_traces
+from slt_jax.results.record import RunRecord
 from slt_jax.results.storage import digest
 
 if TYPE_CHECKING:
@@ -19,13 +21,14 @@ def stack(
     """(groups, attributes) of a tree that holds all of ``results``: their traces over ``dims``, chain and draw."""
     import xarray as xr
 
-    def stacked(name):
-        values = np.stack([getattr(result, name) for result in results])
+    def stacked(arrays: list[np.ndarray]) -> np.ndarray:
+        values = np.stack(arrays)
         return values.reshape(*shape, *values.shape[1:])
 
-    traces = {name: stacked(name) for name in TRACES}
-    warm = stacked("warmup_loss")
-    records = [[r.settings, {str(k): v for k, v in r.stopped.items()}, list(r.notes)] for r in results]
+    each = [saved_traces(result) for result in results]
+    traces = {name: stacked([one[name] for one in each]) for name in SAVED}
+    warm = stacked([result.warmup_loss for result in results])
+    records = [[r.settings.to_json(), {str(k): v for k, v in r.stopped.items()}, list(r.notes)] for r in results]
     groups = {
         "/sample_stats": xr.Dataset({name: ((*dims, "chain", "draw"), x) for name, x in traces.items()}),
         "/warmup_sample_stats": xr.Dataset({"loss": ((*dims, "chain", "step"), warm)}),
@@ -36,10 +39,19 @@ def stack(
 def unstack(tree: "xr.DataTree", num_dims: int) -> tuple[LLCResult, ...]:
     """What ``stack`` took. Raises ValueError when the traces are not those that were saved."""
     warm = tree["warmup_sample_stats"]["loss"].values
-    arrays = [*read_traces(tree["sample_stats"], [warm], tree.attrs["sha256"]), warm]
-    rows = [x.reshape(-1, *x.shape[num_dims:]) for x in arrays]
-    found = []
-    for i, (settings, stopped, notes) in enumerate(json.loads(tree.attrs["results"])):
-        stops = {int(chain): step for chain, step in stopped.items()}
-        found.append(LLCResult(*(x[i] for x in rows), stops, settings, tuple(notes)))
-    return tuple(found)
+    traces = read_traces(tree["sample_stats"], [warm], tree.attrs["sha256"])
+
+    def flat(values: np.ndarray) -> np.ndarray:
+        return values.reshape(-1, *values.shape[num_dims:])
+
+    rows, warm = {name: flat(values) for name, values in traces.items()}, flat(warm)
+    return tuple(
+        LLCResult(
+            traces=Trace(**{name: values[i] for name, values in rows.items()}),
+            warmup_loss=warm[i],
+            stopped={int(chain): step for chain, step in stopped.items()},
+            settings=RunRecord.from_json(settings),
+            notes=tuple(notes),
+        )
+        for i, (settings, stopped, notes) in enumerate(json.loads(tree.attrs["results"]))
+    )

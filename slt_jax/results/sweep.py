@@ -1,6 +1,8 @@
 """What a sweep gives back: a result for each cell of a grid, as one labelled data set, on screen and on disk."""
 
+import dataclasses
 import functools
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ import numpy as np
 
 from slt_jax.results.llc import LLCResult
 from slt_jax.results.plateau import GridReading, read_grid
+from slt_jax.results.record import RunRecord
 from slt_jax.results.stacking import stack, unstack
 from slt_jax.results.storage import SWEEP, load, write
 from slt_jax.results.text import estimate_text
@@ -26,8 +29,8 @@ class Sweep:
     """A grid of estimates over nbeta, localization and step size.
 
     ``axes``: the values of each, increasing. ``results``: one for each cell, step size fastest, nbeta slowest.
-    ``control``: for each localization, E[L(w)] - L(w*) at nbeta = 0 and its standard error (nats per example): what the
-    localization alone would let the loss rise by.
+    ``control``: for each localization, E[L(w)] - L(w*) at nbeta = 0 and its standard error (nats per example): by how
+    much the loss would rise with the localization only.
     """
 
     axes: dict[str, np.ndarray]
@@ -39,10 +42,10 @@ class Sweep:
         return tuple(len(self.axes[name]) for name in AXES)
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """What all cells have in common."""
-        own = (*AXES, "probe", "gradients", "cost")
-        return {name: value for name, value in self.results[0].settings.items() if name not in own}
+    def settings(self) -> RunRecord:
+        """What all cells have in common; the axes are NaN."""
+        own = {**dict.fromkeys(AXES, math.nan), "probe": {}, "gradients": {}, "cost": {}}
+        return dataclasses.replace(self.results[0].settings, **own)
 
     def cell(self, *, nbeta: float | None = None, localization: float | None = None, step_size: float | None = None):
         """The LLCResult of one cell. An axis with one value may be left out. Raises KeyError for a value not in it."""
@@ -63,21 +66,21 @@ class Sweep:
         import xarray as xr
 
         dicts = [result.to_dict() for result in self.results]
-        found = {}
+        variables = {}
         for name in _NUMBERS:
             values = [np.nan if d[name] is None else d[name] for d in dicts]
-            found[name] = (AXES, np.array(values, float).reshape(self.shape))
+            variables[name] = (AXES, np.array(values, float).reshape(self.shape))
         raw = np.array([result.llc_raw_stderr for result in self.results])
-        found["llc_raw_stderr"] = (AXES, raw.reshape(self.shape))
+        variables["llc_raw_stderr"] = (AXES, raw.reshape(self.shape))
         for name in ("verdict", "reason"):
-            found[name] = (AXES, np.array([d[name] for d in dicts], object).reshape(self.shape))
+            variables[name] = (AXES, np.array([d[name] for d in dicts], object).reshape(self.shape))
         lost = [bool(result.stopped) for result in self.results]
-        found["diverged"] = (AXES, np.array(lost).reshape(self.shape))
-        gap = found["llc_raw"][1] / self.axes["nbeta"][:, None, None]
-        found["held"] = (AXES, 1 - gap / self.control[None, :, :1])
-        found["control"] = ("localization", self.control[:, 0])
-        found["control_stderr"] = ("localization", self.control[:, 1])
-        dataset = xr.Dataset(found, {name: self.axes[name] for name in AXES})
+        variables["diverged"] = (AXES, np.array(lost).reshape(self.shape))
+        gap = variables["llc_raw"][1] / self.axes["nbeta"][:, None, None]
+        variables["held"] = (AXES, 1 - gap / self.control[None, :, :1])
+        variables["control"] = ("localization", self.control[:, 0])
+        variables["control_stderr"] = ("localization", self.control[:, 1])
+        dataset = xr.Dataset(variables, {name: self.axes[name] for name in AXES})
         for name, (long, unit) in _UNITS.items():
             dataset[name].attrs = {"long_name": long, "units": unit}
         return dataset
@@ -159,7 +162,7 @@ def table_of(sweep: Sweep) -> list[str]:
         s = r.settings
         llc = "-" if not len(r.kept_chains) else estimate_text(r.llc, r.llc_stderr, "±")
         lines.append(
-            f"{s['nbeta']:>10.4g} {s['localization']:>12.4g} {s['step_size']:>10.3g} {llc:>18} {r.rhat:>6.3f} "
+            f"{s.nbeta:>10.4g} {s.localization:>12.4g} {s.step_size:>10.3g} {llc:>18} {r.rhat:>6.3f} "
             f"{r.ess:>6.0f}  {r.verdict}"
         )
     return lines

@@ -14,7 +14,7 @@ from slt_jax.results.plateau import HEATED, SETTLED
 from slt_jax.results.stacking import stack, unstack
 from slt_jax.results.stages import Stages, find_stages
 from slt_jax.results.storage import TRAJECTORY, load, write
-from slt_jax.samplers.base import NO_MOMENTUM
+from slt_jax.samplers import theory_of
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -47,8 +47,8 @@ class Trajectory:
     def stages_of(self, part: str, drift: float | None = None) -> Stages | None:
         """Stages of a part's LLC. Raises KeyError for a part that was not measured.
 
-        ``drift``: of the level within a stage, per checkpoint; default found from the curve. With 0 a curve that rises
-        all the time is described by steps too.
+        ``drift``: of the level within a stage, per checkpoint; default estimated from the curve. With 0 a curve that
+        rises all the time is described by steps too.
         """
         if part not in self.results:
             raise KeyError(f"no part '{part}' in this trajectory, which has {', '.join(self.results)}.")
@@ -61,8 +61,8 @@ class Trajectory:
         return {}
 
     def _cut(self, part: str, drift: float | None) -> Stages | None:
-        found = self.results[part]
-        llc, error = (np.array([getattr(r, name) for r in found]) for name in ("llc", "llc_stderr"))
+        estimates = self.results[part]
+        llc, error = (np.array([getattr(r, name) for r in estimates]) for name in ("llc", "llc_stderr"))
         known = np.isfinite(llc) & np.isfinite(error) & (error > 0)
         if known.sum() < 4:
             return None
@@ -72,8 +72,8 @@ class Trajectory:
     def setting(self) -> dict[str, Any]:
         """The numbers that all have in common; no friction of a sampler without momentum."""
         first = self.results[WHOLE][0].settings
-        own = () if first.get("family") in NO_MOMENTUM else ("friction",)
-        return {name: first.get(name) for name in ("nbeta", "localization", "step_size", *own)}
+        own = ("friction",) if theory_of(first.family).has_momentum else ()
+        return {name: getattr(first, name) for name in ("nbeta", "localization", "step_size", *own)}
 
     @functools.cached_property
     def dataset(self) -> "xr.Dataset":
@@ -81,12 +81,14 @@ class Trajectory:
         import xarray as xr
 
         dicts = [[r.to_dict() for r in row] for row in self.results.values()]
-        found = {}
+        variables = {}
         for name in _NUMBERS:
             values = [[np.nan if d[name] is None else d[name] for d in row] for row in dicts]
-            found[name] = (_DIMS, np.array(values, float))
-        found["verdict"] = (_DIMS, np.array([[d["verdict"] for d in row] for row in dicts], object))
-        dataset = xr.Dataset(found, {"part": np.array(list(self.results), object), "training_step": list(self.steps)})
+            variables[name] = (_DIMS, np.array(values, float))
+        variables["verdict"] = (_DIMS, np.array([[d["verdict"] for d in row] for row in dicts], object))
+        dataset = xr.Dataset(
+            variables, {"part": np.array(list(self.results), object), "training_step": list(self.steps)}
+        )
         dataset["llc"].attrs = {"long_name": "local learning coefficient", "units": "1"}
         dataset["init_loss"].attrs = {"long_name": "loss at the checkpoint", "units": "nats per example"}
         return dataset
@@ -101,13 +103,13 @@ class Trajectory:
 
     def summary(self, drift: float | None = None) -> str:
         """What ``print`` says, with ``stages_of("all", drift)``."""
-        found, stages = self.results[WHOLE], self.stages_of(WHOLE, drift)
+        whole, stages = self.results[WHOLE], self.stages_of(WHOLE, drift)
         numbers = ", ".join(f"{name} {value:.3g}" for name, value in self.setting.items() if value is not None)
-        lines = [f"LLC at {len(found)} checkpoints, steps {self.steps[0]:,} to {self.steps[-1]:,}, all with {numbers}."]
+        lines = [f"LLC at {len(whole)} checkpoints, steps {self.steps[0]:,} to {self.steps[-1]:,}, all with {numbers}."]
         if bad := self.unserved():
-            told = ", ".join(f"{step:,} ({verdict})" for step, verdict in bad.items())
-            lines.append(f"The setting does not serve {told}: take a shorter step_size for all.")
-        other = Counter(r.verdict for r in found if r.verdict not in SETTLED and r.verdict not in bad.values())
+            steps = ", ".join(f"{step:,} ({verdict})" for step, verdict in bad.items())
+            lines.append(f"The setting is not right for {steps}: take a shorter step_size for all.")
+        other = Counter(r.verdict for r in whole if r.verdict not in SETTLED and r.verdict not in bad.values())
         lines += [f"{count} of them '{verdict}'." for verdict, count in other.most_common()]
         lines.append(str(stages) if stages is not None else "Too few estimates to look for stages.")
         return "\n".join(lines)

@@ -1,24 +1,15 @@
-"""Transition rules, one a file, on the contract in ``base``."""
+"""Transition rules, one a file, on the contract in ``base``; ``kronecker`` measures the metric that one can take."""
 
-from slt_jax.samplers.base import Hyper, Info, Sampler
-from slt_jax.samplers.exact import hmc, mala, mclmc, nuts
-from slt_jax.samplers.preconditioned import preconditioned_sgld
-from slt_jax.samplers.sghmc import sghmc
-from slt_jax.samplers.sgld import sgld
-from slt_jax.samplers.sgnht import sgnht
-from slt_jax.samplers.underdamped import underdamped
+from slt_jax.samplers.base import Theory
+from slt_jax.samplers.exact import FULL_BATCH
+from slt_jax.samplers.sghmc import SGHMC
+from slt_jax.samplers.sgld import EULER, MATTHEWS
+from slt_jax.samplers.sgnht import SGNHT
+from slt_jax.samplers.underdamped import BAOAB
 
-__all__ = [
-    "Hyper",
-    "Info",
-    "Sampler",
-    "hmc",
-    "mala",
-    "mclmc",
-    "nuts",
-    "preconditioned_sgld",
-    "sghmc",
-    "sgld",
-    "sgnht",
-    "underdamped",
-]
+_THEORIES = (EULER, MATTHEWS, BAOAB, SGHMC, SGNHT, FULL_BATCH)
+
+
+def theory_of(family: str) -> Theory:
+    """The theory that a saved result names; one that knows nothing for a name that is not here."""
+    return next((theory for theory in _THEORIES if theory.family == family), Theory(family))

@@ -7,16 +7,19 @@ once.
 """
 
 import functools
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from slt_jax.diagnostics.bias import Bias, Moments, bias_of, overdamped_heating
+from slt_jax.diagnostics.relaxation import Relaxation
 from slt_jax.kernels.langevin import normal
 
 HIGHEST = jax.lax.Precision.HIGHEST  # of a metric's products: in TF32 a flat direction would get the stiff ones' errors
-NO_MOMENTUM = ("euler", "matthews", "exact")  # families of samplers to which friction means nothing
 Position = tuple[jax.Array, ...]
 LossAndGrad = Callable[[Position], tuple[jax.Array, Position]]
 
@@ -72,16 +75,61 @@ class Info(NamedTuple):
     time: jax.Array | float = 1.0
 
 
+@dataclass(frozen=True)
+class Theory:
+    """What is known of a sampler's dynamics. Calibration, corrections and the verdict ask this, never its name.
+
+    Formulas take ``step_size`` and ``friction`` as in ``Hyper``; one that is None is not known.
+
+    Attributes:
+        family: its name in the record of a run, by which a saved result finds it again (``samplers.theory_of``).
+        full_batch: every gradient is one over the whole data set, and ``Sampler.init`` takes
+            ``(position, loss_and_grad, hyper)``.
+        has_momentum: whether friction means anything to it.
+        step_share: step_size times the largest curvature that the calibration aims at; 4 is the limit of stability.
+        heating: (step_size, friction) -> what a unit of gradient noise (the trace of the covariance of nbeta grad L_m)
+            adds to the LLC, before anything absorbs it.
+        step_bias: (step_size, friction, <nbeta grad L, P G>) -> what the step size adds to the LLC on a quadratic, to
+            first order. None: no theory, so no correction.
+        covariance_corrects: the covariance of the loss with |G|^2 carries ``step_bias`` beyond quadratics.
+        second_order: the step adds nothing to first order, so that an excess of the kinetic temperature is noise.
+        virial_excess: (step_size, mean G'PG) -> by how much <w - w*, G> exceeds the number of weights in equilibrium.
+        relaxation: (curvature, step_size, friction) -> share of its distance from the mean that a chain loses in one
+            step.
+        can_shorten_steps: whether its steps shorten where the force is above ``Hyper.limit``.
+    """
+
+    family: str = ""
+    full_batch: bool = False
+    has_momentum: bool = True
+    step_share: float = 0.25
+    heating: Callable[[float, float], float] = overdamped_heating
+    step_bias: Callable[[float, float, float], float] | None = None
+    covariance_corrects: bool = False
+    second_order: bool = False
+    virial_excess: Callable[[float, float], float] | None = None
+    relaxation: Relaxation | None = None
+    can_shorten_steps: bool = False
+
+    def bias(self, moments: Moments) -> Bias:
+        """What step size and minibatch noise add to an estimate."""
+        if self.full_batch:
+            return Bias(0.0, 0.0, 0.0, 0.0, "exact: every move passed a Metropolis test, over the whole data set")
+        if self.step_bias is None:
+            return Bias(math.nan, math.nan, math.nan, 0.0, "no theory of its bias for this sampler")
+        return bias_of(
+            moments, self.heating, self.step_bias, covariance_corrects=self.covariance_corrects,
+            second_order=self.second_order,
+        )  # fmt: skip
+
+
 class Sampler(NamedTuple):
     """``init(position) -> State`` and ``step(key, state, loss_and_grad, center, hyper) -> (State, Info)``.
 
     ``State`` is a NamedTuple whose first field is ``position``; it holds what the next step needs and nothing else.
     ``name``, ``step_size`` and ``friction`` go into the record of a run; a ``step_size`` of None is chosen by the
-    calibration, and so is a ``friction`` of None. ``family`` says which theory of its bias applies: ``"euler"``
-    (Euler-Maruyama), ``"matthews"`` (Leimkuhler-Matthews), ``"baoab"``, ``"sghmc"``, ``"sgnht"``, ``"exact"`` or
-    ``""`` for none. An ``"exact"`` one takes every gradient over the whole data set, and its ``init`` is
-    ``init(position, loss_and_grad, hyper)``. ``metric``: whether its step moves in the coordinates of ``hyper.metric``,
-    which the calibration measures.
+    calibration, and so is a ``friction`` of None. ``theory``: what is known of its dynamics. ``metric``: whether its
+    step moves in the coordinates of ``hyper.metric``, which the calibration measures.
     """
 
     name: str
@@ -89,7 +137,7 @@ class Sampler(NamedTuple):
     init: Callable[..., Any]
     step: Callable[[jax.Array, Any, LossAndGrad, Position, Hyper], tuple[Any, Info]]
     friction: float | None = 0.1
-    family: str = ""
+    theory: Theory = Theory()
     metric: bool = False
 
 

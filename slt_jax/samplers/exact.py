@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 
 from slt_jax._checks import check_count, check_positive
-from slt_jax.samplers.base import Hyper, Info, LossAndGrad, Position, Sampler, displacement, drift, inner
+from slt_jax.samplers.base import Hyper, Info, LossAndGrad, Position, Sampler, Theory, displacement, drift, inner
+
+FULL_BATCH = Theory("exact", full_batch=True, has_momentum=False, heating=lambda step_size, friction: 0.0)
 
 
 class ExactState(NamedTuple):
@@ -53,11 +55,11 @@ def _step(
     """
     losses, grad = loss_and_grad(state.position)
     force = drift(grad, state.position, center, hyper)
-    moved, info = build(log_density(loss_and_grad, center, hyper), hyper, center).step(key, state.inner)
+    moved, transition = build(log_density(loss_and_grad, center, hyper), hyper, center).step(key, state.inner)
     away = displacement(state.position, center)
-    accepted = getattr(info, "acceptance_rate", jnp.float32(jnp.nan))
-    found = Info(losses, inner(force, force), inner(away, force), inner(away, away), jnp.float32(jnp.nan), accepted)
-    return ExactState(moved.position, moved), found
+    accepted = getattr(transition, "acceptance_rate", jnp.float32(jnp.nan))
+    info = Info(losses, inner(force, force), inner(away, force), inner(away, away), jnp.float32(jnp.nan), accepted)
+    return ExactState(moved.position, moved), info
 
 
 @functools.cache
@@ -69,7 +71,7 @@ def _sampler(name: str, step_size: float | None, build: Build) -> Sampler:
     if step_size is not None:
         check_positive("step_size", step_size, "Leave it out to have it chosen.")
         step_size = float(step_size)
-    return Sampler(name, step_size, *_functions(build), family="exact")
+    return Sampler(name, step_size, *_functions(build), theory=FULL_BATCH)
 
 
 @functools.cache
@@ -147,7 +149,7 @@ def from_blackjax(algorithm: Any) -> Sampler:
     Its positions are tuples of the free weights (``posterior.program.split``); ``posterior.log_density(data)`` gives
     the density. nbeta and localization are inside it, and must be those of the posterior.
     """
-    return Sampler("blackjax", math.nan, *_functions(_Fixed(algorithm)), family="exact")
+    return Sampler("blackjax", math.nan, *_functions(_Fixed(algorithm)), theory=FULL_BATCH)
 
 
 class _Fixed:

@@ -9,12 +9,12 @@ U of A and V of B it is close to diagonal, and with t_ij the curvature of nbeta 
 makes R' H R close to the identity within each layer. What is left comes from the layers' couplings, a factor
 of the order of the depth, whatever the condition number was.
 
-Measured from Hessian-vector products alone, by secants of the gradient: no access to activations, any loss. With R so
+Measured only from Hessian-vector products, by secants of the gradient: no access to activations, any loss. With R so
 far (at first 1) and probes z ~ N(0, 1), y = R' H R z are products in its own coordinates. If H there is A (x) B for a
 layer, y y' has the mean A^2 tr B^2, and so A is read off, U diag(a) U' becomes (U sqrt a) A (U sqrt a)', and likewise
 on the other side. One round does not do: in the weights' own coordinates all layers push along the few stiffest
 directions, and what is a millionth of them is lost among the products, of few probes and in float32. Each round
-resolves more decades below; that of the weights' own coordinates alone is what made chains of deep networks crawl.
+resolves more decades below; with the first round only, chains of deep networks hardly move.
 Between rounds any root of A^-1 will do for (U / sqrt a), without eigenvectors, which are most of the work: until some
 a_i b_j is below the localization, which is a curvature of every direction.
 
@@ -65,13 +65,13 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def blank_factor(leaf: Any) -> Factor:
-    """What the metric of a leaf will look like: shapes and types."""
+    """Shapes and types of a leaf's metric before it is measured."""
     shape = matrix_shape(leaf.shape)
-    sides = (jax.ShapeDtypeStruct((n, n), jnp.float32) if _turns(n, shape) else None for n in shape)
+    sides = (jax.ShapeDtypeStruct((n, n), jnp.float32) if gets_basis(n, shape) else None for n in shape)
     return Factor(*sides, jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
-def _turns(side: int, shape: tuple[int, ...]) -> bool:
+def gets_basis(side: int, shape: tuple[int, ...]) -> bool:
     """Whether a side gets a basis: neither that of a vector nor a very long one."""
     return min(shape) > 1 and side <= LARGEST_SIDE
 
@@ -79,7 +79,7 @@ def _turns(side: int, shape: tuple[int, ...]) -> bool:
 def largest_side(leaves: Iterable[Any]) -> int:
     """The longest side that gets a basis, 0 where none does."""
     shapes = [matrix_shape(x.shape) for x in leaves]
-    return max((side for shape in shapes for side in shape if _turns(side, shape)), default=0)
+    return max((side for shape in shapes for side in shape if gets_basis(side, shape)), default=0)
 
 
 def measure(
@@ -95,7 +95,7 @@ def measure(
 
     Bases in rounds of ``PROBES`` probes at each position, one from the metric ``begun``, ``ROUNDS`` without one; scales
     from ``count`` others. Their mean squares are drawn towards their own product form (row sums times column sums),
-    which is what few probes can tell. Holds one product and its squares at a time.
+    which is what few probes can determine. Keeps one product and its squares in memory at a time.
 
     Args:
         reach: length of the secant for a unit of the probe in the weights' own coordinates. least: no curvature is
@@ -103,16 +103,20 @@ def measure(
     """
     metric, rounds = begun, 1 if begun else ROUNDS
     for number in range(rounds):
-        look = _Look(curvature, metric, positions, reach, jax.random.fold_in(key, number))
-        turned = functools.partial(_turned, probes=PROBES * len(positions), least=least, last=number == rounds - 1)
-        metric = _beside(look.leaf_by_leaf(PROBES, _grams, turned), positions)
+        products = _Products(curvature, metric, positions, reach, jax.random.fold_in(key, number))
+        turned = functools.partial(
+            turned_factor, probes=PROBES * len(positions), least=least, last=number == rounds - 1
+        )
+        metric = _beside(products.leaf_by_leaf(PROBES, grams, turned), positions)
         if metric is None:
             return None
-    look = _Look(curvature, metric, positions, reach, jax.random.fold_in(key, ROUNDS))
-    return look.leaf_by_leaf(count, _squares, functools.partial(_rescaled, probes=count * len(positions), least=least))
+    products = _Products(curvature, metric, positions, reach, jax.random.fold_in(key, ROUNDS))
+    return products.leaf_by_leaf(
+        count, _squares, functools.partial(rescaled, probes=count * len(positions), least=least)
+    )
 
 
-class _Look(NamedTuple):
+class _Products(NamedTuple):
     """Products R' H R z at some positions."""
 
     curvature: Curvature
@@ -130,16 +134,16 @@ class _Look(NamedTuple):
         total = _beside(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes), self.positions)
         for i, position in enumerate(self.positions):
             for k in range(count):
-                probe = _root(self.metric, noise_like(jax.random.fold_in(self.key, i * count + k), position))
+                probe = metric_root(self.metric, noise_like(jax.random.fold_in(self.key, i * count + k), position))
                 total = _added(squares, total, self.metric, self.curvature(position, probe, reach), unit)
         scale = unit**2 / (count * len(self.positions))
-        found = []
+        factors = []
         for factor, arrays in zip(self.metric or [()] * len(total), total, strict=True):
             means = [np.asarray(x, np.float64) * scale for x in arrays]
             if not all(np.isfinite(x).all() for x in means):
                 return None
-            found.append(change(factor, means))
-        return tuple(found)
+            factors.append(change(factor, means))
+        return tuple(factors)
 
 
 def _beside(tree: Any, positions: list[Position]) -> Any:
@@ -148,35 +152,37 @@ def _beside(tree: Any, positions: list[Position]) -> Any:
     return jax.device_put(tree, *devices) if len(devices) == 1 else tree
 
 
-_root = jax.jit(root)
+metric_root = jax.jit(root)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _added(squares: Callable, total: list, metric: Metric, found: Position, unit: float) -> list:
-    return jax.tree.map(jnp.add, total, squares(metric, found, unit))
+def _added(squares: Callable, total: list, metric: Metric, product: Position, unit: float) -> list:
+    return jax.tree.map(jnp.add, total, squares(metric, product, unit))
 
 
-def _matrices(metric: Metric, found: Position, unit: float) -> Position:
-    return tuple(x.reshape(matrix_shape(x.shape)) / unit for x in pull_back(metric, found))
+def _matrices(metric: Metric, product: Position, unit: float) -> Position:
+    return tuple(x.reshape(matrix_shape(x.shape)) / unit for x in pull_back(metric, product))
 
 
-def _grams(metric: Metric, found: Position, unit: float) -> list[list[jax.Array]]:
+def grams(metric: Metric, product: Position, unit: float) -> list[list[jax.Array]]:
     """For each leaf Y: the means over columns of Y Y' and over rows of Y' Y; of a side without a basis the diagonal."""
-    return [[_gram(y), _gram(y.T)] for y in _matrices(metric, found, unit)]
+    return [[_gram(y), _gram(y.T)] for y in _matrices(metric, product, unit)]
 
 
 def _gram(y: jax.Array) -> jax.Array:
-    whole = _turns(len(y), y.shape)
+    whole = gets_basis(len(y), y.shape)
     return (jnp.matmul(y, y.T, precision=HIGHEST) if whole else (y * y).sum(1)) / y.shape[1]
 
 
-def _squares(metric: Metric, found: Position, unit: float) -> list[list[jax.Array]]:
-    return [[y * y] for y in _matrices(metric, found, unit)]
+def _squares(metric: Metric, product: Position, unit: float) -> list[list[jax.Array]]:
+    return [[y * y] for y in _matrices(metric, product, unit)]
 
 
-def _turned(factor: Factor | tuple[()], grams: list[np.ndarray], probes: int, least: float, last: bool) -> Factor:
-    """A leaf's factor after one round: in its bases after the last one, or where some t_ij is below ``least``, which a
-    basis alone can mend; else in roots that are as good and need no eigenvectors.
+def turned_factor(factor: Factor | tuple[()], grams: list[np.ndarray], probes: int, least: float, last: bool) -> Factor:
+    """A leaf's factor after one round.
+
+    In its bases after the last one, or where some t_ij is below ``least``, which only a basis can mend; else in roots
+    that are as good and need no eigenvectors.
     """
     left, right = grams
     mean = left.mean() if left.ndim == 1 else np.trace(left) / len(left)
@@ -185,8 +191,8 @@ def _turned(factor: Factor | tuple[()], grams: list[np.ndarray], probes: int, le
         return _factor(_Sides(*bases, np.zeros([*map(len, grams)])), least)
     old = _sides(factor) if factor else _Sides(None, None, np.ones([*map(len, grams)]))
     t = old.curvature
-    rows = _Side(old.left, t.sum(1)).into(left, probes * t.shape[1])
-    columns = _Side(old.right, t.sum(0) / t.sum()).into(right, probes * t.shape[0])
+    rows = Side(old.left, t.sum(1)).into(left, probes * t.shape[1])
+    columns = Side(old.right, t.sum(0) / t.sum()).into(right, probes * t.shape[0])
     whole = last or rows.softest() * columns.softest() < CLEAR * least * np.sqrt(mean)
     if whole:
         rows, columns = rows.turned(), columns.turned()
@@ -194,24 +200,24 @@ def _turned(factor: Factor | tuple[()], grams: list[np.ndarray], probes: int, le
     return _factor(_Sides(rows.root, columns.root, t), least if whole else 0.0)
 
 
-class _Side(NamedTuple):
+class Side(NamedTuple):
     """A side of a leaf's curvature, A, as a root of its inverse: (Q / sqrt(v)) (Q / sqrt(v))' = A^-1. Q None: 1."""
 
     root: np.ndarray | None
     values: np.ndarray
 
-    def into(self, gram: np.ndarray, seen: int) -> "_Side":
+    def into(self, gram: np.ndarray, seen: int) -> "Side":
         """That of A once the mean square of its products in this root's coordinates is known to be ``gram``: with
         S S' = sqrt(gram), A is (Q / sqrt(v))'^-1 S S' (Q / sqrt(v))^-1, of which (Q / sqrt(v)) S'^-1 is such a root.
 
         ``seen``: vectors of which ``gram`` is the mean.
         """
         if gram.ndim == 1:
-            return _Side(None, self.values * np.sqrt(gram))
+            return Side(None, self.values * np.sqrt(gram))
         floor = _FLOOR * max(1.0, len(gram) / seen) * np.trace(gram) / len(gram)
         size = np.exp(np.log(self.values).mean())
         root = (np.eye(len(gram)) if self.root is None else self.root) / np.sqrt(self.values / size)
-        return _Side(_into(root, gram, floor), np.full(len(gram), size))
+        return Side(_into(root, gram, floor), np.full(len(gram), size))
 
     def softest(self) -> float:
         """The smallest eigenvalue of A, or a little more, by power iteration on A^-1."""
@@ -223,12 +229,12 @@ class _Side(NamedTuple):
             size = np.linalg.norm(vector)
         return self.values[0] / size
 
-    def turned(self) -> "_Side":
+    def turned(self) -> "Side":
         """The same in the eigenbasis of A."""
         if self.root is None:
             return self
         vectors, squares = _eigen(self.root)
-        return _Side(vectors, self.values / np.maximum(squares, np.finfo(float).eps * squares.max()))
+        return Side(vectors, self.values / np.maximum(squares, np.finfo(float).eps * squares.max()))
 
 
 def _on_accelerator(size: int) -> bool:
@@ -245,7 +251,7 @@ def _there_or_here(there: Callable, here: Callable, *given: Any) -> Any:
 
 def _into(root: np.ndarray, gram: np.ndarray, floor: float) -> np.ndarray:
     """root S'^-1, where S S' = sqrt(gram + floor); float64."""
-    return _there_or_here(_into_by_products, _into_by_vectors, root, gram, floor)
+    return _there_or_here(into_by_products, _into_by_vectors, root, gram, floor)
 
 
 def _eigen(root: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -259,7 +265,7 @@ def _into_by_vectors(root: np.ndarray, gram: np.ndarray, floor: float) -> np.nda
 
 
 @jax.jit
-def _into_by_products(root: jax.Array, gram: jax.Array, floor: float) -> jax.Array:
+def into_by_products(root: jax.Array, gram: jax.Array, floor: float) -> jax.Array:
     """These cost a GPU next to nothing beside eigenvectors."""
     lower = jnp.linalg.cholesky(square_root(gram + floor * jnp.eye(len(gram), dtype=gram.dtype)))
     return jax.scipy.linalg.solve_triangular(lower, root.T, lower=True).T
@@ -290,7 +296,7 @@ def square_root(matrix: jax.Array) -> jax.Array:
     return jnp.sqrt(size) * (y + y.T) / 2
 
 
-def _rescaled(factor: Factor, squares: list[np.ndarray], probes: int, least: float) -> Factor:
+def rescaled(factor: Factor, squares: list[np.ndarray], probes: int, least: float) -> Factor:
     """A leaf's factor with t_ij times the root mean square of its products."""
     (square,) = squares
     total = square.sum()
@@ -319,26 +325,26 @@ def largest(
     Both gradients of a secant are rounded, each by a part of the whole force, and the sum of that over all coordinates
     grows with their number: in a wide network far from w* it can pass for a curvature that no direction has. It shows
     in a product that does not lie along its vector. ``hessian`` then takes the secants' place, whose products' rounding
-    is a part of the products alone.
+    is proportional to the products.
     """
-    found, along = _power(curvature, metric, position, iterations, key)
+    size, along = _power(curvature, metric, position, iterations, key)
     if hessian is not None and along < LEAST_ALONG:
-        found, _ = _power(hessian, metric, position, iterations, key)
-    return found
+        size, _ = _power(hessian, metric, position, iterations, key)
+    return size
 
 
 def _power(
     curvature: Curvature, metric: Metric, position: Position, iterations: int, key: jax.Array
 ) -> tuple[float, float]:
     """(length of the last product with a unit vector, cosine of the angle between them)."""
-    vector, found, along = noise_like(key, position), 1.0, 1.0
+    vector, length, along = noise_like(key, position), 1.0, 1.0
     for _ in range(iterations):
-        product = curvature(position, _unit(metric, vector), 1 / np.sqrt(max(found, 1.0)))
+        product = curvature(position, _unit(metric, vector), 1 / np.sqrt(max(length, 1.0)))
         vector, size, cosine = _into_and_norm(metric, product, vector)
-        if not np.isfinite(found := float(size)):
-            return found, 1.0
+        if not np.isfinite(length := float(size)):
+            return length, 1.0
         along = float(cosine)
-    return found, along
+    return length, along
 
 
 @jax.jit

@@ -1,6 +1,7 @@
 """SGLD with a diagonal preconditioner from optax's running second moments."""
 
 import functools
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -20,6 +21,9 @@ from slt_jax.samplers.base import (
     gaussian,
     inner,
 )
+from slt_jax.samplers.sgld import EULER
+
+_THEORY = replace(EULER, relaxation=None)  # at a rate P times the curvature, which is not known
 
 
 class PreconditionedState(NamedTuple):
@@ -47,7 +51,7 @@ def _step(
 
     Target density: exp(-nbeta L_n(w) - (localization/2)|w - w*|^2), as step_size goes to 0, once P is frozen: a P that
     goes on adapting has another stationary law. P has no unit and is about 1 for a typical weight, so that step_size
-    keeps its meaning. The statistics are those of the loss alone, without the localization.
+    keeps its meaning. The statistics are those of the loss, without the localization.
 
     Args:
         transform: ``optax.scale_by_rms``, whose running mean of g^2 is read.
@@ -72,8 +76,8 @@ def _step(
     )
     away = displacement(state.position, center)
     scaled = tuple(p * f for p, f in zip(scale, force, strict=True))
-    found = Info(loss, inner(force, scaled), inner(away, force), inner(away, away), pull=inner(away, scaled))
-    return PreconditionedState(moved, moments), found
+    info = Info(loss, inner(force, scaled), inner(away, force), inner(away, away), pull=inner(away, scaled))
+    return PreconditionedState(moved, moments), info
 
 
 def _preconditioner(moments: optax.OptState, floor: float) -> Position:
@@ -118,4 +122,4 @@ def preconditioned_sgld(
     if decay >= 1:
         raise ValueError(f"decay must be below 1, got {decay}. 0.99 averages over about 100 steps.")
     check_positive("floor", floor, "It is a share of the typical gradient, e.g. 0.1.")
-    return Sampler(f"preconditioned-sgld-{moments}", step_size, *_build(float(decay), float(floor)), family="euler")
+    return Sampler(f"preconditioned-sgld-{moments}", step_size, *_build(float(decay), float(floor)), theory=_THEORY)

@@ -12,11 +12,18 @@ from slt_jax.samplers.base import (
     LossAndGrad,
     Position,
     Sampler,
+    Theory,
     dimension,
     displacement,
     drift,
     gaussian,
     inner,
+)
+
+SGHMC = Theory(
+    "sghmc",
+    heating=lambda step_size, friction: step_size * (1 / (4 * friction)),
+    step_bias=lambda step_size, friction, smooth: step_size * smooth / (8 - 4 * friction),
 )
 
 
@@ -43,7 +50,7 @@ def step(
     Target density: exp(-nbeta L_n(w) - (localization/2)|w - w*|^2 - |p|^2 / 2), as friction and step_size go to 0.
 
     Args:
-        key: a ``jax.random.key`` used for this step's noise alone.
+        key: a ``jax.random.key`` used only for this step's noise.
         state: position and momentum, tuples of arrays.
         loss_and_grad: position -> (L_m(w), grad L_m(w)) on this step's batch.
         center: w*, shaped like the position.
@@ -83,4 +90,4 @@ def sghmc(step_size: float | None = None, friction: float | None = None) -> Samp
     if friction is not None and friction >= 1:
         raise ValueError(f"friction must be below 1 for SGHMC, got {friction}. 0.01 to 0.1 are common values.")
     step_size = None if step_size is None else float(step_size)
-    return Sampler("sghmc", step_size, init, step, None if friction is None else float(friction), "sghmc")
+    return Sampler("sghmc", step_size, init, step, None if friction is None else float(friction), SGHMC)

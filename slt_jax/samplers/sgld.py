@@ -6,7 +6,29 @@ import jax
 import jax.numpy as jnp
 
 from slt_jax._checks import check_positive
-from slt_jax.samplers.base import Hyper, Info, LossAndGrad, Position, Sampler, displacement, drift, gaussian, inner
+from slt_jax.diagnostics.bias import euler_step_bias, no_step_bias
+from slt_jax.diagnostics.relaxation import overdamped_relaxation
+from slt_jax.samplers.base import (
+    Hyper,
+    Info,
+    LossAndGrad,
+    Position,
+    Sampler,
+    Theory,
+    displacement,
+    drift,
+    gaussian,
+    inner,
+)
+
+EULER = Theory(
+    "euler", has_momentum=False, step_share=0.1, step_bias=euler_step_bias, covariance_corrects=True,
+    virial_excess=lambda step_size, drift_sq: step_size / 4 * drift_sq, relaxation=overdamped_relaxation,
+)  # fmt: skip
+MATTHEWS = Theory(
+    "matthews", has_momentum=False, step_share=0.5, step_bias=no_step_bias, second_order=True,
+    relaxation=overdamped_relaxation,
+)  # fmt: skip
 
 
 class SGLDState(NamedTuple):
@@ -39,7 +61,7 @@ def step(
     Target density: exp(-nbeta L_n(w) - (localization/2)|w - w*|^2), as step_size goes to 0.
 
     Args:
-        key: a ``jax.random.key`` used for this step's noise alone.
+        key: a ``jax.random.key`` used only for this step's noise.
         state: the chain's position, a tuple of arrays.
         loss_and_grad: position -> (L_m(w), grad L_m(w)) on this step's batch.
         center: w*, shaped like the position.
@@ -102,7 +124,7 @@ def sgld(step_size: float | None = None, *, noise: str = "euler-maruyama") -> Sa
         check_positive("step_size", step_size, "Leave it out to have it chosen, or try 1e-4.")
         step_size = float(step_size)
     if noise == "euler-maruyama":
-        return Sampler("sgld", step_size, init, step, family="euler")
+        return Sampler("sgld", step_size, init, step, theory=EULER)
     if noise == "leimkuhler-matthews":
-        return Sampler("sgld-matthews", step_size, init_matthews, step_matthews, family="matthews")
+        return Sampler("sgld-matthews", step_size, init_matthews, step_matthews, theory=MATTHEWS)
     raise ValueError(f"noise must be 'euler-maruyama' or 'leimkuhler-matthews', got {noise!r}.")

@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from slt_jax._checks import check_positive
+from slt_jax.diagnostics.bias import underdamped_heating
 from slt_jax.samplers.base import (
     Hyper,
     Info,
     LossAndGrad,
     Position,
     Sampler,
+    Theory,
     dimension,
     displacement,
     drift,
@@ -19,6 +21,10 @@ from slt_jax.samplers.base import (
     inner,
     part_of_kicked,
 )
+
+SGNHT = Theory(
+    "sgnht", heating=underdamped_heating
+)  # most of which the thermostat absorbs: there is no theory of the rest
 
 
 class SGNHTState(NamedTuple):
@@ -54,7 +60,7 @@ def step(
     positions is absorbed into ``excess``.
 
     Args:
-        key: a ``jax.random.key`` used for this step's noise alone.
+        key: a ``jax.random.key`` used only for this step's noise.
         state: position, momentum, and the friction beyond ``hyper.friction``, a scalar.
         loss_and_grad: position -> (L_m(w), grad L_m(w)) on this step's batch.
         center: w*, shaped like the position.
@@ -100,4 +106,4 @@ def sgnht(step_size: float | None = None, friction: float | None = None) -> Samp
         if value is not None:
             check_positive(name, value, "Leave it out to have it chosen.")
     step_size = None if step_size is None else float(step_size)
-    return Sampler("sgnht", step_size, init, step, None if friction is None else float(friction), "sgnht")
+    return Sampler("sgnht", step_size, init, step, None if friction is None else float(friction), SGNHT)

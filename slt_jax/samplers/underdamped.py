@@ -1,17 +1,21 @@
 """Underdamped Langevin dynamics (BAOAB), one gradient a step."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from slt_jax._checks import check_positive
+from slt_jax.diagnostics.bias import no_step_bias, underdamped_heating
+from slt_jax.diagnostics.relaxation import underdamped_relaxation
 from slt_jax.samplers.base import (
     Hyper,
     Info,
     LossAndGrad,
     Position,
     Sampler,
+    Theory,
     dimension,
     displacement,
     drift,
@@ -23,6 +27,10 @@ from slt_jax.samplers.base import (
 )
 
 MEMORY = 0.01  # a step's part in the mean squared force: a hundred steps, some oscillations of the stiffest direction
+BAOAB = Theory(
+    "baoab", heating=underdamped_heating, step_bias=no_step_bias, second_order=True, relaxation=underdamped_relaxation,
+    can_shorten_steps=True,
+)  # fmt: skip
 
 
 class UnderdampedState(NamedTuple):
@@ -51,15 +59,15 @@ def step(
         p' = e^-f q + sqrt(1 - e^(-2 f)) xi,      xi ~ N(0, 1)
         w' = w + (h / 2) R (q + p')
 
-    In equilibrium the mean of G'PG is the trace of the curvature, so that steps shorten where it is stiffer than the
-    limit says. The dynamics in time is untouched: a mean over it weights each position by t, ``Info.time``. Without a
+    In equilibrium the mean of G'PG is the trace of the curvature, so that steps shorten where the curvature exceeds the
+    limit. The dynamics in time is untouched: a mean over it weights each position by t, ``Info.time``. Without a
     limit t is 1.
 
     Target density: exp(-nbeta L_n(w) - (localization/2)|w - w*|^2 - |p|^2 / 2), as step_size goes to 0: p is the
     momentum in the coordinates R^-1 w, in which the mass is 1. R is constant, so it changes no stationary law.
 
     Args:
-        key: a ``jax.random.key`` used for this step's noise alone.
+        key: a ``jax.random.key`` used only for this step's noise.
         state: position and momentum, tuples of arrays. The momentum is BAOAB's in the middle of its drift.
         loss_and_grad: position -> (L_m(w), grad L_m(w)) on this step's batch.
         center: w*, shaped like the position.
@@ -123,4 +131,5 @@ def underdamped(step_size: float | None = None, friction: float | None = None, *
     step_size = None if step_size is None else float(step_size)
     friction = None if friction is None else float(friction)
     name = f"underdamped-{metric}" if metric else "underdamped"
-    return Sampler(name, step_size, init, step, friction, "baoab", metric is not None)
+    theory = replace(BAOAB, relaxation=None, can_shorten_steps=False) if metric else BAOAB
+    return Sampler(name, step_size, init, step, friction, theory, metric is not None)

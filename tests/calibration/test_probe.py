@@ -8,30 +8,26 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-from slt_jax.calibration.probe import Probe, _hessian
-from slt_jax.engine.loop import Engine
+from slt_jax.calibration.probe import Probe, hessian_product
 from slt_jax.engine.mesh import chain_mesh
-from slt_jax.engine.plan import Schedule
+from slt_jax.engine.problem import Problem
+from slt_jax.posterior.data import as_source
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(64, 5)).astype(np.float32) * np.geomspace(0.3, 3, 5, dtype=np.float32)
 Y = RNG.normal(size=64).astype(np.float32)
 Y -= X @ np.linalg.lstsq(X, Y, rcond=None)[0]
 NBETA, PULL = 20.0, 0.5
-SGLD, METRIC = slt.sgld(1e-3), slt.underdamped(metric="kronecker")
 
 
 def linear(p, xy):
     return 0.5 * (xy[0] @ p["w"] - xy[1]) ** 2
 
 
-def probe_of(loss_fn, data=(X, Y), batch_size=16, blocks=4, size=5, nbeta=NBETA, sampler=SGLD):
+def probe_of(loss_fn, data=(X, Y), batch_size=16, blocks=4, size=5, nbeta=NBETA):
     posterior = slt.LocalPosterior(loss_fn, {"w": jnp.zeros(size)}, 64, nbeta=nbeta, localization=PULL)
-    from slt_jax.posterior.data import as_source
-
-    plan = Schedule(4, 10, 10, 1, batch_size, 1, "paired", 1, 8)
-    engine = Engine(posterior, as_source(data), sampler, plan, jax.random.key(0), chain_mesh(4))
-    return Probe(engine, blocks, jax.random.key(1))
+    problem = Problem(posterior, as_source(data), chain_mesh(4), batch_size)
+    return Probe(problem, nbeta, blocks, jax.random.key(1))
 
 
 @pytest.mark.quick
@@ -45,7 +41,7 @@ def test_sharpness_is_the_largest_eigenvalue():
 def test_curvature_is_the_hessian_of_the_whole_exponent():
     """Kills: a one-sided length of the secant; a localization left out."""
     probe, direction = probe_of(linear), RNG.normal(size=5).astype(np.float32)
-    (found,) = probe.curvature((jnp.ones(5),), (jnp.asarray(direction),), 0.1)
+    (found,) = probe.curvature((jnp.ones(5),), (jnp.asarray(direction),), 0.1, PULL)
     np.testing.assert_allclose(found, (NBETA / 64 * X.T @ X + PULL * np.eye(5)) @ direction, rtol=1e-3, atol=1e-3)
     assert probe.gradients == 2 * 4
 
@@ -53,7 +49,7 @@ def test_curvature_is_the_hessian_of_the_whole_exponent():
 def test_a_product_with_the_hessian_needs_no_secant():
     """Of cos(x w) + (x w)^2 / 2 about w = 0.3. Kills: a mean over blocks that is their sum; a localization left out."""
     probe, direction = probe_of(lambda p, xy: jnp.cos(xy[0] @ p["w"]) + linear(p, xy)), RNG.normal(size=5)
-    (found,) = probe.hessian((jnp.full(5, 0.3),), (jnp.asarray(direction, jnp.float32),), math.nan)
+    (found,) = probe.hessian((jnp.full(5, 0.3),), (jnp.asarray(direction, jnp.float32),), math.nan, PULL)
     weight = 1 - np.cos(X @ np.full(5, 0.3))
     exact = (NBETA / 64 * (X * weight[:, None]).T @ X + PULL * np.eye(5)) @ direction
     np.testing.assert_allclose(found, exact, rtol=1e-3, atol=1e-3)
@@ -75,7 +71,7 @@ once.defvjp(lambda value: (called_back(value), value), lambda value, g: (g * cal
 
 def test_a_loss_without_second_derivatives_keeps_its_secants():
     probe = probe_of(lambda p, xy: once(linear(p, xy)))
-    where = (jnp.ones(5),), (jnp.ones(5),), 0.1
+    where = (jnp.ones(5),), (jnp.ones(5),), 0.1, PULL
     for _ in range(2):
         np.testing.assert_array_equal(probe.hessian(*where)[0], probe.curvature(*where)[0])
     assert probe.gradients == 4 * 2 * 4
@@ -89,10 +85,10 @@ def test_a_metric_is_told_the_room_for_a_second_derivative():
             hidden = jnp.tanh(hidden @ (jnp.ones((256, 256)) / 256))
         return (hidden.mean(1) - xy[1]) ** 2
 
-    room = [probe_of(deep, sampler=s).temporaries(calibrates=True) for s in (SGLD, METRIC)]
-    probe, one = probe_of(deep, sampler=METRIC), (jnp.ones(5),)
+    room = [probe_of(deep).temporaries(calibrates=True, metric=metric) for metric in (False, True)]
+    probe, one = probe_of(deep), (jnp.ones(5),)
     numbers = jnp.float32(1), jnp.float32(1)
-    program = _hessian.lower(probe._posterior.program, one, one, probe._frozen, probe._blocks, *numbers).compile()
+    program = hessian_product.lower(probe.problem.program, one, one, probe.frozen, probe.blocks, *numbers).compile()
     taken = program.memory_analysis().temp_size_in_bytes
     assert max(room[1]) > 0.95 * taken > max(room[0])
 
@@ -135,7 +131,7 @@ def test_no_square_leaves_the_range_of_float32():
 def test_acceptance_is_that_of_mala():
     probe, at = probe_of(linear), (jnp.full(5, 0.2),)
     step = 0.5 / (NBETA * np.linalg.eigvalsh(X.T @ X / 64)[-1])
-    found = np.mean([probe.acceptance(at, step) for _ in range(300)])
+    found = np.mean([probe.acceptance(at, step, PULL) for _ in range(300)])
     hessian = NBETA * X.T @ X / 64 + PULL * np.eye(5)
 
     def energy(w):
@@ -150,4 +146,4 @@ def test_acceptance_is_that_of_mala():
         ratio = energy(w) - energy(new) - (back @ back - ahead @ ahead) / (2 * step)
         accepted.append(min(1.0, math.exp(ratio)))
     assert abs(found - np.mean(accepted)) < 4 * np.std(accepted) * math.sqrt(1 / 300 + 1 / 3000)
-    assert probe.acceptance(at, 1e6) < 0.01
+    assert probe.acceptance(at, 1e6, PULL) < 0.01

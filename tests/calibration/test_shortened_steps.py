@@ -1,5 +1,6 @@
 """Steps that shorten where the force is larger than the calibration met: the law, the draws, and who gets them."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,15 +11,14 @@ import pytest
 import slt_jax as slt
 from scaling.known_answers import by_name
 from slt_jax._checks import check_key
-from slt_jax.calibration.choose import _Pilot
-from slt_jax.diagnostics.bias import heating
-from slt_jax.engine.loop import Engine
+from slt_jax.calibration import choose
 from slt_jax.engine.mesh import chain_mesh
 from slt_jax.engine.plan import Schedule
-from slt_jax.estimators.outcome import _evenly, result_of
-from slt_jax.estimators.request import calibrated
-from slt_jax.posterior.data import as_source
+from slt_jax.estimators.outcome import evenly_in_time, result_of
+from slt_jax.estimators.shared import shared_calibration
 from slt_jax.samplers.base import Hyper
+from slt_jax.samplers.underdamped import BAOAB
+from tests.engines import engine_of, numbers_of
 
 CUSP = by_name("(y^2 - x^3)^2")
 NBETA, PULL, STEP = 2000.0, 1.0, 4e-5
@@ -72,24 +72,25 @@ def test_without_a_limit_the_same_chains_are_thrown_off():
 def test_below_the_limit_nothing_changes():
     results = [_result(limit) for limit in (np.inf, 1e30)]
     np.testing.assert_array_equal(results[0].loss_trace, results[1].loss_trace)
-    assert results[0].settings["mean_time"] == 1.0
+    assert results[0].settings.mean_time == 1.0
 
 
 def _result(limit, target=CUSP, step_size=STEP, friction=0.03, plan=SHORT):
     """Of an engine with this limit."""
     posterior = slt.LocalPosterior(target.loss_fn, target.center, target.num_data, NBETA, PULL)
     sampler = slt.underdamped(step_size, friction)
-    engine = Engine(posterior, as_source(target.data), sampler, plan, check_key(0), chain_mesh(plan.num_chains))
-    engine.configure(plan, step_size, friction, limit)
-    run = engine.start()
-    for _ in engine.steps(run):
+    engine = engine_of(posterior, target.data, sampler, plan, check_key(0), chain_mesh(plan.num_chains))
+    numbers = numbers_of(posterior, sampler, limit)
+    inputs = engine.inputs(numbers)
+    run = engine.start(inputs)
+    for _ in engine.steps(run, inputs):
         pass
-    return result_of(engine, run, posterior, step_size, friction)
+    return result_of(engine, run, posterior, numbers)
 
 
 def test_a_result_s_draws_are_at_equal_times():
     short = _result(50.0)
-    assert short.settings["mean_time"] < 0.95
+    assert short.settings.mean_time < 0.95
     assert (np.diff(short.loss_trace, axis=1) == 0).any()  # a long step's draw is there more than once
 
 
@@ -97,9 +98,9 @@ def test_shortened_steps_are_heated_less_and_what_noise_adds_is_known():
     """Labels are noisy: full steps add eighteen times the estimate, these twice."""
     target, plan = by_name("noisy regression, d = 10"), Schedule(8, 4000, 500, 2, 256, 1, "paired", 1, 512)
     result = _result(3e3, target, 1e-4, 0.05, plan)
-    assert result.settings["mean_time"] < 0.2
-    probe = result.settings["probe"]
-    added, of_added = (heating("baoab", 1e-4, 0.05, probe[name]) for name in ("noise", "noise_stderr"))
+    assert result.settings.mean_time < 0.2
+    probe = result.settings.probe
+    added, of_added = (BAOAB.heating(1e-4, 0.05) * probe[name] for name in ("noise", "noise_stderr"))
     error = np.hypot(result.llc_stderr, of_added)
     assert error < 0.8
     assert abs(result.llc_raw - added - target.exact(NBETA, PULL)) < 4 * error
@@ -111,7 +112,7 @@ def test_draws_at_equal_times_are_the_time_weighted_mean():
     times[1] = 0.5
     times[2, 7] = np.nan
     values = np.cumsum(rng.normal(size=times.shape), axis=1)
-    evenly = _evenly(times)
+    evenly = evenly_in_time(times)
     found = evenly(values)
     assert found.shape == values.shape
     assert found[0].mean() == pytest.approx(np.average(values[0], weights=times[0]), rel=1e-3)
@@ -129,19 +130,19 @@ def test_only_where_the_curvature_varies_is_there_a_limit(name, limited):
     target = by_name(name)
     posterior = slt.LocalPosterior(target.loss_fn, target.center, target.num_data)
     result = slt.estimate_llc(posterior, target.data, budget=100_000)
-    choice = result.settings["calibration"]
+    choice = result.settings.calibration
     assert (choice["limit"] is not None) == limited
     assert any("shortened where" in line for line in choice["lines"]) == limited
-    assert (result.settings["friction"] < 0.1) == limited
-    assert (result.settings["mean_time"] < 1) == limited
+    assert (result.settings.friction < 0.1) == limited
+    assert (result.settings.mean_time < 1) == limited
 
 
 def test_a_setting_that_many_estimates_share_has_no_limit():
     """A sweep's or a trajectory's chains take full steps, and so need the friction that goes with them."""
     posterior = slt.LocalPosterior(CUSP.loss_fn, CUSP.center, CUSP.num_data)
     plan = Schedule(4, 1000, 1000, 30, 256, 1, "paired", 1, 512)
-    engine = Engine(posterior, as_source(CUSP.data), slt.underdamped(), plan, check_key(0), chain_mesh(4))
-    choice = calibrated(engine, engine.sampler, None)
+    engine = engine_of(posterior, CUSP.data, slt.underdamped(), plan, check_key(0), chain_mesh(4))
+    choice = shared_calibration(engine, posterior)
     assert choice["limit"] is None
     assert choice["friction"] >= 0.1
 
@@ -149,22 +150,21 @@ def test_a_setting_that_many_estimates_share_has_no_limit():
 def test_with_few_gradients_too():
     posterior = slt.LocalPosterior(CUSP.loss_fn, CUSP.center, CUSP.num_data)
     result = slt.estimate_llc(posterior, CUSP.data, budget=20_000, key=2)
-    assert result.settings["calibration"]["limit"] is not None
-    assert result.settings["mean_time"] < 1
-    assert result.settings["friction"] == 0.1  # for so small an estimate a lower one would leave too few draws
+    assert result.settings.calibration["limit"] is not None
+    assert result.settings.mean_time < 1
+    assert result.settings.friction == 0.1  # for so small an estimate a lower one would leave too few draws
 
 
 @pytest.mark.parametrize(("share", "limited"), [(0.9, True), (1.1, False)])
 def test_a_pilot_whose_force_is_more_than_the_curvature_s_sets_no_limit(monkeypatch, share, limited):
     """In equilibrium the mean squared force is at most d times the largest curvature."""
-    explore = _Pilot.explore
+    run_pilot = choose.run_pilot
 
-    def with_force(pilot, *args):
-        found = explore(pilot, *args)
-        pilot.force_sq = share * 2 * found[0]
-        return found
+    def with_force(*args):
+        pilot = run_pilot(*args)
+        return dataclasses.replace(pilot, force_sq=share * 2 * pilot.curvature)
 
-    monkeypatch.setattr(_Pilot, "explore", with_force)
+    monkeypatch.setattr(choose, "run_pilot", with_force)
     posterior = slt.LocalPosterior(CUSP.loss_fn, CUSP.center, CUSP.num_data)
-    choice = slt.estimate_llc(posterior, CUSP.data, budget=20_000).settings["calibration"]
+    choice = slt.estimate_llc(posterior, CUSP.data, budget=20_000).settings.calibration
     assert choice["limit"] == (pytest.approx(4 * 0.9 * 2 * choice["curvature"]) if limited else None)

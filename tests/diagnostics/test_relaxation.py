@@ -8,13 +8,19 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-from slt_jax.diagnostics.relaxation import DONE, Chain, debt, relaxation
-from slt_jax.diagnostics.verdict import Evidence, assess
-from slt_jax.engine.loop import Engine
+from slt_jax.diagnostics.evidence import Evidence
+from slt_jax.diagnostics.relaxation import (
+    RELAXED,
+    ChainLength,
+    overdamped_relaxation,
+    underdamped_relaxation,
+    unrelaxed_bias,
+)
+from slt_jax.diagnostics.verdict import assess
 from slt_jax.engine.mesh import chain_mesh
-from slt_jax.engine.plan import Schedule
-from slt_jax.estimators.outcome import _curvature_probe, _debt, look_bytes
-from slt_jax.posterior.data import as_source
+from slt_jax.engine.plan import Numbers, Schedule
+from slt_jax.estimators.ends import curvature_probe, end_temporaries, measure_ends
+from tests.engines import engine_of
 from tests.small import gamma_draws
 
 CURVATURE = np.array([100.0, 10.0, 1.0, 0.1, 0.01])
@@ -44,7 +50,7 @@ def estimate(sampler, loss_fn=loss, **options):
 def test_a_short_run_lacks_what_it_owes(sampler):
     result = estimate(sampler, num_chains=400, num_warmup=200, num_draws=100, thinning=4, chain_batch=50, key=1)
     truth = (CURVATURE / (CURVATURE + LOCALIZATION)).sum() / 2
-    owed = result.settings["probe"]["owed"]
+    owed = result.settings.probe["owed"]
     assert 0.2 * truth < owed < 0.8 * truth
     # chains are independent; their draws, which stand nearly still, are not
     error = result.llc_draws.mean(1).std(ddof=1) / np.sqrt(400)
@@ -54,32 +60,32 @@ def test_a_short_run_lacks_what_it_owes(sampler):
 
 
 def test_the_length_that_is_asked_for_is_enough():
-    chain = Chain("underdamped", 2e-3, 0.1, 100, 400)
-    owed, times = debt(CURVATURE, LOCALIZATION, chain)
+    chain = ChainLength(underdamped_relaxation, 2e-3, 0.1, 100, 400)
+    owed, times = unrelaxed_bias(CURVATURE, LOCALIZATION, chain)
     assert times > 2
     enough = chain._replace(first=times * chain.first, last=times * chain.last)
     truth = (CURVATURE / (CURVATURE + LOCALIZATION)).sum() / 2
-    assert debt(CURVATURE, LOCALIZATION, enough)[0] <= DONE * truth < owed
+    assert unrelaxed_bias(CURVATURE, LOCALIZATION, enough)[0] <= RELAXED * truth < owed
     shorter = chain._replace(first=0.7 * times * chain.first, last=0.7 * times * chain.last)
-    assert debt(CURVATURE, LOCALIZATION, shorter)[0] > DONE * truth
+    assert unrelaxed_bias(CURVATURE, LOCALIZATION, shorter)[0] > RELAXED * truth
 
 
 def test_relaxation_with_much_friction_is_sgld_s():
     curvature = np.array([1.0, 10.0, 100.0])
-    plain = relaxation("sgld", curvature, 1e-4, 0.1)
-    np.testing.assert_allclose(relaxation("underdamped", curvature, 1e-4, 30.0), plain, rtol=0.01)
-    np.testing.assert_allclose(relaxation("underdamped", curvature, 1e-4, 0.5)[:2], 2 * plain[:2] / 0.5, rtol=0.05)
-    assert relaxation("underdamped", np.array([1e4]), 1e-2, 0.2) == pytest.approx(0.1, rel=0.01)  # it oscillates
+    plain = overdamped_relaxation(curvature, 1e-4, 0.1)
+    np.testing.assert_allclose(underdamped_relaxation(curvature, 1e-4, 30.0), plain, rtol=0.01)
+    np.testing.assert_allclose(underdamped_relaxation(curvature, 1e-4, 0.5)[:2], 2 * plain[:2] / 0.5, rtol=0.05)
+    assert underdamped_relaxation(np.array([1e4]), 1e-2, 0.2) == pytest.approx(0.1, rel=0.01)  # it oscillates
 
 
 def test_flat_directions_owe_nothing():
     """Nor do those whose curvature is rounding, or below zero."""
-    chain = Chain("underdamped", 2e-3, 0.1, 100, 400)
+    chain = ChainLength(underdamped_relaxation, 2e-3, 0.1, 100, 400)
     flat = np.concatenate([[-0.5, -1e-5], np.zeros(1000), np.full(1000, 1e-4), [100.0]])
-    owed, times = debt(flat, 1e-4, chain)
+    owed, times = unrelaxed_bias(flat, 1e-4, chain)
     assert owed < 1e-6
     assert times == 1
-    assert debt(np.zeros(3), 1.0, chain) == (0.0, 1.0)
+    assert unrelaxed_bias(np.zeros(3), 1.0, chain) == (0.0, 1.0)
 
 
 def test_all_curvatures_at_w_star():
@@ -96,19 +102,19 @@ def test_all_curvatures_at_w_star():
     result = slt.estimate_llc(posterior, x, sampler=slt.sgld(1e-4), num_draws=400, num_warmup=300, thinning=3)
     kept = np.concatenate([np.ones((512, 1)), x[:, [0, 2, 3]]], 1)
     exact = np.linalg.eigvalsh(50.0 * kept.T @ kept / 512)
-    expected = debt(exact, 1.0, Chain("sgld", 1e-4, 0.1, 303, 1500))[0]
-    probe = result.settings["probe"]
+    expected = unrelaxed_bias(exact, 1.0, ChainLength(overdamped_relaxation, 1e-4, 0.1, 303, 1500))[0]
+    probe = result.settings.probe
     assert expected > 0.01
     assert probe["owed"] == pytest.approx(expected, rel=1e-3)
     assert probe["curvature_gradients"] == 2 * 4 * 2
-    assert result.settings["gradients"]["probe"] == probe["gradients"] + 2 * 4 * 2
+    assert result.settings.gradients["probe"] == probe["gradients"] + 2 * 4 * 2
 
 
-def engine_of(steps, loss_fn=loss, center=None, data=DATA, **more):
+def sgld_engine(steps, loss_fn=loss, center=None, data=DATA, batch_size=8, **more):
     """Two chains of SGLD of this many steps in batches of 8."""
     posterior = slt.LocalPosterior(loss_fn, jnp.zeros(5) if center is None else center, len(data), **more)
     mesh = chain_mesh(2, jax.devices()[:1])
-    return Engine(posterior, as_source(data), slt.sgld(2e-4), schedule(steps), jax.random.key(0), mesh)
+    return engine_of(posterior, data, slt.sgld(2e-4), schedule(steps, batch_size), jax.random.key(0), mesh)
 
 
 def schedule(steps, batch_size=8, control=False):
@@ -116,18 +122,21 @@ def schedule(steps, batch_size=8, control=False):
 
 
 def test_steps_that_cost_two_gradients_afford_it_sooner():
-    engine = engine_of(400, nbeta=1.0, localization=LOCALIZATION)
-    assert (
-        _curvature_probe(engine, 2, engine.key).num_blocks == 3
-    )  # 2 x 400 steps, of which 4 % are 32 gradients, in 10s
-    engine.configure(schedule(400, control=True), 2e-4, 0.1)
-    assert _curvature_probe(engine, 2, engine.key).num_blocks == 6
+    engine = sgld_engine(400, nbeta=1.0, localization=LOCALIZATION)
+    # 2 x 400 steps, of which 4 % are 32 gradients, in 10s
+    assert curvature_probe(engine, 2, engine.key, 1.0).num_blocks == 3
+    engine = engine.replanned(schedule(400, control=True))
+    assert curvature_probe(engine, 2, engine.key, 1.0).num_blocks == 6
 
 
 def test_shortened_steps_are_so_many_fewer():
-    engine = engine_of(400, nbeta=1.0, localization=LOCALIZATION)
-    found = _debt(engine, engine.posterior, 2, 2e-4, 0.1, 0.5, engine.key)
-    expected = debt(CURVATURE, LOCALIZATION, Chain("sgld", 2e-4, 0.1, 0.5, 200))
+    engine = sgld_engine(400, nbeta=1.0, localization=LOCALIZATION)
+    inputs = engine.inputs(numbers := Numbers(1.0, LOCALIZATION, 2e-4))
+    run = engine.start(inputs)
+    for _ in engine.steps(run, inputs):
+        pass
+    found = measure_ends(engine, run, numbers, range(2), 0.5, engine.key)
+    expected = unrelaxed_bias(CURVATURE, LOCALIZATION, ChainLength(overdamped_relaxation, 2e-4, 0.1, 0.5, 200))
     assert (found["owed"], found["longer"]) == pytest.approx(expected, rel=1e-4)
 
 
@@ -152,7 +161,7 @@ def test_where_nothing_is_said_of_it(why):
         options |= {"budget": 4000, "num_draws": None}
     else:
         loss_fn = lambda params, batch: loss(own(params), batch)  # noqa: E731
-    probe = estimate(sampler, loss_fn, **options).settings["probe"]
+    probe = estimate(sampler, loss_fn, **options).settings.probe
     assert "owed" not in probe
     if why != "too short":
         assert probe["gradients"] > 0
@@ -163,15 +172,15 @@ def test_a_debt_is_named_with_its_end_and_remedy():
     draws = gamma_draws(5.0)
     mean = float(draws.mean())
     health = functools.partial(assess, draws)
-    assert health(Evidence(owed=0.02 * mean, longer=1.5)).verdict == "converged"
-    found = health(Evidence(owed=0.2 * mean, longer=7.5))
+    assert health(Evidence(unrelaxed_bias=0.02 * mean, times_longer=1.5)).verdict == "converged"
+    found = health(Evidence(unrelaxed_bias=0.2 * mean, times_longer=7.5))
     assert found.verdict == "still rising"
     assert found.extrapolated == pytest.approx(1.2 * mean)
     assert "Raise the budget 7.5 times, or raise localization" in found.reason
-    assert "longer step_size" in health(Evidence(owed=0.2 * mean, longer=1e5)).reason
+    assert "longer step_size" in health(Evidence(unrelaxed_bias=0.2 * mean, times_longer=1e5)).reason
     falling = draws + np.linspace(1, -1, draws.shape[1])
-    assert assess(falling, Evidence(owed=0.2 * mean, longer=7.5)).verdict == "still falling"
-    rising = assess(draws - np.linspace(1, -1, draws.shape[1]), Evidence(owed=0.2 * mean, longer=7.5))
+    assert assess(falling, Evidence(unrelaxed_bias=0.2 * mean, times_longer=7.5)).verdict == "still falling"
+    rising = assess(draws - np.linspace(1, -1, draws.shape[1]), Evidence(unrelaxed_bias=0.2 * mean, times_longer=7.5))
     assert rising.extrapolated == pytest.approx(1.2 * mean)
 
 
@@ -189,10 +198,9 @@ def test_few_free_weights_of_a_wide_model_take_no_more_room_than_is_told():
     options = {"data": np.ones((4096, 1), np.float32), "mask": lambda path: "bias" in path}
     bytes_of = {}
     for steps in (10, 4000):
-        engine = engine_of(steps, deep, hidden, **options)
-        engine.configure(schedule(steps, 512), 1e-4, 0.1)
-        bytes_of[steps] = look_bytes(engine, 2)
-    assert bytes_of[10] == []  # too short for any look
+        engine = sgld_engine(steps, deep, hidden, batch_size=512, **options)
+        bytes_of[steps] = end_temporaries(engine, 2)
+    assert bytes_of[10] == []  # too short for any measurement
     forward = 6 * 512 * 128 * 4
     assert len(bytes_of[4000]) == 3
     assert forward < bytes_of[4000][-1] < 4 * forward

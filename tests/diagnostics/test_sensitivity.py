@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from scaling.known_answers import by_name
-from slt_jax.diagnostics.sensitivity import Slope, _gamma_error, degree_of, slopes
-from slt_jax.diagnostics.verdict import Evidence, assess
+from slt_jax.diagnostics.evidence import Evidence
+from slt_jax.diagnostics.sensitivity import Slope, degree_of, gamma_error, slopes
+from slt_jax.diagnostics.verdict import assess
 from tests.small import gamma_draws
 
 
@@ -54,7 +55,7 @@ def test_slopes_vanish_at_the_asymptotic_temperature():
 def test_the_least_error_of_the_slope_is_that_of_its_law(shape):
     """A standard deviation of 4000 has a relative error of 1 / sqrt(8000), more as the law is skewed."""
     x = np.random.default_rng(4).gamma(shape, size=(4000, 500))
-    assert _gamma_error(shape, 500) == pytest.approx((x.mean(1) - x.var(1)).std(), rel=0.05)
+    assert gamma_error(shape, 500) == pytest.approx((x.mean(1) - x.var(1)).std(), rel=0.05)
 
 
 def test_a_slope_of_few_draws_is_not_taken_for_one():

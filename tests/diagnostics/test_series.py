@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
+from slt_jax.diagnostics.evidence import Evidence
+from slt_jax.diagnostics.limits import RISE_SHARE
 from slt_jax.diagnostics.series import Rise, rise_of
-from slt_jax.diagnostics.verdict import RISE_LIMIT, Evidence, assess
+from slt_jax.diagnostics.verdict import assess
 
 RNG = np.random.default_rng(0)
 
@@ -34,7 +36,7 @@ def test_what_has_settled_does_not_rise():
     found = [rise_of(settled(rng, 1600), settled(rng, 600), 4) for rng in map(np.random.default_rng, range(100))]
     assert np.mean([abs(r.mean) > 3 * r.stderr for r in found]) <= 0.03
     approach = np.tile(50 * (1 - np.exp(-np.arange(4000) / 500)), (2, 1))
-    assert 0 < rise_of(approach[:, :1600], approach[:, 1603::4], 4).next < RISE_LIMIT * 50
+    assert 0 < rise_of(approach[:, :1600], approach[:, 1603::4], 4).next < RISE_SHARE * 50
 
 
 @pytest.mark.quick
@@ -59,7 +61,7 @@ def test_of_short_runs_nothing_is_known(length):
         ({"rise": Rise(3.0, 3.0, 0.5)}, "still rising"),
         ({"rise": Rise(3.0, 3.0, 1.5)}, "converged"),  # not sure
         ({"rise": Rise(9.0, 1.5, 0.5)}, "converged"),  # nearly done
-        ({"rise": Rise(0.9 * RISE_LIMIT * 50, 0.9 * RISE_LIMIT * 50, 0.01)}, "converged"),
+        ({"rise": Rise(0.9 * RISE_SHARE * 50, 0.9 * RISE_SHARE * 50, 0.01)}, "converged"),
         ({"rise": Rise(-3.0, -3.0, 0.5)}, "converged"),
         ({"rise": Rise(9.0, -4.0, 0.5)}, "converged"),  # up, and down again
     ],
@@ -86,7 +88,7 @@ def test_an_estimate_that_stopped_on_its_way_is_not_called_converged():
     posterior, data, exact = regression(2.5, size=200)
     found = [slt.estimate_llc(posterior, data, budget=10_000, key=key) for key in range(3)]
     for result in found:
-        assert result.llc < 0.8 * exact(result.settings["localization"])
+        assert result.llc < 0.8 * exact(result.settings.localization)
         assert result.verdict != "converged"
     assert any("the last two doublings" in result.health.reason for result in found)
 
@@ -94,5 +96,5 @@ def test_an_estimate_that_stopped_on_its_way_is_not_called_converged():
 def test_an_estimate_that_is_done_does_not_rise():
     posterior, data, exact = regression(1)
     result = slt.estimate_llc(posterior, data, budget=40_000, key=0)
-    assert abs(result.llc - exact(result.settings["localization"])) < 4 * result.llc_stderr
+    assert abs(result.llc - exact(result.settings.localization)) < 4 * result.llc_stderr
     assert "still rising" not in result.health.flags

@@ -28,6 +28,7 @@ CHILD = (
     + """
 import jax.numpy as jnp, numpy as np
 import slt_jax as slt
+from tests.small import traces_of
 
 def loss_fn(params, x):
     return 0.5 * jnp.sum(jnp.tanh(x @ params["a"]) @ params["b"], axis=-1) ** 2
@@ -41,7 +42,7 @@ result = slt.estimate_llc(
     num_warmup=20, thinning=2, batch_size=16, key=5, checkpoint_dir=directory, checkpoint_seconds=0, chunk_size=3,
 )
 assert not result.notes and not result.stopped
-np.savez(sys.argv[1], **{name: getattr(result, name) for name in %r})
+np.savez(sys.argv[1], **traces_of(result))
 """
 )
 
@@ -50,7 +51,7 @@ def test_killed_at_random_moments_and_resumed_is_bit_for_bit_the_unbroken_run(tm
     """Ten SIGKILLs over two runs. Kills: a state read while the next chunk overwrites it; a trace or a liveness flag
     left out of the save; random numbers that depend on where chunks begin."""
     script = tmp_path / "child.py"
-    script.write_text(CHILD % (TRACES,))
+    script.write_text(CHILD)
     pick = random.Random(20)
     delays = [[pick.uniform(0.0, 0.9) for _ in range(number)] for number in (5, 5)]
 

@@ -9,11 +9,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import slt_jax as slt
-from slt_jax.engine.loop import Engine
 from slt_jax.engine.mesh import chain_mesh
 from slt_jax.engine.plan import Schedule
 from slt_jax.posterior.data import as_source, draw_indices
 from slt_jax.samplers.base import Info, Sampler
+from tests.engines import engine_of, numbers_of
+from tests.small import traces_of
 from tests.sources import Rows
 
 NAMES = ("loss_trace", "baseline_trace", "drift_sq", "virial", "warmup_loss")
@@ -33,7 +34,7 @@ def estimate(posterior, data, **changed):
 
 def assert_same(a, b, exact=True):
     for name in NAMES:
-        x, y = getattr(a, name), getattr(b, name)
+        x, y = traces_of(a)[name], traces_of(b)[name]
         if exact:
             np.testing.assert_array_equal(x, y, err_msg=name)
         else:
@@ -82,14 +83,15 @@ def test_eight_devices_equal_one(regression):
     whole = estimate(posterior, data, num_chains=8, mesh=one_device(8))
     spread = estimate(posterior, data, num_chains=8, mesh=chain_mesh(8))
     assert len(jax.devices()) == 8
-    assert "8 x" in spread.settings["devices"]
+    assert "8 x" in spread.settings.devices
     assert_same(whole, spread, exact=False)
 
 
 def compiled(posterior, data, mesh, num_chains=8, chain_batch=1, baseline="paired"):
     plan = Schedule(num_chains, 4, 2, 1, 16, 1, baseline, chain_batch, 50)
-    engine = Engine(posterior, as_source(data), slt.sgld(1e-3), plan, jax.random.key(0), mesh)
-    return engine, engine.start()
+    sampler = slt.sgld(1e-3)
+    engine = engine_of(posterior, data, sampler, plan, jax.random.key(0), mesh)
+    return engine, engine.start(engine.inputs(numbers_of(posterior, sampler)))
 
 
 @pytest.mark.parametrize("baseline", ["paired", "full"])
@@ -207,10 +209,10 @@ def test_a_batch_as_large_as_the_data_is_the_data(source):
     loss_fn = lambda w, xy: 0.5 * (xy[:, :5] @ w - xy[:, 5]) ** 2  # noqa: E731
     posterior = slt.LocalPosterior(loss_fn, jnp.zeros(5), 200, localization=1e-3)
     result = slt.estimate_llc(posterior, source(data), sampler=slt.underdamped(1e-2, 0.1), num_draws=2000, key=0)
-    assert result.settings["batch_size"] == 200
-    assert result.settings["probe"]["noise"] == 0
+    assert result.settings.batch_size == 200
+    assert result.settings.probe["noise"] == 0
     assert result.bias.why == "no minibatch noise"
-    assert not result.gap_var.any()
+    assert not result.traces.gap_var.any()
     np.testing.assert_allclose(result.baseline_trace, 0.5 * np.mean(noise**2), rtol=1e-5)
     assert result.llc_stderr < 0.1
     assert abs(result.llc_raw - 2.5) < 4 * result.llc_stderr
@@ -254,9 +256,11 @@ def test_bfloat16_forward_over_float32_masters():
     posterior = slt.LocalPosterior(loss_fn, center, 400, nbeta=1.0, localization=1.0, forward_dtype=jnp.bfloat16)
     plan = Schedule(1, 4, 0, 1, 16, 1, "full", 1, 50)
     data = as_source(jnp.zeros((400, 1)))
-    engine = Engine(posterior, data, slt.sgld(1e-10), plan, jax.random.key(0), one_device(1))
-    run = engine.start()
-    engine.advance(run, 4)
+    sampler = slt.sgld(1e-10)
+    engine = engine_of(posterior, data, sampler, plan, jax.random.key(0), one_device(1))
+    inputs = engine.inputs(numbers_of(posterior, sampler))
+    run = engine.start(inputs)
+    engine.advance(run, inputs, 4)
     (moved,) = jax.tree.leaves(run.state)
     assert set(seen) == {jnp.dtype(jnp.bfloat16)}
     assert moved.dtype == jnp.float32
@@ -328,7 +332,7 @@ def test_another_sampler_on_the_same_contract(regression):
 
     result = estimate(*regression, sampler=Sampler("descent", 0.1, init, step), num_draws=100)
     assert (result.loss_trace[:, -1] < 1e-6 * result.warmup_loss[:, 0]).all()
-    assert result.settings["sampler"] == "descent"
+    assert result.settings.sampler == "descent"
 
 
 def test_odd_chains_cool_over_half_of_the_warm_up():
@@ -343,9 +347,10 @@ def test_odd_chains_cool_over_half_of_the_warm_up():
     shown = Sampler("shown", 1e-3, slt.sgld(1e-3).init, step)
     posterior = slt.LocalPosterior(lambda p, x: p["w"] * x[:, 0], {"w": jnp.zeros(())}, 10, nbeta=7.0, localization=1.0)
     plan = Schedule(2, 5, 20, 1, 4, 1, "full", 1, 8, hot=50.0)
-    engine = Engine(posterior, as_source(jnp.ones((10, 1))), shown, plan, jax.random.key(0), one_device(2))
-    run = engine.start()
-    for _ in engine.steps(run):
+    engine = engine_of(posterior, jnp.ones((10, 1)), shown, plan, jax.random.key(0), one_device(2))
+    inputs = engine.inputs(numbers_of(posterior, shown))
+    run = engine.start(inputs)
+    for _ in engine.steps(run, inputs):
         pass
     heat = 50.0 ** np.maximum(0, 1 - np.arange(25) / 10)
     np.testing.assert_allclose(run.trace.drift_sq, [7.0 * np.ones(25), 7.0 / heat], rtol=1e-5)

@@ -14,14 +14,13 @@ from flax import nnx
 
 import slt_jax as slt
 from slt_jax.engine import memory
-from slt_jax.engine.loop import Engine
-from slt_jax.engine.memory import Need, layouts, need_of
+from slt_jax.engine.memory import MemoryEstimate, estimate_memory, layouts
 from slt_jax.engine.mesh import chain_mesh
 from slt_jax.engine.plan import Schedule
 from slt_jax.engine.progress import span
 from slt_jax.models import Decoder, DecoderConfig
 from slt_jax.models.hub import save_decoder
-from slt_jax.posterior.data import as_source
+from tests.engines import engine_of
 from tests.sources import Rows
 
 WIDTH = 512
@@ -44,11 +43,11 @@ def estimate(**changed):
     return slt.estimate_llc(posterior(), DATA, **{**options, **changed})
 
 
-def need(sampler, devices=1, chains=4, group=1, saves=False, looks=()):
+def need(sampler, devices=1, chains=4, group=1, saves=False, measurements=()):
     plan = Schedule(chains, 4, 2, 1, 8, 1, "paired", group, 512)
     mesh = chain_mesh(chains, jax.devices()[:devices])
-    engine = Engine(posterior(), as_source(DATA), sampler, plan, jax.random.key(0), mesh)
-    return need_of(engine, looks, saves=saves)
+    engine = engine_of(posterior(), DATA, sampler, plan, jax.random.key(0), mesh)
+    return estimate_memory(engine, measurements, saves=saves)
 
 
 @pytest.mark.parametrize(("sampler", "copies"), [(slt.sgld(1e-6), 1), (slt.underdamped(1e-6), 2)])
@@ -70,29 +69,29 @@ def test_more_devices_and_larger_groups_take_more():
     assert (few.at_once, spread.at_once, grouped.at_once) == (1, 4, 4)
 
 
-def test_a_look_takes_a_position_and_its_noise_beside_its_program():
-    found = need(slt.sgld(1e-6), looks=[10 * MIB, 50 * MIB])
-    assert found.look == pytest.approx(memory._HEAP + 50 * MIB + 2 * WIDTH * WIDTH * 4)
-    assert found.more == found.chains + found.look  # more than a step
+def test_a_measurement_takes_a_position_and_its_noise_beside_its_program():
+    found = need(slt.sgld(1e-6), measurements=[10 * MIB, 50 * MIB])
+    assert found.measurement == pytest.approx(memory.HEAP + 50 * MIB + 2 * WIDTH * WIDTH * 4)
+    assert found.additional == found.chains + found.measurement  # more than a step
 
 
 def test_a_metric_takes_its_decompositions_and_what_comes_back_late():
     """Fitted to processes with sides of 1000, 2000, 3000: 1.8, 1.8, 2.0 GiB, of which 0.5 to 0.9 had not been told."""
     sampler = slt.underdamped(1e-6)
-    plain, metric = (need(sampler._replace(metric=m), looks=[10 * MIB]) for m in (False, True))
+    plain, metric = (need(sampler._replace(metric=m), measurements=[10 * MIB]) for m in (False, True))
     weights, matrix = WIDTH * WIDTH * 4, WIDTH * WIDTH * 8
-    assert metric.look - plain.look == pytest.approx(2 * memory._HEAP + 6.5 * weights + 8 * matrix)
-    assert metric.step - plain.step > 2 * memory._HEAP + 3 * weights
+    assert metric.measurement - plain.measurement == pytest.approx(2 * memory.HEAP + 6.5 * weights + 8 * matrix)
+    assert metric.step - plain.step > 2 * memory.HEAP + 3 * weights
 
 
 def test_the_batches_of_data_on_disk_are_counted():
     """Three times: those in use, the next ones, and these as they were read."""
     plan = Schedule(4, 6, 0, 1, 8, 1, "paired", 1, 512)
     mesh = chain_mesh(4, jax.devices()[:2])
-    engine = Engine(posterior(), Rows(DATA), slt.sgld(1e-6), plan, jax.random.key(0), mesh)
-    found = need_of(engine, [], saves=False)
+    engine = engine_of(posterior(), Rows(DATA), slt.sgld(1e-6), plan, jax.random.key(0), mesh)
+    found = estimate_memory(engine, [], saves=False)
     assert found.batches == 3 * 4 * 6 * 8 * WIDTH * 4
-    assert found.more == found.chains + found.batches + found.step
+    assert found.additional == found.chains + found.batches + found.step
     assert need(slt.sgld(1e-6)).batches == 0
 
 
@@ -100,24 +99,24 @@ def test_control_variates_are_not_taken_up_where_they_do_not_fit(monkeypatch):
     two = 2 * WIDTH * WIDTH * 4
     free = need(slt.sgld(1e-6))
     assert free.control == two
-    asked = dataclasses.replace(free, free=1.05 * free.more + two / 2)
+    asked = dataclasses.replace(free, available=1.05 * free.additional + two / 2)
     assert asked.fits
     assert not asked.fits_with_control
-    assert dataclasses.replace(free, free=1.06 * (free.more + two)).fits_with_control
+    assert dataclasses.replace(free, available=1.06 * (free.additional + two)).fits_with_control
 
 
 def test_a_run_tells_what_it_will_take(capfd, monkeypatch):
-    assert estimate(progress=True).settings["memory"] == {}  # too small to ask
-    monkeypatch.setattr(memory, "_MUCH", 0)
+    assert estimate(progress=True).settings.memory == {}  # too small to ask
+    monkeypatch.setattr(memory, "MUCH", 0)
     result = estimate(progress=True)
     words = r"memory: 1 MiB a chain, 4 of 4 chains at once on 4 devices; at most [\d,]+ MiB of this process"
     assert re.search(words, capfd.readouterr().err)
-    assert result.settings["memory"]["chain_mib"] == 1
+    assert result.settings.memory["chain_mib"] == 1
     assert "predicted)" in str(result)
 
 
 def test_the_time_to_go_is_told_after_the_first_steps(monkeypatch, capfd):
-    monkeypatch.setattr("slt_jax.engine.progress._WORTH_TELLING", 0)
+    monkeypatch.setattr("slt_jax.engine.progress._WORTH_SHOWING", 0)
     estimate(num_draws=20, progress=True)
     assert re.search(r"  [\d.e-]+ s a step of all chains: about \d+ s to go", capfd.readouterr().err)
     assert [span(s) for s in (0.2, 119, 200, 7300, 200_000)] == ["0 s", "119 s", "3 min", "2 h", "2.3 days"]
@@ -126,7 +125,7 @@ def test_the_time_to_go_is_told_after_the_first_steps(monkeypatch, capfd):
 
 
 def test_what_does_not_fit_is_refused_before_it_begins(monkeypatch):
-    monkeypatch.setattr(memory, "_MUCH", 0)
+    monkeypatch.setattr(memory, "MUCH", 0)
     monkeypatch.setattr("slt_jax._machine.free_of_process", lambda: 3.0 * MIB)
     with pytest.raises(MemoryError, match=r"the run needs about [\d,]+ MiB of this process .* 4 chains of 1 MiB 4 MiB"):
         estimate()
@@ -135,9 +134,9 @@ def test_what_does_not_fit_is_refused_before_it_begins(monkeypatch):
 
 
 def test_fewer_chains_that_fit_are_named():
-    some = Need(
-        where="each device", peak=0.0, now=5.0 * MIB, free=12.0 * MIB, chain=2.0 * MIB, chains=16.0 * MIB,
-        batches=0.0, step=3.0 * MIB, look=1.0 * MIB, save=0.0, control=0.0, num_chains=8, at_once=1, devices=1,
+    some = MemoryEstimate(
+        where="each device", peak=0.0, in_use=5.0 * MIB, available=12.0 * MIB, chain=2.0 * MIB, chains=16.0 * MIB,
+        batches=0.0, step=3.0 * MIB, measurement=1.0 * MIB, save=0.0, control=0.0, num_chains=8, at_once=1, devices=1,
     )  # fmt: skip
     assert not some.fits
     assert "Take at most 4 chains, more" in some.refusal()
@@ -147,13 +146,13 @@ def test_fewer_chains_that_fit_are_named():
 
 def test_a_cpu_takes_fewer_devices_where_all_do_not_fit(monkeypatch):
     """And finds the same numbers."""
-    monkeypatch.setattr(memory, "_MUCH", 0)
+    monkeypatch.setattr(memory, "MUCH", 0)
     whole = estimate()
-    assert whole.settings["devices"].startswith("4 x")
+    assert whole.settings.devices.startswith("4 x")
     enough = need(slt.sgld(1e-6), devices=2)
-    monkeypatch.setattr("slt_jax._machine.free_of_process", lambda: 1.06 * enough.more)
+    monkeypatch.setattr("slt_jax._machine.free_of_process", lambda: 1.06 * enough.additional)
     fewer = estimate()
-    assert fewer.settings["devices"].startswith("2 x")
+    assert fewer.settings.devices.startswith("2 x")
     np.testing.assert_allclose(fewer.loss_trace, whole.loss_trace, rtol=1e-5)
 
 

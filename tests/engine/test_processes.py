@@ -23,6 +23,7 @@ from slt_jax.engine import checkpoint
 from slt_jax.engine import loop as engine
 from slt_jax.engine.mesh import chain_mesh
 from slt_jax.posterior.data import HostData
+from tests.small import traces_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 ROWS = np.random.default_rng(0).normal(size=(400, 5)).astype(np.float32)
@@ -126,8 +127,8 @@ def refusals(directory, rank):
 
 
 def numbers(result):
-    chosen = [result.llc, result.llc_stderr, *(result.settings[name] for name in NUMBERS)]
-    return {**{name: np.asarray(getattr(result, name)) for name in TRACES}, "chosen": np.array(chosen)}
+    chosen = [result.llc, result.llc_stderr, *(getattr(result.settings, name) for name in NUMBERS)]
+    return {**{name: np.asarray(traces_of(result)[name]) for name in TRACES}, "chosen": np.array(chosen)}
 
 
 def main(rank, port, directory, what):
@@ -141,7 +142,7 @@ def main(rank, port, directory, what):
         result = case(directory)
         found |= {f"{name}.{key}": value for key, value in numbers(result).items()}
         told[name] = [str(result), repr(result.settings)]
-    told["few"] = default(directory, num_chains=None, progress=False).settings["num_chains"]
+    told["few"] = default(directory, num_chains=None, progress=False).settings.num_chains
     alone = fixed(key=rank, mesh=chain_mesh(4, jax.local_devices()))
     found |= {f"alone.{key}": value for key, value in numbers(alone).items()}
     checkpoint.PATIENCE = 0.5
@@ -193,8 +194,8 @@ def test_two_processes_give_what_one_gives(two, tmp_path, name):
     chain; a calibration or a save that each process decides on for itself."""
     found, told, _ = two
     result = CASES[name](tmp_path)
-    assert result.settings["devices"] == "4 x cpu"
-    assert result.warmup_loss.shape[1] + result.loss_trace.shape[1] * result.settings["thinning"] <= MOST_STEPS
+    assert result.settings.devices == "4 x cpu"
+    assert result.warmup_loss.shape[1] + result.loss_trace.shape[1] * result.settings.thinning <= MOST_STEPS
     for key, expected in numbers(result).items():
         ours, theirs = (f[f"{name}.{key}"] for f in found)
         np.testing.assert_array_equal(ours, theirs, err_msg=f"{key}: the processes differ")
@@ -247,8 +248,9 @@ def test_two_killed_processes_are_resumed(tmp_path):
     kept = default(tmp_path, checkpoint_dir=tmp_path / "killed")  # what they finished is read by one process
     expected = default(tmp_path)
     for name in TRACES:
-        scale = float(np.nanmax(np.abs(getattr(expected, name))))
-        np.testing.assert_allclose(getattr(kept, name), getattr(expected, name), rtol=ROUNDING, atol=ROUNDING * scale)
+        values, wanted = traces_of(kept)[name], traces_of(expected)[name]
+        scale = float(np.nanmax(np.abs(wanted)))
+        np.testing.assert_allclose(values, wanted, rtol=ROUNDING, atol=ROUNDING * scale)
 
 
 if __name__ == "__main__":

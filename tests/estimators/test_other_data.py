@@ -1,5 +1,7 @@
 """Further data sets: their losses at the draws of a run, against a known truth, and without touching the run."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,22 +42,32 @@ def test_the_other_loss_has_its_expectation_under_this_posterior():
         assert abs(read.llc - expected) < 4 * read.llc_stderr
         assert read.llc_stderr < 0.05 * expected
         assert read.rhat < 1.05
-    assert result.also["other"].init_loss == pytest.approx(
-        0.5 * float(OTHER.mean()) * float(jnp.sum(AWAY**2)), rel=0.02
-    )
+    at_center = result.also["other"].baseline_trace
+    exact = 0.5 * float(OTHER.mean()) * float(jnp.sum(AWAY**2))
+    assert abs(result.also["other"].init_loss - exact) < 4 * at_center.std() / math.sqrt(at_center.size)
     assert "On 'other': " in str(result)
     assert result.to_dict()["also"]["other"]["llc"] == result.also["other"].llc
 
 
-def test_the_spread_of_the_batch_is_told():
-    """gap_var is the variance of the batch mean of L' - L'* given w."""
-    read = estimate(batch_size=32).also["other"]
+@pytest.mark.parametrize(("batch_size", "num_draws"), [(32, 500), (8, 2000)])
+def test_the_spread_of_the_batch_is_told(batch_size, num_draws):
+    """gap_var is the variance of the batch mean of L' - L'* given w, and the rest is what the chain's motion adds.
+
+    L' - L'* is x (|w|^2 / 2 - <w, AWAY>), with w Gaussian. Kills: the variance of an example for that of the mean; a
+    deviation for a variance. The run's own minibatches heat by 0.3 % at most: a third of the smallest error.
+    """
+    read = estimate(batch_size=batch_size, num_draws=num_draws).also["other"]
+    variance = 1 / (NBETA * float(OWN.mean()) + GAMMA)
+    mean, moved = DIMENSION * variance / 2, DIMENSION * variance**2 / 2 + float(jnp.sum(AWAY**2)) * variance
     gaps = read.loss_trace.astype(float) - read.baseline_trace
-    within = gaps.var() - read.gap_var.mean()  # what the chain's motion adds
-    assert 0 < read.gap_var.mean()
-    more = estimate(batch_size=8, num_draws=2000).also["other"]
-    wide = more.loss_trace.astype(float) - more.baseline_trace
-    assert wide.var() - more.gap_var.mean() == pytest.approx(within, rel=0.3)
+    found = {
+        float(OTHER.var()) / batch_size * (mean**2 + moved): read.gap_var,
+        float(OTHER.mean()) ** 2 * moved: (gaps - gaps.mean()) ** 2 - read.gap_var,
+    }
+    for exact, values in found.items():
+        quarters = values.reshape(16, -1).mean(1, dtype=float)
+        error = quarters.std(ddof=1) / 4
+        assert abs(quarters.mean() - exact) < 4 * error < 0.3 * exact
 
 
 def test_the_run_itself_does_not_change_by_a_bit():

@@ -71,7 +71,7 @@ def test_numpy_integers_are_numbers(tmp_path):
     numpy = estimate(posterior(num_data=np.int64(40)), checkpoint_dir=tmp_path / "run", key=np.int32(0),
                      **{k: np.int64(v) if k in named else v for k, v in given.items()})  # fmt: skip
     np.testing.assert_array_equal(numpy.loss_trace, plain.loss_trace)
-    assert slt.load_result(numpy.save(tmp_path / "result")).settings["num_chains"] == 4
+    assert slt.load_result(numpy.save(tmp_path / "result")).settings.num_chains == 4
 
 
 # Parts that do not divide

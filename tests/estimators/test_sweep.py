@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-from slt_jax.results.llc import TRACES
 from slt_jax.results.sweep import AXES, table_of
 from tests.durable import SLOWLY, Child, watched
+from tests.small import traces_of
 
 GRID = {"nbeta": [10.0, 30.0], "localization": [1.0, 3.0], "step_size": [1e-3, 3e-3, 1e-2]}
 PLAN = {"num_chains": 2, "num_draws": 100, "num_warmup": 20, "thinning": 2, "batch_size": 50}
@@ -57,11 +57,11 @@ def test_a_cell_is_the_estimate_at_its_numbers(found, data, at):
     )  # fmt: skip
     cell = found.cell(**numbers)
     assert cell is found.results[at]
-    for name in (*TRACES, "warmup_loss"):
-        np.testing.assert_allclose(getattr(cell, name), getattr(alone, name), rtol=2e-5, atol=1e-7, err_msg=name)
+    for name, values in traces_of(cell).items():
+        np.testing.assert_allclose(values, traces_of(alone)[name], rtol=2e-5, atol=1e-7, err_msg=name)
     assert cell.llc == pytest.approx(alone.llc, rel=1e-4)
-    assert cell.settings["probe"]["gradients"] > 0
-    assert cell.settings["probe"] == pytest.approx(alone.settings["probe"], rel=1e-3)
+    assert cell.settings.probe["gradients"] > 0
+    assert cell.settings.probe == pytest.approx(alone.settings.probe, rel=1e-3)
     assert cell.verdict == alone.verdict
 
 
@@ -140,8 +140,8 @@ def test_saved_and_read_again(found, tmp_path):
     again = slt.load_sweep(tmp_path / "s.zarr")
     assert json.dumps(again.to_dict()) == json.dumps(found.to_dict())
     assert str(again) == str(found)
-    for name in TRACES:
-        np.testing.assert_array_equal(getattr(again.results[5], name), getattr(found.results[5], name))
+    for name, values in traces_of(again.results[5]).items():
+        np.testing.assert_array_equal(values, traces_of(found.results[5])[name])
     with pytest.raises(FileExistsError, match="overwrite=True"):
         found.save(tmp_path / "s.zarr")
     with pytest.raises(ValueError, match=r"holds a sweep, not a result. Read it with load_sweep"):
@@ -193,8 +193,8 @@ def test_interrupted_and_resumed(data, whole, in_parts, tmp_path, stop_at):
     parts = sorted(p.name for p in (tmp_path / "run").iterdir())
     assert [name for name in parts if name.startswith("cells")] == ["cells-0-3", "cells-4-7", "cells-8-11"]
     for one, other in zip(again.results, whole.results, strict=True):
-        for name in (*TRACES, "warmup_loss"):
-            np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
+        for name, values in traces_of(one).items():
+            np.testing.assert_array_equal(values, traces_of(other)[name], err_msg=name)
     assert str(again) == str(whole)
     with pytest.raises(ValueError, match=r"another grid\.step_size"):
         sweep((posterior(), data), **options, step_size=[1e-3, 2e-3, 1e-2], checkpoint_dir=tmp_path / "run")

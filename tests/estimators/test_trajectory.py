@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
-from slt_jax.results.llc import TRACES
 from slt_jax.results.plateau import SETTLED
 from tests.durable import watched
+from tests.small import traces_of
 
 DATA = jax.random.normal(jax.random.key(1), (200, 6))
 PLAN = {"num_chains": 4, "num_draws": 600, "num_warmup": 20, "batch_size": 40, "key": 5}
@@ -60,8 +60,8 @@ def test_without_a_warm_start_it_is_the_estimate_of_each(cold, step):
         sampler=slt.sgld(1e-2), **{**PLAN, "key": jax.random.fold_in(jax.random.key(5), step)},
     )  # fmt: skip
     found = cold.results["all"][STEPS.index(step)]
-    for name in (*TRACES, "warmup_loss"):
-        np.testing.assert_allclose(getattr(found, name), getattr(alone, name), rtol=1e-6, err_msg=name)
+    for name, values in traces_of(found).items():
+        np.testing.assert_allclose(values, traces_of(alone)[name], rtol=1e-6, err_msg=name)
     assert found.llc == pytest.approx(alone.llc, rel=1e-6)
 
 
@@ -134,13 +134,13 @@ def test_the_step_size_serves_the_sharpest_checkpoint():
     assert 0.02 < found.setting["step_size"] * sharpest < 0.5
     assert found.setting["friction"] > 0
     assert not found.unserved()
-    assert len({r.settings["step_size"] for r in found.results["all"]}) == 1
+    assert len({r.settings.step_size for r in found.results["all"]}) == 1
 
 
 def test_a_setting_that_does_not_serve_is_told():
     found = of_scales((1.0, 3.0), slt.sgld(5e-3), localization=0.5, num_draws=2000, num_warmup=500)
     assert found.unserved() == {2: "biased by the step size"}
-    assert "does not serve 2 (biased by the step size): take a shorter step_size for all" in str(found)
+    assert "is not right for 2 (biased by the step size): take a shorter step_size for all" in str(found)
     assert "friction" not in str(found)  # SGLD has none
 
 
@@ -155,7 +155,7 @@ def test_parts_have_results_of_their_own():
     found = run({7: center(6)}, parts=parts, num_draws=800, sampler=slt.underdamped(1e-2, 0.3))
     assert list(found.results) == ["all", "low", "high"]
     whole, low, high = (found.results[name][0] for name in found.results)
-    assert [r.settings["num_free"] for r in (whole, low, high)] == [6, 3, 3]
+    assert [r.settings.num_free for r in (whole, low, high)] == [6, 3, 3]
     errors = np.array([r.llc_stderr for r in (whole, low, high)])
     assert abs(whole.llc - low.llc - high.llc) < 4 * np.sqrt(np.sum(errors**2))
     assert found.dataset.llc.sel(part="low").values == pytest.approx(low.llc)
@@ -190,8 +190,8 @@ def test_interrupted_and_resumed(warm, tmp_path, stop_at):
         run(**options)
     again = run({step: lambda c=c: c for step, c in CENTERS.items()}, **options)
     for one, other in zip(again.results["all"], warm.results["all"], strict=True):
-        for name in (*TRACES, "warmup_loss"):
-            np.testing.assert_array_equal(getattr(one, name), getattr(other, name), err_msg=name)
+        for name, values in traces_of(one).items():
+            np.testing.assert_array_equal(values, traces_of(other)[name], err_msg=name)
     kept = sorted(p.name for p in (tmp_path / "run" / "all").iterdir())
     assert kept == sorted([*(f"step-{s}.zarr" for s in STEPS), "step-30000"])
     with pytest.raises(ValueError, match=r"another steps"):

@@ -6,13 +6,15 @@ import sys
 import numpy as np
 import pytest
 
-import slt_jax as slt
 from slt_jax.fleet import jobs as fleet_jobs
 from slt_jax.fleet import run as fleet
+from tests import small
+from tests.small import made_result
 
 submitit = pytest.importorskip("submitit")
 cloudpickle = pytest.importorskip("cloudpickle")
-cloudpickle.register_pickle_by_value(sys.modules[__name__])  # jobs cannot import tests
+for module in (sys.modules[__name__], small):  # jobs cannot import tests
+    cloudpickle.register_pickle_by_value(module)
 
 SETTINGS = {
     "num_chains": 2, "num_draws": 40, "num_warmup": 5, "thinning": 1, "batch_size": 8, "nbeta": 10.0, "step_size": 1e-3,
@@ -24,10 +26,8 @@ SETTINGS = {
 def result(seed):
     """A result without a run: losses around 1 + seed."""
     loss = np.random.default_rng(seed).normal(1 + seed, 0.1, size=(2, 40)).astype(np.float32)
-    ones = np.ones_like(loss)
-    return slt.LLCResult(
-        loss, 0.25 * ones, 1e-6 * ones, 0 * ones, ones, 6 * ones, *4 * [ones], loss[:, :5], {}, dict(SETTINGS)
-    )
+    same = dict.fromkeys(("distance_sq", "kinetic", "acceptance", "pull"), 1.0)
+    return made_result(loss, loss[:, :5], SETTINGS, baseline=0.25, tilt=0.0, virial=6.0, **same)
 
 
 def first_time(marker):

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import slt_jax as slt
-from slt_jax.engine.loop import _chunk_indices
+from slt_jax.engine.loop import chunk_indices
 from slt_jax.models import Decoder, DecoderConfig
 from tests.small import estimate, refuses
 
@@ -53,7 +53,7 @@ def test_token_ids_past_the_vocabulary(loss, bad):
 def test_a_token_id_past_the_vocabulary_in_a_later_batch_stops_the_chain(loss):
     """The step at which row 40 is first drawn, from the index stream. Kills: an estimate without that row."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(6), jnp.arange(4))
-    drawn = (np.asarray(_chunk_indices(keys, 0, 35, 64, 2)) == 40).any(-1)
+    drawn = (np.asarray(chunk_indices(keys, 0, 35, 64, 2)) == 40).any(-1)
     expected = {chain: int(np.argmax(hit)) for chain, hit in enumerate(drawn) if hit.any()}
     assert expected
     assert min(expected.values()) > 0

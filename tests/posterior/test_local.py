@@ -119,7 +119,7 @@ def test_the_engine_moves_only_free_weights(tmp_path):
     result = slt.estimate_llc(
         target, np.ones((20, 2), np.float32), num_draws=8, batch_size=4, num_chains=1, checkpoint_dir=tmp_path
     )
-    assert target.num_free == result.settings["num_free"] == 2
+    assert target.num_free == result.settings.num_free == 2
     assert np.isfinite(result.llc)
 
 

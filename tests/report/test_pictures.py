@@ -9,10 +9,11 @@ import xarray as xr
 from matplotlib.colors import LogNorm, to_hex
 from matplotlib.patches import Rectangle
 
-import slt_jax as slt
 from slt_jax.diagnostics import series
 from slt_jax.report import heatmaps
 from slt_jax.report import traces as plots
+from slt_jax.report.training import plot_training
+from tests.small import made_result
 
 SETTINGS = {
     "num_warmup": 10, "thinning": 3, "nbeta": 10.0, "step_size": 1e-3, "localization": 2.0, "num_data": 100,
@@ -34,11 +35,8 @@ def run(chains=3, draws=40, stopped=None, warm=10, **settings):
     for chain, step in (stopped or {}).items():
         loss[chain, max(step - warm, 0) // 3 :] = np.nan
         warmup[chain, step:] = np.nan
-    ones, unknown = np.ones_like(loss), np.full_like(loss, np.nan)
-    return slt.LLCResult(
-        loss, 0.2 * ones, 1e-6 * ones, unknown, 2000 * ones, 6 * ones, ones, *3 * [unknown], warmup, stopped or {},
-        {**SETTINGS, "num_warmup": warm, **settings},
-    )  # fmt: skip
+    settings = {**SETTINGS, "num_warmup": warm, **settings}
+    return made_result(loss, warmup, settings, baseline=0.2, drift_sq=2000.0, virial=6.0, stopped=stopped)
 
 
 def estimate(llc, stderr=0.1, verdict="converged"):
@@ -281,18 +279,18 @@ TRAINING = ([10, 100, 1000], [3.0, 2.0, 1.0])
 
 def test_training_marks_what_is_not_settled():
     results = [estimate(5.0, verdict="not a minimum"), estimate(6.0), estimate(7.0)]
-    axis, right = plots.plot_training(*TRAINING, results, unit="nats per token").axes
+    axis, right = plot_training(*TRAINING, results, unit="nats per token").axes
     assert list(line(axis, "LLC, not settled or no minimum").get_ydata()) == [5.0]
     assert list(line(axis, "LLC ± standard error").get_ydata()) == [6.0, 7.0]
     assert right.get_ylabel() == "loss (nats per token)"
     assert axis.get_xscale() == "log"
-    assert plots.plot_training([0, 1, 2], [3.0, 2.0, 1.0], results).axes[0].get_xscale() == "linear"
+    assert plot_training([0, 1, 2], [3.0, 2.0, 1.0], results).axes[0].get_xscale() == "linear"
 
 
 def test_stage_boundaries_are_drawn_and_named_once():
     cuts = [SimpleNamespace(step=3.0 * x, low=2.0 * x, high=5.0 * x, support=0.9) for x in (10, 100)]
     stages = SimpleNamespace(boundaries=cuts, level=0.8)
-    axis = plots.plot_training(*TRAINING, [estimate(5.0)] * 3, stages=stages).axes[0]
+    axis = plot_training(*TRAINING, [estimate(5.0)] * 3, stages=stages).axes[0]
     drawn = [x.get_xdata()[0] for x in axis.lines if x.get_label() == "stage boundary, 80 % interval"]
     assert drawn == [30.0, 300]
     spans = [p for p in axis.patches if isinstance(p, Rectangle)]
@@ -304,7 +302,7 @@ def test_stage_boundaries_are_drawn_and_named_once():
 def test_several_series_differ_in_colour_and_in_marker():
     moving = estimate(2.0, verdict="still rising")
     series = {f"layer 0 head {k}": [estimate(1.0 + k), moving, estimate(3.0)] for k in range(8)}
-    axis = plots.plot_training(*TRAINING, series).axes[0]
+    axis = plot_training(*TRAINING, series).axes[0]
     lines = [line(axis, name) for name in series]
     assert len({x.get_marker() for x in lines}) == 8
     assert len({to_hex(x.get_color()) for x in lines}) == 8
@@ -316,6 +314,6 @@ def test_several_series_differ_in_colour_and_in_marker():
 @pytest.mark.parametrize("results", [[estimate(1.0)], {"head": [estimate(1.0)] * 4}])
 def test_lists_of_other_lengths_are_refused(results):
     with pytest.raises(ValueError, match="for 3 steps"):
-        plots.plot_training(*TRAINING, results)
+        plot_training(*TRAINING, results)
     with pytest.raises(ValueError, match="losses has 2"):
-        plots.plot_training([1, 2, 3], [1.0, 2.0], [estimate(1.0)] * 3)
+        plot_training([1, 2, 3], [1.0, 2.0], [estimate(1.0)] * 3)

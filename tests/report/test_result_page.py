@@ -16,7 +16,9 @@ from slt_jax.diagnostics import series
 from slt_jax.report.page import Picture, render
 from slt_jax.report.sweep import sweep_page
 from slt_jax.report.write import page_of, write_report
+from slt_jax.results.record import RunRecord
 from tests.report.test_pictures import grid, run
+from tests.small import with_traces
 
 EVIL = "<script>alert('x')</script> & \"more\""
 
@@ -75,16 +77,15 @@ def sound(**settings):
     result = run(chains=4, draws=400, **{**known, **settings})
     loss, ones = 0.2 + rng.gamma(3.0, 0.1, (4, 400)), np.ones((4, 400))
     traces = {"virial": 2 * 10 * (loss - 0.2), "drift_sq": 20 * ones, "distance_sq": rng.gamma(3.0, 0.1, (4, 400))}
-    return dataclasses.replace(result, loss_trace=loss, kinetic=ones, **traces)
+    return with_traces(result, loss=loss, kinetic=ones, **traces)
 
 
 @pytest.fixture
 def undrawn(monkeypatch):
     """Pages without their pictures, which take the time."""
-    for name in ("report.plot_result", "report_many.plot_sweep"):
-        monkeypatch.setattr(f"slt_jax.{name}", lambda *_: None)
-    for module in ("report", "report_many"):
-        monkeypatch.setattr(f"slt_jax.{module}.picture", lambda _, alt: Picture("data:,", alt, 6.0))
+    for module, plot in (("result", "plot_result"), ("sweep", "plot_sweep")):
+        monkeypatch.setattr(f"slt_jax.report.{module}.{plot}", lambda *_: None)
+        monkeypatch.setattr(f"slt_jax.report.{module}.picture", lambda _, alt: Picture("data:,", alt, 6.0))
 
 
 def page(result, path=None):
@@ -149,8 +150,9 @@ def test_the_same_result_is_the_same_page():
 @pytest.mark.usefixtures("undrawn")
 def test_everything_is_escaped():
     result = dataclasses.replace(sound(sampler=EVIL, devices=EVIL, calibration={"lines": [EVIL]}), notes=(EVIL,))
-    also = {EVIL: np.stack([result.loss_trace, result.baseline_trace, result.gap_var], -1)}
-    text = render(page_of(dataclasses.replace(result, also_traces=also), f"{EVIL}.zarr"))
+    also = np.stack([result.loss_trace, result.baseline_trace, result.traces.gap_var], -1)[:, :, None]
+    result = dataclasses.replace(with_traces(result, also=also), other_names=(EVIL,))
+    text = render(page_of(result, f"{EVIL}.zarr"))
     assert "script" not in Reader(text).tags
     assert "<script" not in text.lower()
     assert text.count("&lt;script&gt;alert(") >= 7
@@ -164,23 +166,21 @@ def fault(name):
     if name == "R-hat":
         return result, 1.2
     if name == "Trend":
-        return dataclasses.replace(result, loss_trace=loss + np.linspace(-0.06, 0.06, 400)), rhat
+        return with_traces(result, loss=loss + np.linspace(-0.06, 0.06, 400)), rhat
     if name == "From w*, from hot starts":
-        settings = {**result.settings, "hot": 10.0}
-        return dataclasses.replace(result, loss_trace=loss + 0.1 * (np.arange(4) % 2)[:, None], settings=settings), rhat
+        return with_traces(result, loss=loss + 0.1 * (np.arange(4) % 2)[:, None], hot=10.0), rhat
     if name == "Virial ratio":
-        return dataclasses.replace(result, virial=0.1 * result.virial), rhat
-    if name == "Owed by soft directions":
-        probe = {"owed": 0.2, "longer": 4.0}
-        return dataclasses.replace(result, settings={**result.settings, "probe": probe}), rhat
+        return with_traces(result, virial=0.1 * result.traces.virial), rhat
+    if name == "Bias of unrelaxed directions":
+        return with_traces(result, probe={"owed": 0.2, "longer": 4.0}), rhat
     if name == "Kinetic temperature":
-        return dataclasses.replace(result, kinetic=1.3 * ones), rhat
+        return with_traces(result, kinetic=1.3 * ones), rhat
     if name == "Bias of the step size":
-        return dataclasses.replace(result, drift_sq=8000 * ones), rhat
+        return with_traces(result, drift_sq=8000 * ones), rhat
     if name == "Slope at w*":
-        return dataclasses.replace(result, tilt=-0.1 * ones), rhat
+        return with_traces(result, tilt=-0.1 * ones), rhat
     if name == "Degree of the loss":
-        return dataclasses.replace(result, virial=10 * 10 * (loss - 0.2)), rhat
+        return with_traces(result, virial=10 * 10 * (loss - 0.2)), rhat
     raise ValueError(name)
 
 
@@ -188,7 +188,7 @@ FAULTS = {
     "R-hat": "chains disagree", "Trend": "still rising", "From w*, from hot starts": "chains disagree",
     "Virial ratio": "still rising", "Kinetic temperature": "biased by the step size",
     "Bias of the step size": "biased by the step size", "Degree of the loss": "depends on nbeta or localization",
-    "Slope at w*": "not a minimum", "Owed by soft directions": "still rising",
+    "Slope at w*": "not a minimum", "Bias of unrelaxed directions": "still rising",
 }  # fmt: skip
 
 
@@ -209,8 +209,22 @@ def test_a_sound_run_has_no_cross():
     assert "✗" not in marks.values()
     unknown = {row for row, mark in marks.items() if mark == "–"}
     assert unknown == {
-        "From w*, from hot starts", "Bias of minibatch noise", "Slope at w*", "Owed by soft directions",
+        "From w*, from hot starts", "Bias of minibatch noise", "Slope at w*", "Bias of unrelaxed directions",
+        "Heat in a metric",
     }  # fmt: skip
+    assert marks["Acceptance of a step"] == ""
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_page_shows_the_checks_of_the_verdict_and_no_others():
+    """Kills: a limit typed on the page; a check that is not shown."""
+    result, _ = fault("Virial ratio")
+    found = page(result)
+    symbols = {True: "✓", False: "✗", None: "–"}
+    for check in result.health.checks:
+        limited = check.limit_text != ""
+        assert found.rows[check.name] == [check.value_text, check.limit_text or "no limit", check.meaning]
+        assert found.marks[check.name] == (symbols[check.ok] if limited else "")
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -218,7 +232,7 @@ def test_slopes_are_marked_together():
     """A loss that rises and falls with nothing but the distance: the localization holds all of it."""
     result = sound()
     narrow = 0.2 + 0.3 + 0.1 * (result.loss_trace - 0.5)
-    found = page(dataclasses.replace(result, loss_trace=narrow, distance_sq=10 * (narrow - 0.2)))
+    found = page(with_traces(result, loss=narrow, distance_sq=10 * (narrow - 0.2)))
     crossed = {row for row, mark in found.marks.items() if mark == "✗"}
     assert crossed == {"Slope in log nbeta", "Slope in log localization"}
 
@@ -241,7 +255,8 @@ def test_a_run_without_an_estimate_has_a_page():
     assert "<h1>LLC unknown</h1>" in text
     assert "✗</span> diverged" in text
     assert "chain 0 at step 5, chain 1 at step 6, chain 2 at step 7 (3 of 3)" in text
-    assert set(found.marks.values()) <= {"", "–"}
+    assert set(found.marks.values()) <= {"", "–", "✗"}
+    assert [row for row, mark in found.marks.items() if mark == "✗"] == ["Chains that stayed finite"]
     assert found.rows["Trend"][0] == "not known"
     assert not re.search(r"\bnan\b", re.sub(r"base64,[^\"]+", "", text))
 
@@ -249,9 +264,9 @@ def test_a_run_without_an_estimate_has_a_page():
 @pytest.mark.usefixtures("undrawn")
 def test_further_data_sets_have_a_table():
     result = sound()
-    traces = np.stack([result.loss_trace + 1, result.baseline_trace, result.gap_var], -1)
-    found = page(dataclasses.replace(result, also_traces={"prose": traces}))
-    read = dataclasses.replace(result, also_traces={"prose": traces}).also["prose"]
+    also = np.stack([result.loss_trace + 1, result.baseline_trace, result.traces.gap_var], -1)[:, :, None]
+    both = dataclasses.replace(with_traces(result, also=also), other_names=("prose",))
+    found, read = page(both), both.also["prose"]
     assert read.llc == pytest.approx(result.llc_raw + 10)
     assert found.rows["prose"] == [f"{read.llc:.4g} ± {read.llc_stderr:.2g}", "1.010", "400", "0.2"]
     assert "Other data" not in render(page_of(result))
@@ -327,7 +342,9 @@ def test_a_sweep_has_a_page():
     settings = {"sampler": "sgld", "nbeta": 10.0, "num_chains": 4}
     flat = SimpleNamespace(step_size=(1e-4, 1e-3), localization=(1.0, 10.0), llc=17.0, llc_stderr=0.2)
     reading = Told(recommended=best, plateaus={100.0: flat})
-    text = render(sweep_page(SimpleNamespace(dataset=data, reading=reading, settings=settings), None))
+    text = render(
+        sweep_page(SimpleNamespace(dataset=data, reading=reading, settings=RunRecord.from_json(settings)), None)
+    )
     found = Reader(text)
     assert "<h1>Sweep over 24 settings</h1>" in text
     assert "✓</span> take nbeta 100, localization 10, step_size 0.001" in text
@@ -341,7 +358,7 @@ def test_a_sweep_has_a_page():
 
 
 def of_reading(**reading):
-    return sweep_page(SimpleNamespace(dataset=grid(), settings={}, reading=Told(**reading)), None)
+    return sweep_page(SimpleNamespace(dataset=grid(), settings=RunRecord(), reading=Told(**reading)), None)
 
 
 @pytest.mark.usefixtures("undrawn")

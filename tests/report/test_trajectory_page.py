@@ -10,13 +10,14 @@ import slt_jax as slt
 from slt_jax.cli.commands import main
 from slt_jax.report.write import write_report
 from tests.report.test_result_page import Reader, sound
+from tests.small import with_traces
 
 
 def test_a_trajectory_has_a_page(tmp_path):
     results = tuple(sound(nbeta=10.0 + k) for k in range(3))
     whole = sound()
-    gone = {name: np.full_like(whole.loss_trace, np.nan) for name in ("loss_trace", "drift_sq")}
-    lost = dataclasses.replace(whole, stopped=dict.fromkeys(range(4), 3), **gone)
+    gone = {name: np.full_like(whole.loss_trace, np.nan) for name in ("loss", "drift_sq")}
+    lost = dataclasses.replace(with_traces(whole, **gone), stopped=dict.fromkeys(range(4), 3))
     found = slt.Trajectory((10, 100, 1000, 3000), {"all": (*results, lost), "layer 0": (*results, results[0])})
     saved = found.save(tmp_path / "t.zarr")
     text = write_report(saved, tmp_path / "t.html").read_text()
@@ -26,7 +27,7 @@ def test_a_trajectory_has_a_page(tmp_path):
     assert page.rows["step 3,000"][1:] == ["none", "nan", "diverged"]
     assert page.rows["step 3,000, layer 0"][1] == results[0].estimate_text("±")
     assert page.marks["step 3,000"] == "✗"
-    assert "The setting does not serve 3,000 (diverged)" in text
+    assert "The setting is not right for 3,000 (diverged)" in text
     assert "load_trajectory(" in text
     assert page.images[0]["src"].startswith("data:image/svg+xml;base64,")
 

@@ -11,6 +11,7 @@ from scipy.stats import norm
 
 import slt_jax as slt
 from slt_jax.results.comparison import compare
+from tests.small import made_result
 
 SETTINGS = {
     "num_draws": 200, "num_warmup": 5, "thinning": 1, "batch_size": 8, "nbeta": 100.0, "step_size": 1e-3,
@@ -28,11 +29,9 @@ def made(llc, loss, *, noise=1e-6, loss_noise=0.0, draws=200, seed=0, stopped=No
         return mean + spread * (raw - raw.mean())
 
     baseline, gap = drawn(loss, loss_noise), drawn(llc / settings["nbeta"], noise / settings["nbeta"])
-    ones, unknown = np.ones((4, draws)), np.full((4, draws), np.nan)
-    virial = settings["num_free"] * ones
-    return slt.LLCResult(
-        baseline + gap, baseline, 1e-9 * ones, unknown, ones, virial, ones, unknown, unknown, unknown, np.ones((4, 5)),
-        stopped or {}, settings,
+    return made_result(
+        baseline + gap, np.ones((4, 5)), settings, baseline=baseline, gap_var=1e-9, virial=settings["num_free"],
+        stopped=stopped,
     )  # fmt: skip
 
 

@@ -46,9 +46,9 @@ def test_the_law_on_a_quadratic(name):
     exact = float(jnp.sum(NBETA * CURVATURE / (NBETA * CURVATURE + PULL))) / 2
     assert result.llc_stderr < 0.05 * exact
     assert abs(result.llc - exact) < 4 * result.llc_stderr
-    assert result.settings["batch_size"] == 40
+    assert result.settings.batch_size == 40
     if name != "mclmc":
-        assert 0.5 < np.nanmean(result.acceptance) <= 1
+        assert 0.5 < np.nanmean(result.traces.acceptance) <= 1
 
 
 STIFF = jnp.geomspace(1.0, 1000.0, 5)
@@ -74,10 +74,12 @@ def test_the_law_on_a_quadratic_of_condition_number_1000(name):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_law_on_a_quartic(name):
-    """|w|_4^4 in five dimensions: 5/4, less what the weak localization takes (under 1 %)."""
+    """|w|_4^4 in five dimensions: 5/4, less the 0.1 % that the weak localization takes, by quadrature."""
     result = estimate(name, posterior(quartic, localization=0.02))
+    w = np.linspace(-2, 2, 20_001)
+    weight = np.exp(-NBETA * w**4 - 0.02 / 2 * w**2)
     assert result.llc_stderr < 0.06
-    assert abs(result.llc - 1.25) < 4 * result.llc_stderr + 0.01
+    assert abs(result.llc - 5 * NBETA * (weight @ w**4) / weight.sum()) < 4 * result.llc_stderr
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
@@ -85,7 +87,7 @@ def test_without_a_step_size_one_is_chosen(name):
     sampler = {"mala": slt.mala(), "hmc": slt.hmc(None, 12), "nuts": slt.nuts(None, 4), "mclmc": slt.mclmc()}[name]
     result = slt.estimate_llc(posterior(localization=None), DATA, sampler=sampler, num_draws=1000, num_chains=4)
     assert abs(result.llc - 2.5) < 5 * result.llc_stderr
-    assert result.settings["calibration"]["lines"]
+    assert result.settings.calibration["lines"]
 
 
 @pytest.mark.quick
@@ -151,7 +153,7 @@ def test_the_whole_data_set_has_no_sampling_noise():
     x = NBETA * np.asarray(CURVATURE, np.float64)
     found = slt.variance_estimator(result)
     assert abs(found.llc - np.sum((x / (x + PULL)) ** 2) / 2) < 4 * found.llc_stderr
-    assert (result.gap_var == 0).all()
+    assert (result.traces.gap_var == 0).all()
     slope = result.health.evidence.nbeta_slope
     exact = np.sum(x * PULL / (x + PULL) ** 2) / 2
     assert abs(slope.value - exact) < 4 * slope.stderr

@@ -10,15 +10,15 @@ import pytest
 import slt_jax as slt
 import slt_jax.calibration.metric_pilot
 import slt_jax.samplers.kronecker
-from slt_jax.calibration.probe import Probe, _acceptance, _noise
-from slt_jax.engine.loop import Engine
+from slt_jax.calibration.effort import Effort
+from slt_jax.calibration.probe import Probe, acceptance, noise_squares
 from slt_jax.engine.mesh import chain_mesh
 from slt_jax.engine.plan import Schedule
 from slt_jax.engine.progress import Progress
 from slt_jax.kernels.langevin import normal
-from slt_jax.posterior.data import as_source
 from slt_jax.samplers.base import Factor, Hyper, pull_back, root
-from slt_jax.samplers.kronecker import PROBES, ROUNDS, largest, matrix_shape, measure
+from slt_jax.samplers.kronecker import PROBES, ROUNDS, blank_factor, largest, matrix_shape, measure
+from tests.engines import engine_of
 from tests.samplers.matrices import spread
 
 ROWS, COLUMNS, PULL = 12, 7, 1.0
@@ -113,7 +113,7 @@ def test_scales_come_from_other_probes_than_bases(monkeypatch):
     largest_of = lambda found: np.linalg.eigvalsh((r := dense_root(found[0])).T @ hessian @ r).max()  # noqa: E731
     monkeypatch.setattr(slt_jax.samplers.kronecker, "ROUNDS", 1)  # a second one sees the others too
     assert largest_of(measured(hessian, (ROWS, COLUMNS))) < 10
-    monkeypatch.setattr(slt_jax.samplers.kronecker, "_rescaled", lambda factor, *_, **__: factor)
+    monkeypatch.setattr(slt_jax.samplers.kronecker, "rescaled", lambda factor, *_, **__: factor)
     assert largest_of(measured(hessian, (ROWS, COLUMNS))) > 50
 
 
@@ -235,14 +235,14 @@ def test_looks_are_taken_in_the_metric_s_coordinates():
     target = slt.LocalPosterior(lambda w, x: jnp.sum(w * x, (1, 2)), center, 8, nbeta=2.0, localization=1.0)
     place, frozen = target.program.split(target.center)
     halves, nbeta = jnp.asarray(x.reshape(2, 4, 2, 3)), 2.0
-    plain, controlled = _noise(target.program, place, place, frozen, halves, (factor,), jnp.float32(nbeta))
+    plain, controlled = noise_squares(target.program, place, place, frozen, halves, (factor,), jnp.float32(nbeta))
     gap = nbeta * (basis.T @ (x[:4].mean(0) - x[4:].mean(0))) * np.asarray(factor.scale)
     assert float(plain) == pytest.approx(np.sum(gap**2), rel=1e-5)
     assert float(controlled) == pytest.approx(0, abs=1e-9)
     key, size = jax.random.key(3), 0.3
     numbers = (jnp.float32(v) for v in (2.0, 1.0, size))
     moving = (*numbers, (factor,), (noise_of(key),))
-    accepted = _acceptance(target.program, place, place, frozen, jnp.asarray(x[None]), *moving)
+    accepted = acceptance(target.program, place, place, frozen, jnp.asarray(x[None]), *moving)
     out, back = (lambda u: basis @ (u * factor.scale)), (lambda g: (basis.T @ g) * factor.scale)
     slope, p = 2 * x.mean(0), np.asarray(noise_of(key))
     half = p - np.sqrt(size) / 2 * back(slope)
@@ -322,8 +322,8 @@ def test_six_decades_in_six_thousand_gradients(estimate):
     assert estimate.llc_stderr < 0.05 * exact
     assert abs(estimate.llc - exact) < 4 * estimate.llc_stderr
     assert estimate.verdict == "converged"
-    assert "Kronecker metric" in estimate.settings["calibration"]["lines"][0]
-    spent = estimate.settings["gradients"]
+    assert "Kronecker metric" in estimate.settings.calibration["lines"][0]
+    spent = estimate.settings.gradients
     assert spent["calibration"] < 0.2 * 6000
     assert sum(spent.values()) < 1.05 * 6000
 
@@ -376,7 +376,7 @@ def products_of(closed):
 def test_a_metric_multiplies_in_full_precision(metric):
     """Accelerators take TF32 unless told otherwise, and a flat direction would get the stiff ones' errors."""
     tree, full = (jnp.ones((ROWS, COLUMNS)),), jax.lax.Precision.HIGHEST
-    looked = lambda m, t: slt_jax.samplers.kronecker._grams(m, t, 1.0)  # noqa: E731
+    looked = lambda m, t: slt_jax.samplers.kronecker.grams(m, t, 1.0)  # noqa: E731
     for program, count in ((root, 2), (pull_back, 2), (looked, 4)):
         found = list(products_of(jax.make_jaxpr(program)(metric, tree)))
         assert len(found) == count
@@ -385,14 +385,16 @@ def test_a_metric_multiplies_in_full_precision(metric):
 
 def test_what_takes_long_to_compile_is_compiled_once(estimate):
     """A metric's root without a metric and with one; the chunk as it is planned, before there is one."""
-    slt_jax.samplers.kronecker._root.clear_cache()
+    slt_jax.samplers.kronecker.metric_root.clear_cache()
     target, plan = posterior(), Schedule(2, 20, 20, 1, 50, 1, "paired", 1, 20)
     sampler = slt.underdamped(metric="kronecker")
-    engine = Engine(target, as_source(DATA), sampler, plan, jax.random.key(0), chain_mesh(2, jax.devices()[:1]))
+    engine = engine_of(target, DATA, sampler, plan, jax.random.key(0), chain_mesh(2, jax.devices()[:1]))
     planned = engine.lower().as_text()
-    engine.localize(PULL)
-    probe = Probe(engine, 2, jax.random.key(1))
-    slt_jax.calibration.metric_pilot.Whitening(engine, probe, 1e4).explore(1e6, PULL)
-    assert engine.metric
+    probe = Probe(engine.problem, target.nbeta, 2, jax.random.key(1))
+    pilot = slt_jax.calibration.metric_pilot.run_metric_pilot(
+        engine, probe, Effort(1e4, 2, 12), 1e6, target.nbeta, PULL
+    )
+    described = jax.tree.map(lambda x: (x.shape, x.dtype), tuple(map(blank_factor, engine.problem.center)))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), pilot.metric) == described
     assert engine.lower().as_text() == planned
-    assert slt_jax.samplers.kronecker._root._cache_size() == 2
+    assert slt_jax.samplers.kronecker.metric_root._cache_size() == 2

@@ -7,7 +7,7 @@ import pytest
 import scipy.linalg
 
 import slt_jax.samplers.kronecker
-from slt_jax.samplers.kronecker import _Side, _turned
+from slt_jax.samplers.kronecker import Side, turned_factor
 from tests.samplers.matrices import spread
 
 BASIS = np.linalg.qr(np.random.default_rng(3).normal(size=(9, 9)))[0]
@@ -47,9 +47,9 @@ def test_a_round_takes_a_side_by_the_root_of_its_products(monkeypatch, backend, 
     )
     monkeypatch.setattr(slt_jax.samplers.kronecker, "LARGE_SIDE", 9)
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    slt_jax.samplers.kronecker._into_by_products.clear_cache()
+    slt_jax.samplers.kronecker.into_by_products.clear_cache()
     values = np.logspace(0, -decades, 9)
-    grown = _Side(BASIS, values).into(gram, 1000)
+    grown = Side(BASIS, values).into(gram, 1000)
     assert np.ptp(grown.values) == 0
     close(whole(grown), exact(values, gram), off[0])
     turned = grown.turned()
@@ -60,17 +60,17 @@ def test_a_round_takes_a_side_by_the_root_of_its_products(monkeypatch, backend, 
 
 def test_a_small_side_is_its_host_s_on_a_gpu_too(monkeypatch):
     """It has it before a GPU has a program for it."""
-    here = _Side(BASIS, VALUES).into(GRAM, 1000)
+    here = Side(BASIS, VALUES).into(GRAM, 1000)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    np.testing.assert_array_equal(_Side(BASIS, VALUES).into(GRAM, 1000).root, here.root)
+    np.testing.assert_array_equal(Side(BASIS, VALUES).into(GRAM, 1000).root, here.root)
 
 
 def test_a_first_round_leaves_the_root_of_its_products():
     """U v U' = 2 sqrt(gram + floor). Kills: the values' squares, no floor."""
     gram = spread(9, 6, 4)
-    side = _Side(None, np.full(9, 2.0)).into(gram, 1000).turned()
+    side = Side(None, np.full(9, 2.0)).into(gram, 1000).turned()
     close((side.root * side.values) @ side.root.T, 2 * scipy.linalg.sqrtm(floored(gram)), 1e-8)
-    few = _Side(None, np.full(9, 2.0)).into(gram, 3).turned()  # a floor three times as high for a third of the vectors
+    few = Side(None, np.full(9, 2.0)).into(gram, 3).turned()  # a floor three times as high for a third of the vectors
     wanted = 2 * scipy.linalg.sqrtm(gram + 3 * (floored(gram) - gram))
     close((few.root * few.values) @ few.root.T, wanted, 1e-8)
 
@@ -84,7 +84,7 @@ def test_a_leaf_after_a_round(last, least):
     where a direction could be below the least curvature, and it is raised to that.
     """
     grams = [A @ A * np.trace(B @ B) / 4, B @ B * np.trace(A @ A) / 5]
-    left, right, scale = (np.asarray(x, float) for x in _turned((), grams, 10**6, least, last))
+    left, right, scale = (np.asarray(x, float) for x in turned_factor((), grams, 10**6, least, last))
     root = np.kron(left, right) * scale.reshape(-1)
     values, vectors = np.linalg.eigh(np.kron(A, B))
     close(np.linalg.inv(root @ root.T), (vectors * np.maximum(values, least)) @ vectors.T, 0.02)
@@ -94,11 +94,11 @@ def test_a_leaf_after_a_round(last, least):
 @pytest.mark.parametrize("last", [False, True])
 def test_a_leaf_that_the_loss_does_not_depend_on(last):
     """Nothing is seen of it: no curvature but the least, and nothing that is not finite."""
-    found = _turned((), [np.zeros((3, 3)), np.zeros((2, 2))], 4, 25.0, last)
+    found = turned_factor((), [np.zeros((3, 3)), np.zeros((2, 2))], 4, 25.0, last)
     for side, size in ((found.left, 3), (found.right, 2)):
         np.testing.assert_array_equal(side, np.eye(size))
     np.testing.assert_allclose(found.scale, np.full((3, 2), 0.2))
-    vector = _turned((), [np.array([0.0, 16.0]), np.array([8.0])], 4, 1.0, last)
+    vector = turned_factor((), [np.array([0.0, 16.0]), np.array([8.0])], 4, 1.0, last)
     np.testing.assert_allclose(vector.scale[0], 1)
 
 

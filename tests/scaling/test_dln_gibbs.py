@@ -61,13 +61,18 @@ def test_two_scalar_layers_against_quadrature(center):
 
 
 def test_the_deepest_point_reads_the_theorem_where_nbeta_is_large():
-    """Three layers of rank 1 between widths 3, 5, 3, 5; at nbeta 100 the posterior has not got there."""
+    """Three layers of rank 1 between widths 3, 5, 3, 5; at nbeta 100 the posterior has not got there.
+
+    What is missing there, 0.59, and 0.09 at 1000, falls at least as the root of nbeta: to 0.003 at 1e6, where the
+    rounding of the loss in float32, 1e-9 nbeta, is 0.001. Both are far below the error.
+    """
     layers = [normal(k, a, 1) @ normal(k + 9, 1, b) / 2 for k, (a, b) in enumerate([(3, 5), (5, 3), (3, 5)])]
     layers = [np.asarray(w, np.float32) for w in layers]
     exact, multiplicity = truth.learning_coefficient((3, 5, 3, 5), 1)
     assert multiplicity == 1
-    found = sampled(layers, 1e7, 0.05)
-    assert abs(found.llc - float(exact)) < 4 * found.llc_stderr + 0.02 * float(exact)
+    found = sampled(layers, 1e6, 0.05)
+    assert abs(found.llc - float(exact)) < 4 * found.llc_stderr
+    assert found.llc_stderr < 0.01 * float(exact)
     assert sampled(layers, 100.0, 0.05).llc < 0.93 * float(exact)
 
 

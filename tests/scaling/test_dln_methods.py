@@ -97,8 +97,8 @@ def test_hmc_samples_the_whole_data_set():
     whole = teachers.loss_fn(moved, teachers.make_data(teacher, 300, seed=0)).mean()
     assert posterior.loss_fn(moved, data).mean() == pytest.approx(float(whole), rel=1e-4)
     result = estimate(teacher, method, devices.mesh_for(4))
-    assert result.settings["nbeta"] == pytest.approx(300 / np.log(300))
-    assert result.settings["num_data"] == 300
+    assert result.settings.nbeta == pytest.approx(300 / np.log(300))
+    assert result.settings.num_data == 300
     assert 0 < result.llc < 240.5
 
 
@@ -169,10 +169,10 @@ def test_over_the_law_of_inputs_a_row_has_no_minibatches():
     teacher = teachers.make_teacher("B", "1K", 0)
     result = estimate(teacher, method, devices.mesh_for(4))
     assert method.name == "sgld, population"
-    assert result.settings["batch_size"] == 1
-    assert result.settings["baseline"] == "full"
+    assert result.settings.batch_size == 1
+    assert result.settings.baseline == "full"
     assert result.init_loss == 0
-    assert not result.gap_var.any()
+    assert not result.traces.gap_var.any()
     posterior, data = posterior_and_data(teacher, method)
     assert posterior.num_data == 300
     assert len(data[0]) == 1

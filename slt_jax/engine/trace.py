@@ -1,0 +1,36 @@
+"""What is recorded of every step."""
+
+import functools
+from typing import Any, NamedTuple
+
+
+class Trace(NamedTuple):
+    """Per chain and step, float32 ``(num_chains, total_steps)``; NaN where nothing was recorded. Of a result: of draws.
+
+    ``loss``: L_m(w) before the step's move, and ``baseline``: the loss at w* that is subtracted from it, nats per
+    example. ``gap_var``: variance of the batch mean of the per-example losses less their baseline, by their spread in
+    the batch; 0 where the batch is the whole data set. ``tilt``: <grad L_m(w*), w - w*>, at every
+    ``Window.tilt_every``-th draw. ``also``: with K further data sets, ``(num_chains, total_steps, K, 3)``: loss,
+    baseline and gap_var on each; () with none. The other names are those of ``samplers.base.Info``; ``time`` is () of
+    a result, whose draws are at equal times.
+    """
+
+    loss: Any
+    baseline: Any
+    gap_var: Any
+    tilt: Any
+    drift_sq: Any
+    virial: Any
+    distance_sq: Any
+    kinetic: Any
+    acceptance: Any
+    pull: Any
+    time: Any = ()
+    also: Any = ()
+
+
+def blank(xp: Any, shape: tuple[int, ...], num_also: int) -> Trace:
+    """A trace of NaN in ``xp``, NumPy or ``jax.numpy``, each name of this shape."""
+    full = functools.partial(xp.full, fill_value=xp.nan, dtype=xp.float32)
+    names = [name for name in Trace._fields if name != "also"]
+    return Trace(**{name: full(shape) for name in names}, also=full((*shape, num_also, 3)) if num_also else ())
