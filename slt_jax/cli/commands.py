@@ -1,6 +1,6 @@
 """The command line: ``slt-jax demo | llc | sweep | trajectory | report``.
 
-Exit codes: 0 done; 2 input that cannot be used; 3 no chain stayed finite; 130 interrupted.
+Exit codes: 0 success; 2 unusable input; 3 no chain stayed finite; 130 interrupted.
 """
 
 import json
@@ -23,7 +23,7 @@ def run() -> None:
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    if code == _INTERRUPTED:  # a program that the device has in hand can crash Python on its way out
+    if code == _INTERRUPTED:  # a program that still runs on the device can crash Python while it shuts down
         os._exit(code)
     sys.exit(code)
 
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     _use_all_cores()
     keep_programs()
     try:
-        return _DOES[type(command)](command)
+        return _COMMANDS[type(command)](command)
     except KeyboardInterrupt:
         resume = " The same command resumes it." if getattr(command, "checkpoint_dir", None) else ""
         print(f"interrupted.{resume}", file=sys.stderr)
@@ -57,7 +57,7 @@ def _use_all_cores() -> None:
         try:
             jax.config.update("jax_num_cpu_devices", cores)
         except RuntimeError:
-            pass  # JAX is already running in this process: its devices are what they are
+            pass  # JAX has already been used in this process: the number of its devices cannot change
 
 
 def _demo(command: Demo) -> int:
@@ -73,12 +73,12 @@ def _llc(command: Llc) -> int:
     from slt_jax.models.restrict import restricted
 
     _check_outputs(command)
-    _check_together(command)
+    _check_heads(command)
     case = language.open_case(
-        command.checkpoint, **_reading(command), nbeta=command.nbeta, localization=command.localization,
-        also=_named(command.also),
+        command.checkpoint, **_input_options(command), nbeta=command.nbeta, localization=command.localization,
+        also=_files_by_name(command.also),
     )  # fmt: skip
-    options = {**_options(command, command.step_size), "also": case.also}
+    options = {**_estimator_options(command, command.step_size), "also": case.also}
     posterior = case.posterior if command.only is None else restricted(case.posterior, command.only)
     if not command.quiet:
         print(*language.plan_of(case, posterior, options), sep="\n", file=sys.stderr)
@@ -87,22 +87,22 @@ def _llc(command: Llc) -> int:
     result = slt.estimate_llc(
         posterior, case.data, checkpoint_dir=command.checkpoint_dir, progress=not command.quiet, **options
     )
-    _deliver(command, result)
+    _output(command, result)
     return 3 if result.verdict == "diverged" and not len(result.kept_chains) else 0
 
 
-def _named(also: tuple[str, ...]) -> dict[str, Path]:
-    found: dict[str, Path] = {}
+def _files_by_name(also: tuple[str, ...]) -> dict[str, Path]:
+    files: dict[str, Path] = {}
     for text in also:
         name, sign, file = text.partition("=")
-        if not (name and sign and file) or name in found:
+        if not (name and sign and file) or name in files:
             raise ValueError(f"--also takes NAME=FILE, each name once, got {text!r}. Write --also code=code.npy.")
-        found[name] = Path(file)
-    return found
+        files[name] = Path(file)
+    return files
 
 
 def _check_outputs(command: Any) -> None:
-    """Raise OSError where a file that is to be written cannot be: before anything is sampled."""
+    """Raise OSError if an output file exists or cannot be written. Called before anything is sampled."""
     for path in (command.out, command.plot):
         if path is not None and path.exists():
             raise FileExistsError(f"{path} exists. Remove it, or give another path.")
@@ -110,8 +110,8 @@ def _check_outputs(command: Any) -> None:
             raise PermissionError(f"{path.absolute().parent} is not a folder that can be written to.")
 
 
-def _options(command: Sampling, step_size: float | None) -> dict[str, Any]:
-    """What all estimates take."""
+def _estimator_options(command: Sampling, step_size: float | None) -> dict[str, Any]:
+    """The arguments that all estimators share."""
     import slt_jax as slt
 
     samplers = {"sgld": slt.sgld, "preconditioned": slt.preconditioned_sgld, "underdamped": slt.underdamped}
@@ -122,13 +122,13 @@ def _options(command: Sampling, step_size: float | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _deliver(command: Any, found: Any) -> None:
-    """Print, save and draw what was found."""
-    print(json.dumps(found.to_dict(), indent=1) if command.json else found)
+def _output(command: Any, result: Any) -> None:
+    """Print a result, a sweep or a trajectory; save and plot it if asked to."""
+    print(json.dumps(result.to_dict(), indent=1) if command.json else result)
     if command.out is not None:
-        found.save(command.out)
+        result.save(command.out)
     if command.plot is not None:
-        found.plot(command.plot)
+        result.plot(command.plot)
 
 
 def _sweep(command: SweepGrid) -> int:
@@ -138,20 +138,20 @@ def _sweep(command: SweepGrid) -> int:
     from slt_jax.results.sweep import table_of
 
     _check_outputs(command)
-    case = language.open_case(command.checkpoint, **_reading(command))
+    case = language.open_case(command.checkpoint, **_input_options(command))
     posterior = case.posterior if command.only is None else restricted(case.posterior, command.only)
-    options = _options(command, None)
+    options = _estimator_options(command, None)
     axes = {name: getattr(command, name) or None for name in ("nbeta", "localization", "step_size")}
     if not command.quiet:
         print(*language.plan_of(case, posterior, options)[:2], sep="\n", file=sys.stderr)
-    found = slt.sweep(
+    result = slt.sweep(
         posterior, case.data, **axes, **options, memory_gib=command.memory_gib, progress=not command.quiet,
         checkpoint_dir=command.checkpoint_dir,
     )  # fmt: skip
     if not command.json:
-        print(*table_of(found), "", sep="\n")
-    _deliver(command, found)
-    return 3 if found.dataset.diverged.values.all() else 0
+        print(*table_of(result), "", sep="\n")
+    _output(command, result)
+    return 3 if result.dataset.diverged.values.all() else 0
 
 
 def _trajectory(command: Course) -> int:
@@ -160,21 +160,21 @@ def _trajectory(command: Course) -> int:
 
     _check_outputs(command)
     case, centers = language.open_course(
-        command.checkpoints, **_reading(command), nbeta=command.nbeta, localization=command.localization
+        command.checkpoints, **_input_options(command), nbeta=command.nbeta, localization=command.localization
     )
-    options = _options(command, command.step_size)
+    options = _estimator_options(command, command.step_size)
     if not command.quiet:
         print(*language.plan_of(case, case.posterior, options)[:2], sep="\n", file=sys.stderr)
-    found = slt.trajectory(
+    result = slt.trajectory(
         case.posterior, centers, case.data, parts=command.parts, warm_start=not command.cold, **options,
         progress=not command.quiet, checkpoint_dir=command.checkpoint_dir,
     )  # fmt: skip
-    _deliver(command, found)
-    return 3 if all(not len(r.kept_chains) for r in found.results["all"]) else 0
+    _output(command, result)
+    return 3 if all(not len(r.kept_chains) for r in result.results["all"]) else 0
 
 
-def _reading(command: Sampling) -> dict[str, Any]:
-    """What says how data and model are read."""
+def _input_options(command: Sampling) -> dict[str, Any]:
+    """The options of data and model, for ``language.open_case``."""
     return {name: getattr(command, name) for name in ("tokens", "text", "dtype", "seq_len", "bfloat16")}
 
 
@@ -182,14 +182,14 @@ def _report(command: Report) -> int:
     from slt_jax.report.write import write_report
 
     out = command.out or command.run.with_suffix(".html")
-    shown = {} if command.drift is None else {"drift": command.drift}
-    print(write_report(command.run, out, overwrite=command.overwrite, **shown))
+    options = {} if command.drift is None else {"drift": command.drift}
+    print(write_report(command.run, out, overwrite=command.overwrite, **options))
     return 0
 
 
-def _check_together(command: Llc) -> None:
-    alone = {"--only": command.only, "--checkpoint-dir": command.checkpoint_dir}
-    if command.heads and (given := [name for name, value in alone.items() if value is not None]):
+def _check_heads(command: Llc) -> None:
+    excluded = {"--only": command.only, "--checkpoint-dir": command.checkpoint_dir}
+    if command.heads and (given := [name for name, value in excluded.items() if value is not None]):
         raise ValueError(f"--heads makes a table of many results and takes no {', '.join(given)}. Leave it out.")
 
 
@@ -198,7 +198,7 @@ def _heads(command: Llc, case: Any, options: dict[str, Any]) -> int:
     from slt_jax.models.restrict import head_names
     from slt_jax.report.heatmaps import plot_heads
 
-    def told(name: str, result: Any) -> None:
+    def report(name: str, result: Any) -> None:
         if not command.quiet:
             print(f"{name}: {result.llc:.4g}, {result.verdict}", file=sys.stderr)
         if command.out is not None:
@@ -206,16 +206,17 @@ def _heads(command: Llc, case: Any, options: dict[str, Any]) -> int:
 
     if command.out is not None:
         command.out.mkdir()
-    found = language.refined(case.posterior, case.data, head_names(case.posterior.center), told=told, **options)
+    names = head_names(case.posterior.center)
+    results = language.refined(case.posterior, case.data, names, on_result=report, **options)
     if command.json:
-        print(json.dumps({name: result.to_dict() for name, result in found.items()}, indent=1))
+        print(json.dumps({name: result.to_dict() for name, result in results.items()}, indent=1))
     else:
-        print(*language.table(found), sep="\n")
+        print(*language.table(results), sep="\n")
     if command.plot is not None:
-        plot_heads(found, command.plot)
+        plot_heads(results, command.plot)
     return 0
 
 
-_DOES: dict[type, Callable[[Any], int]] = {
+_COMMANDS: dict[type, Callable[[Any], int]] = {
     Demo: _demo, Llc: _llc, SweepGrid: _sweep, Course: _trajectory, Report: _report,
 }  # fmt: skip

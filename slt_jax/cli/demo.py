@@ -1,4 +1,4 @@
-"""The demo: one known truth, then the learning coefficient of a small transformer along its training."""
+"""The demo: a network whose LLC is known exactly, then the LLC of a small transformer along its training."""
 
 import functools
 import json
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jaxtyping import Int32
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -33,7 +34,7 @@ from slt_jax.samplers.sgld import sgld
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How large the demo is. The default takes three to five minutes on two cores; ``SMOKE`` well under one."""
+    """How large the demo is. ``FULL`` takes three to five minutes on two cores, ``SMOKE`` less than one."""
 
     config: DecoderConfig
     save_steps: tuple[int, ...]
@@ -48,11 +49,12 @@ class DemoSize:
 
 FULL = DemoSize(DecoderConfig(256, 64, 128, 2, 4), (4, 9, 20, 33, 54, 88, 144, 234, 380, 610, 980), 50, 100)
 SMOKE = DemoSize(DecoderConfig(256, 32, 32, 1, 2), (2, 8, 20), 20, 30, 2, 8, 8, 5, 300)
-SHOWN = {"unit": "nats per byte", "drift": 0.0}  # of picture and page: in steps alone, as the curve rises all the time
+# Of picture and page. Without drift between boundaries: the LLC rises throughout this training.
+PLOT_OPTIONS = {"unit": "nats per byte", "drift": 0.0}
 
 
-def source_bytes(num_files: int, seq_len: int) -> np.ndarray:
-    """Bytes of the first ``num_files`` modules of Python's standard library, int32 ``(examples, seq_len)``."""
+def source_bytes(num_files: int, seq_len: int) -> Int32[np.ndarray, "example {seq_len}"]:
+    """Bytes of the first ``num_files`` modules of Python's standard library, as examples of ``seq_len`` bytes."""
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:num_files]
     if not files:
         raise FileNotFoundError(f"no Python source in {sysconfig.get_path('stdlib')}; the demo trains on it.")
@@ -63,8 +65,8 @@ def source_bytes(num_files: int, seq_len: int) -> np.ndarray:
 def known_truth(num_draws: int) -> tuple[LLCResult, float]:
     """(estimate, exact value) for a full-rank deep linear network 4 -> 6 -> 3 at its teacher.
 
-    The teacher has rank 3, so the learning coefficient is 3 (4 + 3 - 3) / 2 = 6 with multiplicity 1 (Aoyagi, Neural
-    Networks 172 (2024) 106132). No label noise, so that w* is the minimum itself; the loss is 0.5 |error|^2.
+    The teacher has rank 3, so that the learning coefficient is 3 (4 + 3 - 3) / 2 = 6 with multiplicity 1 (Aoyagi,
+    Neural Networks 172 (2024) 106132). The loss is 0.5 |error|^2. There is no label noise: w* is the exact minimum.
     """
     keys = jax.random.split(jax.random.key(7), 4)
     n = 20_000
@@ -88,7 +90,7 @@ def known_truth(num_draws: int) -> tuple[LLCResult, float]:
 
 
 def train(size: DemoSize, data: np.ndarray, folder: Path, show: bool) -> list[Path]:
-    """Train with Adam and keep a checkpoint at each of ``size.save_steps``; those already on disk are reused."""
+    """Train with Adam and save a checkpoint at each of ``size.save_steps``. Checkpoints already on disk are reused."""
     paths = [folder / f"step-{step:05d}" for step in size.save_steps]
     if all((p / "config.json").exists() for p in paths):
         return paths
@@ -122,7 +124,7 @@ def _model_loss(model: Decoder, batch: jax.Array) -> jax.Array:
 
 
 def run_demo(out: Path, *, smoke: bool = False, show: bool = True) -> list[dict]:
-    """Everything ``slt-jax demo`` does; returns the table's rows."""
+    """Run ``slt-jax demo`` and return the rows of its table."""
     size, console, began = SMOKE if smoke else FULL, Console(), time.monotonic()
     folder = out / "smoke" if smoke else out
     folder.mkdir(parents=True, exist_ok=True)
@@ -143,26 +145,26 @@ def run_demo(out: Path, *, smoke: bool = False, show: bool = True) -> list[dict]
         f"[dim]{len(centers)} checkpoints, {size.num_chains} chains x ({size.num_warmup} + {size.num_draws}) steps "
         "each[/dim]", soft_wrap=True,
     )  # fmt: skip
-    found = trajectory(
+    course = trajectory(
         posterior, centers, data, sampler=sgld(5e-4), num_chains=size.num_chains, num_draws=size.num_draws,
         num_warmup=size.num_warmup, batch_size=size.sample_batch, progress=show,
     )  # fmt: skip
-    saved = found.save(folder / "trajectory.zarr", overwrite=True)
+    saved = course.save(folder / "trajectory.zarr", overwrite=True)
     picture, page = folder / "llc-over-training.png", folder / "report.html"
-    found.plot(picture, **SHOWN)
-    write_report(saved, page, overwrite=True, **SHOWN)
-    each = zip(found.steps, found.results["all"], strict=True)
-    rows = [{"step": step, "loss": result.init_loss, **result.to_dict()} for step, result in each]
+    course.plot(picture, **PLOT_OPTIONS)
+    write_report(saved, page, overwrite=True, **PLOT_OPTIONS)
+    estimates = zip(course.steps, course.results["all"], strict=True)
+    rows = [{"step": step, "loss": result.init_loss, **result.to_dict()} for step, result in estimates]
     (folder / "table.json").write_text(json.dumps(rows, indent=1))
     _print_table(console, rows)
-    _print_stages(console, found)
+    _print_stages(console, course)
     console.print(f"Picture: {picture}   page: {page}   {time.monotonic() - began:.0f} s", soft_wrap=True)
     return rows
 
 
-def _print_stages(console: Console, found: Trajectory) -> None:
+def _print_stages(console: Console, course: Trajectory) -> None:
     """The boundaries drawn in the picture, with their intervals."""
-    if (stages := found.stages_of("all", SHOWN["drift"])) is None:
+    if (stages := course.stages_of("all", PLOT_OPTIONS["drift"])) is None:
         return
     for b in stages.boundaries:
         console.print(

@@ -1,4 +1,4 @@
-"""What ``slt-jax llc`` does: checkpoint and tokens in; the plan, and one LLC or a table of refined ones, out."""
+"""Language models on the command line: reading checkpoints and tokens, the plan of a run, tables of refined LLCs."""
 
 import functools
 import os
@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float32, Int32, Integer
 
 from slt_jax.estimators.llc import estimate_llc
 from slt_jax.models.decoder import Decoder
@@ -22,14 +23,15 @@ from slt_jax.posterior.flax import from_nnx
 from slt_jax.posterior.local import LocalPosterior
 from slt_jax.results.llc import LLCResult
 
-NBETA, LOCALIZATION = 30.0, 300.0  # what published work on language models uses
+NBETA, LOCALIZATION = 30.0, 300.0  # the values in published work on language models
 
 
 @dataclass(frozen=True)
 class Case:
     """A checkpoint, its data, and the posterior around it.
 
-    ``given``: what of the posterior the user set. ``also``: further data sets by name.
+    ``length``: tokens in one example. ``given``: the settings of the posterior that the user gave, by name. ``also``:
+    further data sets by name.
     """
 
     model: Decoder
@@ -40,7 +42,7 @@ class Case:
     also: dict[str, Any]
 
 
-def model_losses(model: Decoder, batch: Any) -> Any:
+def model_losses(model: Decoder, batch: Integer[Array, "batch length"]) -> Float32[Array, " batch"]:
     return model.losses(batch)
 
 
@@ -56,20 +58,24 @@ def open_case(
     bfloat16: bool = False,
     also: Mapping[str, Path] | None = None,
 ) -> Case:
-    """Read everything and say what is wrong before anything is sampled.
+    """Read checkpoint and data, so that what is wrong with them is reported before anything is sampled.
 
     Args:
         checkpoint: a folder or a repository's name, see ``load_checkpoint``.
         tokens: a one-dimensional ``.npy`` or raw ``.bin`` file of token ids; or
-        text: a text file, for the ``tokenizer.json`` beside the checkpoint.
+        text: a text file, which the ``tokenizer.json`` in the checkpoint's folder tokenizes.
+        dtype: of a ``.bin`` file, uint16 or uint32.
+        seq_len: tokens in one example; default the model's context length.
         nbeta, localization: default ``NBETA`` and ``LOCALIZATION``.
+        bfloat16: run the model in bfloat16.
         also: further data sets: token files (.npy, .bin) or text.
 
     Raises:
-        FileNotFoundError, ValueError, ImportError.
+        FileNotFoundError, ValueError, ImportError: as ``load_checkpoint`` and ``token_file``; or tokens and text are
+            both given, or neither.
     """
-    if (tokens is None) == (text is None):
-        raise ValueError("give the data with either --tokens FILE or --text FILE.")
+    if tokens is not None and text is not None:
+        raise ValueError("give the data with either --tokens FILE or --text FILE, not both.")
     model, _ = load_checkpoint(checkpoint)
     length = model.config.context_length if seq_len is None else seq_len
 
@@ -79,7 +85,12 @@ def open_case(
     def read_tokens(file: Path) -> Source:
         return token_file(file, length, dtype=dtype, vocab_size=model.config.vocab_size)
 
-    data = read_tokens(tokens) if tokens is not None else read_text(text)
+    if tokens is not None:
+        data = read_tokens(tokens)
+    elif text is not None:
+        data = read_text(text)
+    else:
+        raise ValueError("give the data with either --tokens FILE or --text FILE.")
     others = {
         name: read_tokens(file) if file.suffix in (".npy", ".bin") else read_text(file)
         for name, file in (also or {}).items()
@@ -95,14 +106,15 @@ def open_case(
 
 
 def open_course(checkpoints: Sequence[str], **options: Any) -> tuple[Case, dict[int, Callable[[], Any]]]:
-    """(the case of the first checkpoint, training step -> what loads its parameters).
+    """(the case of the first checkpoint, training step -> function that loads the parameters).
 
     Args:
-        checkpoints: folders whose names end in the training step, of one model.
+        checkpoints: folders of one model, whose names end in the training step.
         options: of ``open_case``.
 
     Raises:
-        ValueError: a name without a number, or two with the same; and what ``open_case`` raises.
+        ValueError: no checkpoints, a name without a number, or two names with the same number.
+        FileNotFoundError, ValueError, ImportError: as ``open_case``.
     """
     if not checkpoints:
         raise ValueError("a trajectory needs checkpoints: step-100 step-1000 step-10000.")
@@ -115,23 +127,29 @@ def open_course(checkpoints: Sequence[str], **options: Any) -> tuple[Case, dict[
             raise ValueError(f"{paths[step]} and {checkpoint} both say that they are of step {step}. Leave one out.")
         paths[step] = checkpoint
     case = open_case(paths[min(paths)], **options)
-    return case, {step: functools.partial(_params_of, path) for step, path in paths.items()}
+    return case, {step: functools.partial(_load_params, path) for step, path in paths.items()}
 
 
-def _params_of(checkpoint: str) -> Any:
+def _load_params(checkpoint: str) -> Any:
     return from_nnx(load_checkpoint(checkpoint)[0], model_losses)[0]
 
 
-def tokenized(checkpoint: Path, text: Path, length: int) -> np.ndarray:
-    """The file's tokens by the checkpoint's own tokenizer, int32 ``(examples, length)``; a rest is left out."""
-    rules = checkpoint / "tokenizer.json"
-    if not rules.is_file():
+def tokenized(checkpoint: Path, text: Path, length: int) -> Int32[np.ndarray, "example {length}"]:
+    """The tokens of a text file by the checkpoint's tokenizer, cut into examples; a shorter remainder is dropped.
+
+    Raises:
+        FileNotFoundError: the checkpoint has no tokenizer.json.
+        ImportError: ``tokenizers`` is not installed.
+        ValueError: the text has fewer than two examples.
+    """
+    tokenizer = checkpoint / "tokenizer.json"
+    if not tokenizer.is_file():
         raise FileNotFoundError(f"{checkpoint} has no tokenizer.json. Give token ids with --tokens FILE.")
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise ImportError("--text needs the package tokenizers: pip install 'slt-jax[hf]'.") from error
-    ids = Tokenizer.from_file(str(rules)).encode(text.read_text(), add_special_tokens=False).ids
+    ids = Tokenizer.from_file(str(tokenizer)).encode(text.read_text(), add_special_tokens=False).ids
     rows = len(ids) // length
     if rows < 2:
         raise ValueError(f"{text} has {len(ids)} tokens, fewer than two examples of {length}. Give more, or --seq-len.")
@@ -139,24 +157,24 @@ def tokenized(checkpoint: Path, text: Path, length: int) -> np.ndarray:
 
 
 def plan_of(case: Case, free: LocalPosterior, options: dict[str, Any]) -> list[str]:
-    """What is going to happen, and where each value came from.
+    """Lines that describe the run before it starts: its size, its cost, and where each setting comes from.
 
     Args:
-        free: the posterior that is sampled: the case's own or a part of it.
+        free: the posterior that is sampled: that of the case, or its restriction to a part.
         options: of ``estimate_llc``.
     """
     weights = sum(x.size for x in jax.tree.leaves(case.posterior.center))
     chains, draws, batch_size = (options[name] for name in ("num_chains", "num_draws", "batch_size"))
     warmup = draws if options["num_warmup"] is None else options["num_warmup"]
-    each = warmup + draws * options["thinning"]
+    steps = warmup + draws * options["thinning"]
     step_size = options["sampler"].step_size
     source = {name: "given" if name in case.given else "as published" for name in ("nbeta", "localization")}
     return [
         f"model: {weights:,} weights, {free.num_free:,} of them free",
         f"data: {free.num_data:,} examples of {case.length} tokens, {batch_size} a step"
         + "".join(f"; also {name}: {other.num_data:,}" for name, other in case.also.items()),
-        f"run: {chains} chains of {warmup} + {each - warmup} steps, {chains * each:,} gradients, "
-        f"{chains * each * batch_size * case.length:,} tokens",
+        f"run: {chains} chains of {warmup} + {steps - warmup} steps, {chains * steps:,} gradients, "
+        f"{chains * steps * batch_size * case.length:,} tokens",
         f"nbeta {free.nbeta:g} ({source['nbeta']}), localization {free.localization:g} ({source['localization']}), "
         f"step_size {'calibrated' if step_size is None else f'{step_size:g} (given)'}",
         f"one copy of the weights that move: {4 * free.num_free / 2**20:,.1f} MiB",
@@ -168,33 +186,34 @@ def refined(
     data: Any,
     names: list[str],
     *,
-    told: Callable[[str, LLCResult], None] | None = None,
+    on_result: Callable[[str, LLCResult], None] | None = None,
     **options: Any,
 ) -> dict[str, LLCResult]:
-    """The LLC of each named part with all else held fast: refined LLCs.
+    """The LLC of each named part with all other weights frozen (weight-refined LLCs).
 
     All parts of one shape share one compiled program.
 
     Args:
-        posterior: over the whole decoder. names: see ``slt_jax.models.restrict``.
-        told: called with each result as it comes.
+        posterior: over the complete decoder.
+        names: of the parts, see ``slt_jax.models.restrict``.
+        on_result: called with each name and result as soon as it is there.
         options: of ``estimate_llc``.
     """
-    found = {}
+    results = {}
     for name in names:
-        found[name] = estimate_llc(restricted(posterior, name), data, **options)
-        if told is not None:
-            told(name, found[name])
-    return found
+        results[name] = estimate_llc(restricted(posterior, name), data, **options)
+        if on_result is not None:
+            on_result(name, results[name])
+    return results
 
 
-def table(found: dict[str, LLCResult]) -> Iterator[str]:
+def table(results: dict[str, LLCResult]) -> Iterator[str]:
     """Lines of Markdown: a row for each part, with a column for each further data set."""
-    names = list(next(iter(found.values())).also) if found else []
+    names = list(next(iter(results.values())).also) if results else []
     others = (f"on {name}, raw" for name in names)
     yield f"| {' | '.join(['part', 'weights', 'LLC ± standard error', *others, 'R-hat', 'verdict'])} |"
     yield "|---" * (5 + len(names)) + "|"
-    for part, result in found.items():
+    for part, result in results.items():
         values = [f"{x.llc:.3g} ± {x.llc_stderr:.2g}" for x in (result, *result.also.values())]
         numbers = f"{result.settings.num_free:,} | {' | '.join(values)} | {result.health.rhat:.3f}"
         yield f"| {part} | {numbers} | {result.verdict} |"

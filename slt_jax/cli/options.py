@@ -14,27 +14,27 @@ class Demo:
     """Train a small transformer on Python's own source and estimate its LLC along training (a few minutes)."""
 
     out: Path = Path("demo-run")
-    """Folder for checkpoints, traces, table and picture; trained checkpoints found there are reused."""
+    """Folder for checkpoints, traces, table and picture. Checkpoints that are already there are reused."""
     smoke: bool = False
-    """A much smaller run, to see that everything works."""
+    """A much smaller run, to test the installation."""
     quiet: bool = False
     """No progress bars."""
 
 
 @_option
 class Sampling:
-    """What all commands that sample a language model take."""
+    """Options of all commands that sample a language model."""
 
     tokens: Path | None = None
     """Token ids: a one-dimensional .npy file, or raw little-endian .bin."""
     text: Path | None = None
-    """Or a text file, for the checkpoint's tokenizer.json."""
+    """Or a text file, which the checkpoint's tokenizer.json tokenizes."""
     dtype: Literal["uint16", "uint32"] = "uint16"
     """Type of the ids in a .bin file."""
     seq_len: int | None = None
     """Tokens in one example; default the model's context length."""
     sampler: Literal["sgld", "preconditioned", "underdamped"] = "sgld"
-    """How a step moves. The default is what published work on language models uses."""
+    """The sampler. Published work on language models uses sgld."""
     chains: int = 4
     """Independent chains of each estimate, started at the checkpoint."""
     draws: int = 200
@@ -44,67 +44,67 @@ class Sampling:
     thinning: int = 1
     """Steps from one draw to the next."""
     batch_size: int = 32
-    """Examples in a step's batch, drawn with replacement, other ones for each chain."""
+    """Examples in the batch of a step, drawn with replacement, independently for each chain."""
     micro_batches: int = 1
-    """Parts in which a batch goes through the model, to save memory."""
+    """Number of parts into which a batch is split in the forward and backward pass, to save memory."""
     bfloat16: bool = False
-    """Run the model in bfloat16; the chains keep float32 weights."""
+    """Run the model in bfloat16. The chains keep float32 weights."""
     seed: int = 0
     """The same seed gives the same numbers."""
     checkpoint_dir: Path | None = None
-    """Keep the run's state here; the same command resumes an interrupted run."""
+    """Save the state of the run in this folder. The same command resumes an interrupted run."""
     json: bool = False
     """Print the result as JSON on standard output."""
     quiet: bool = False
-    """No plan and no progress bar."""
+    """Print neither the plan nor a progress bar."""
 
 
 @_option
 class Llc(Sampling):
-    """Estimate the LLC of a language model's checkpoint: GPT-2, GPT-NeoX (Pythia), Llama, Qwen2, Qwen3."""
+    """Estimate the LLC of a language model's checkpoint: GPT-2, GPT-NeoX (Pythia), Llama, Qwen2 or Qwen3."""
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """A folder with config.json and safetensors, a repository on the Hugging Face Hub, or a checkpoint of the demo."""
     also: tuple[str, ...] = ()
-    """Further data sets, NAME=FILE: their losses are read at the same draws (data-refined LLCs). Token files (.npy,
-    .bin) or text."""
+    """Further data sets, NAME=FILE, whose losses are evaluated at the same draws (data-refined LLCs). Token files
+    (.npy, .bin) or text."""
     only: str | None = None
-    """Sample only a part: 'layer 3', 'layer 3 head 5', attention, mlp, embedding, unembedding, norms, 'layer 3 mlp', or
-    several with commas."""
+    """Sample one part, with all other weights frozen: 'layer 3', 'layer 3 head 5', attention, mlp, embedding,
+    unembedding, norms, 'layer 3 mlp', or several of them with commas."""
     heads: bool = False
-    """A table of the refined LLCs of all heads, each with the rest held fast."""
+    """Print a table of the refined LLCs of all heads: each head is sampled with all other weights frozen."""
     nbeta: float | None = None
-    """n times the inverse temperature; default 30, what published work on language models uses."""
+    """n times the inverse temperature; default 30, as in published work on language models."""
     localization: float | None = None
-    """gamma, the pull to the trained weights; default 300, what published work on language models uses."""
+    """gamma, the strength of the pull to the trained weights; default 300, as in published work on language models."""
     step_size: float | None = None
-    """The sampler's epsilon; default calibrated."""
+    """The step size epsilon of the sampler; default calibrated."""
     out: Path | None = None
-    """Write the traces here (zarr); with --heads a folder with one for each."""
+    """Write the traces to this file (zarr); with --heads, one file for each head to this folder."""
     plot: Path | None = None
-    """Write a picture here (png, pdf, svg): of the traces, or with --heads a map of layers and heads."""
+    """Write a picture to this file (png, pdf, svg): the traces, or with --heads a map of layers and heads."""
 
 
 @_option
 class SweepGrid(Sampling):
-    """Estimate the LLC of a checkpoint over a grid of nbeta, localization and step size, and say which to take."""
+    """Estimate the LLC of a checkpoint over a grid of nbeta, localization and step size, and recommend a setting."""
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """As for llc."""
     only: str | None = None
-    """Sample only a part, as for llc."""
+    """Sample one part, as for llc."""
     nbeta: tuple[float, ...] = ()
-    """Values of n times the inverse temperature; default 30 alone."""
+    """Values of n times the inverse temperature; default 30."""
     localization: tuple[float, ...] = ()
-    """Values of gamma; default 300 alone."""
+    """Values of gamma; default 300."""
     step_size: tuple[float, ...] = ()
-    """Values of the sampler's epsilon; default one, calibrated."""
+    """Values of the step size epsilon of the sampler; default a calibrated one."""
     memory_gib: float | None = None
-    """GiB that the process (on a CPU) or each device may take; default all there is."""
+    """Memory limit in GiB of the process (on a CPU) or of each device; default all that is free."""
     out: Path | None = None
-    """Write everything here (zarr)."""
+    """Write the sweep to this file (zarr)."""
     plot: Path | None = None
-    """Write the heat maps here (png, pdf, svg)."""
+    """Write the heat maps to this file (png, pdf, svg)."""
 
 
 @_option
@@ -114,19 +114,20 @@ class Course(Sampling):
     checkpoints: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """Folders, as for llc, whose names end in the training step: step-100, checkpoint-2000."""
     parts: tuple[str, ...] = ()
-    """Parts whose refined LLCs are estimated too: 'layer 0', 'layer 3 head 5', attention, ..."""
+    """Parts whose refined LLCs are estimated as well: 'layer 0', 'layer 3 head 5', attention, ..."""
     nbeta: float | None = None
     """n times the inverse temperature; default 30."""
     localization: float | None = None
-    """gamma; default 300."""
+    """gamma, the strength of the pull to each checkpoint's weights; default 300."""
     step_size: float | None = None
-    """The sampler's epsilon; default calibrated at the checkpoint whose loss is curved most."""
+    """The step size epsilon of the sampler; default calibrated at the checkpoint with the largest curvature."""
     cold: bool = False
-    """Start all chains at their checkpoint, not as far from it as those of the checkpoint before ended."""
+    """Start all chains at their checkpoint. By default they start at the displacement that the chains of the previous
+    checkpoint ended with."""
     out: Path | None = None
-    """Write everything here (zarr)."""
+    """Write the trajectory to this file (zarr)."""
     plot: Path | None = None
-    """Write LLC and loss over training here (png, pdf, svg)."""
+    """Write a picture of LLC and loss over training to this file (png, pdf, svg)."""
 
 
 @_option
@@ -134,13 +135,14 @@ class Report:
     """Write one self-contained HTML page about a saved result, sweep or trajectory."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN.zarr")]
-    """What llc, sweep or trajectory wrote with --out."""
+    """A file that llc, sweep or trajectory wrote with --out."""
     out: Path | None = None
-    """The page; default the run's name with .html."""
+    """The HTML file; default the name of the run with .html."""
     overwrite: bool = False
-    """Replace a page that exists."""
+    """Replace an existing page."""
     drift: float | None = None
-    """Of a trajectory: how far its level may drift within a stage, per checkpoint; default found. 0: in steps alone."""
+    """For a trajectory: standard deviation of the LLC's change from one checkpoint to the next within a stage; default
+    estimated. With 0 the LLC is constant within a stage."""
 
 
 Command = (

@@ -1,4 +1,4 @@
-"""Compiled programs kept on disk, so that the next command does not compile them again."""
+"""A cache of compiled programs on disk, so that the next command does not compile them again."""
 
 import os
 import platform
@@ -9,19 +9,19 @@ from typing import Any
 
 import jax
 
-MOST_BYTES = 2**30  # the least recently used go first
-LEAST_SECONDS = 0.3  # what compiles faster is not kept
+MAX_BYTES = 2**30  # beyond it, the least recently used programs are removed
+MIN_SECONDS = 0.3  # programs that compile faster are not cached
 
 
 def keep_programs() -> Path | None:
-    """Have JAX keep what it compiles in the user's cache folder; return the folder.
+    """Let JAX cache compiled programs in the user's cache folder, and return the folder.
 
-    ``$XDG_CACHE_HOME/slt-jax/programs`` or ``~/.cache/slt-jax/programs``, and there one folder for each kind of
-    processor. None where nothing is changed: JAX was told of a cache, or told to use none
-    (``JAX_COMPILATION_CACHE_DIR``, ``JAX_ENABLE_COMPILATION_CACHE``), or the folder cannot be written to. A program's
-    weights, data and settings are its arguments: another checkpoint of the same shapes finds it.
+    It is ``$XDG_CACHE_HOME/slt-jax/programs`` or ``~/.cache/slt-jax/programs``, with one folder for each kind of
+    processor in it. Nothing is changed, and None returned, if the user has set or turned off JAX's cache
+    (``JAX_COMPILATION_CACHE_DIR``, ``JAX_ENABLE_COMPILATION_CACHE``) or the folder cannot be written to. Weights, data
+    and settings are arguments of a program: another checkpoint of the same shapes uses the same program.
     """
-    settings: Any = jax.config  # whose class does not declare its settings
+    settings: Any = jax.config  # its class does not declare its settings
     if settings.jax_compilation_cache_dir or not settings.jax_enable_compilation_cache:
         return None
     try:
@@ -29,18 +29,18 @@ def keep_programs() -> Path | None:
         cache = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
         folder = cache / "slt-jax" / "programs" / _processor()
         folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # Path.home() raises the second where there is none
+    except (OSError, RuntimeError):  # Path.home() raises a RuntimeError if there is no home folder
         return None
     if not os.access(folder, os.W_OK | os.X_OK):
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_compilation_cache_max_size", MOST_BYTES)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+    jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_SECONDS)
     return folder
 
 
 def _processor() -> str:
-    """A home folder may be shared by machines, and a program compiled for one's instructions crashes another."""
+    """A name for the kind of processor: machines may share a home folder, and a program for one can crash another."""
     try:
         features = re.findall(r"^(?:flags|Features|model name)\s*:.*$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:

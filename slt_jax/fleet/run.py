@@ -1,4 +1,4 @@
-"""A fleet: one function over many cases, a job for each, on a cluster or on this machine. Submitit runs the jobs."""
+"""A fleet: one function applied to many cases as independent jobs, by submitit on a cluster or on this machine."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ import numpy as np
 from slt_jax._checks import check_count
 from slt_jax._io import write_file
 from slt_jax.engine.checkpoint import first_difference
-from slt_jax.fleet.jobs import Desk, Failure, line, read, the_submitit
+from slt_jax.fleet.jobs import Failure, JobQueue, import_submitit, read_json, result_line
 from slt_jax.results.llc import LLCResult
 
 if TYPE_CHECKING:
@@ -26,17 +26,17 @@ _MANIFEST = "fleet.json"
 _FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+,-]{0,199}")
 _NUMBERS = ("llc", "llc_stderr", "rhat", "ess", "init_loss")
-_POLL = 0.5  # seconds between two looks at the jobs
+POLL_SECONDS = 0.5
 _MONTH = 30 * 24 * 60  # minutes
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """What ``run_fleet`` collected.
+    """The results of ``run_fleet``, and the jobs without one.
 
     ``dataset``: over ``job``, in the order of the cases: ``llc``, ``llc_stderr``, ``rhat``, ``ess``, ``init_loss``,
-    ``verdict``, ``attempts``, ``seconds`` (of the last attempt), ``failed`` and ``reason``. A failed job has NaN for
-    numbers; ``attempts`` is 0 and ``seconds`` NaN where the folder says nothing about them.
+    ``verdict``, ``attempts``, ``seconds`` (of the last attempt), ``failed`` and ``reason``. The numbers of a failed job
+    are NaN. If the folder has no record of them, ``attempts`` is 0 and ``seconds`` NaN.
     """
 
     results: dict[str, LLCResult]
@@ -44,11 +44,11 @@ class Fleet:
     dataset: "xr.Dataset"
 
     def __str__(self) -> str:
-        told = {name: line(result) for name, result in self.results.items()}
-        told |= {f.name: f"failed at attempt {f.attempts}: {f.reason} (log: {f.log})" for f in self.failures}
+        lines = {name: result_line(result) for name, result in self.results.items()}
+        lines |= {f.name: f"failed at attempt {f.attempts}: {f.reason} (log: {f.log})" for f in self.failures}
         names = self.dataset["job"].values.tolist()
         return "\n".join(
-            [f"{len(names)} jobs, {len(self.failures)} failed.", *(f"{name}: {told[name]}" for name in names)]
+            [f"{len(names)} jobs, {len(self.failures)} failed.", *(f"{name}: {lines[name]}" for name in names)]
         )
 
 
@@ -62,37 +62,37 @@ def run_fleet(
     parallel: int | None = None,
     progress: bool = False,
 ) -> Fleet:
-    """Run ``function(case)`` for every case as a job of its own, and collect the results.
+    """Run ``function(case)`` for every case as a separate job, and collect the results.
 
-    A job saves its result as ``folder/NAME.zarr`` itself, so that nothing computed is lost when this process ends. The
-    same call with the same folder takes what is there and runs the rest; cases may be added to it. What changes inside
-    ``function`` is not seen: then take another folder.
+    A job saves its own result as ``folder/NAME.zarr``, so that no result is lost if this process ends. The same call
+    with the same folder loads these results and runs the other jobs; cases may be added. A change inside ``function``
+    is not detected: use another folder then.
 
-    A job that raises or dies is submitted again, ``retries`` times at most: let ``function`` give ``estimate_llc`` a
-    ``checkpoint_dir``, and it goes on where it was. Errors of input and program (ValueError, TypeError, KeyError,
-    FloatingPointError and the like) would come again and are not retried.
+    A job that raises or dies is submitted again, at most ``retries`` times. It resumes where it stopped if ``function``
+    gives ``estimate_llc`` a ``checkpoint_dir``. Errors that would occur again (ValueError, TypeError, KeyError,
+    FloatingPointError and the like) are not retried.
 
-    Ctrl-C, or an error here, cancels jobs of this machine; jobs of a cluster run on, and the same call waits for them.
-    If this process is killed, jobs of this machine run on too, and those of the next call wait until they have ended.
+    Ctrl-C, or an error here, cancels jobs of this machine; jobs of a cluster continue, and the same call waits for
+    them. If this process is killed, its jobs on this machine continue; the same call waits until they have ended.
 
     Args:
-        function: loads what the case names and returns ``estimate_llc(...)``. It is pickled; what lives in a module is
+        function: loads what the case names and returns ``estimate_llc(...)``. It is pickled; a function of a module is
             imported by the job, in the same working directory.
         cases: name -> anything that can be pickled: a path, a dict of numbers. Names become file names.
-        folder: created if missing; on a cluster, on a disk that all machines share.
+        folder: created if missing; for a cluster, on a disk that all machines share.
         executor: a configured ``submitit`` executor, e.g. ``submitit.AutoExecutor("fleet/logs")`` after
-            ``update_parameters(timeout_min=600, slurm_partition="gpu", gpus_per_node=1)``. Past its time limit a job
-            has failed. Default: processes of this machine, on the CPU, without a limit.
+            ``update_parameters(timeout_min=600, slurm_partition="gpu", gpus_per_node=1)``. A job that exceeds its time
+            limit has failed. Default: processes of this machine, on the CPU, without a limit.
         retries: further attempts for a job that failed.
-        parallel: most jobs in the queue at a time. Default: half the cores here; with an executor all at once, as an
-            array where it has arrays.
-        progress: a line on stderr for each job that ends.
+        parallel: largest number of jobs that are submitted at a time. Default: half the cores of this machine; with an
+            executor all at once, as a job array if it supports them.
+        progress: print a line to stderr for each job that ends.
 
     Raises:
         ImportError: submitit is not installed.
-        TypeError, ValueError: an argument that cannot be used, or the folder holds something else.
+        TypeError, ValueError: an argument that cannot be used, or a folder with other content.
     """
-    submitit = the_submitit()
+    submitit = import_submitit()
     if not callable(function):
         raise TypeError(f"function must be callable with one case, got {function!r}.")
     _check_cases(cases)
@@ -102,21 +102,30 @@ def run_fleet(
     if executor is not None and not isinstance(executor, submitit.Executor):
         raise TypeError(f"executor must be an executor of submitit or None, got {executor!r}.")
     root = Path(folder).absolute()
-    _open(root, executor, function, cases)
+    _open_folder(root, executor, function, cases)
     if executor is None:
-        executor = submitit.LocalExecutor(root / "logs")
-        executor.update_parameters(timeout_min=_MONTH)
+        executor = _local_executor(root)
         parallel = max(1, (os.cpu_count() or 1) // 2) if parallel is None else parallel
-    desk = Desk(root, function, cases, executor, progress)
+    jobs = JobQueue(root, function, cases, executor, progress)
+    _run_all(jobs, retries, parallel)
+    return _fleet_of(jobs)
+
+
+def _local_executor(root: Path) -> Any:
+    executor = import_submitit().LocalExecutor(root / "logs")
+    executor.update_parameters(timeout_min=_MONTH)
+    return executor
+
+
+def _run_all(jobs: JobQueue, retries: int, parallel: int | None) -> None:
     try:
-        while desk.queue or desk.running:
-            desk.submit(parallel)
-            time.sleep(_POLL)
-            desk.look(retries)
+        while jobs.waiting or jobs.running:
+            jobs.submit(parallel)
+            time.sleep(POLL_SECONDS)
+            jobs.collect(retries)
     except BaseException:
-        desk.abandon()
+        jobs.cancel()
         raise
-    return _collected(desk)
 
 
 def _check_cases(cases: Mapping[str, Any]) -> None:
@@ -126,44 +135,56 @@ def _check_cases(cases: Mapping[str, Any]) -> None:
     for name in cases:
         if not isinstance(name, str) or not _NAME.fullmatch(name):
             raise ValueError(
-                f"the name {name!r} is no file name everywhere. Take a string of at most 200 letters, digits and "
-                "._=+,- that begins with a letter or a digit."
+                f"the name {name!r} is not a file name on every system. Use a string of at most 200 letters, digits "
+                "and ._=+,- that begins with a letter or a digit."
             )
         if (other := seen.setdefault(name.casefold(), name)) != name:
-            raise ValueError(f"{other!r} and {name!r} are one file name on some disks. Rename one of them.")
+            raise ValueError(f"{other!r} and {name!r} are the same file name on some disks. Rename one of them.")
 
 
-def _open(root: Path, executor: Any, function: Callable, cases: Mapping[str, Any]) -> None:
-    """Raise ValueError unless the folder is new, or holds these cases or others besides them."""
-    manifest, known = root / _MANIFEST, {}
-    name = getattr(function, "__qualname__", type(function).__name__)
-    wanted = {"format": _FORMAT, "function": name, "cases": {name: _plain(case) for name, case in cases.items()}}
+def _open_folder(root: Path, executor: Any, function: Callable, cases: Mapping[str, Any]) -> None:
+    """Create the folder or add the cases to it.
+
+    Raises:
+        ValueError: the folder contains something else, or a fleet with another function or other cases of these names.
+    """
+    manifest, saved_cases = root / _MANIFEST, {}
+    function_name = getattr(function, "__qualname__", type(function).__name__)
+    record = {
+        "format": _FORMAT,
+        "function": function_name,
+        "cases": {name: _json_value(case) for name, case in cases.items()},
+    }
     if manifest.exists():
-        found = read(manifest)
-        known = found.get("cases", {})
-        found, same = ({**x, "cases": {k: v for k, v in x.get("cases", {}).items() if k in known and k in cases}}
-                       for x in (found, wanted))  # fmt: skip
-        if (other := first_difference(found, same)) is not None:
-            field, there, here = other
+        saved = read_json(manifest)
+        saved_cases = saved.get("cases", {})
+        common = saved_cases.keys() & cases.keys()
+        difference = first_difference(_with_cases(saved, common), _with_cases(record, common))
+        if difference is not None:
+            field, saved_value, value = difference
             raise ValueError(
-                f"folder {root} holds a fleet with another {field}: {there!r} there, {here!r} now. Give the same to "
-                "go on with it, or another folder."
+                f"folder {root} has a fleet with another {field}: {saved_value!r} there, {value!r} now. Pass the same "
+                "to continue it, or another folder."
             )
     elif root.exists():
         logs = () if executor is None else (Path(executor.folder), *Path(executor.folder).parents)
         if foreign := [p.name for p in root.iterdir() if p not in logs]:
             raise ValueError(
-                f"folder {root} is not empty and holds no {_MANIFEST}, so it is not a fleet (it has {foreign[0]}). "
-                "Give an empty or new folder."
+                f"folder {root} is not empty and has no {_MANIFEST}, so it is not a fleet (it has {foreign[0]}). "
+                "Pass an empty or new folder."
             )
     (root / "jobs").mkdir(parents=True, exist_ok=True)
-    write_file(manifest, json.dumps({**wanted, "cases": {**known, **wanted["cases"]}}, indent=1))
+    write_file(manifest, json.dumps({**record, "cases": {**saved_cases, **record["cases"]}}, indent=1))
 
 
-def _plain(case: Any) -> Any:
-    """The case in JSON; what JSON cannot say is told by its type alone."""
+def _with_cases(record: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
+    return {**record, "cases": {name: case for name, case in record.get("cases", {}).items() if name in names}}
 
-    def plain(x: Any) -> Any:
+
+def _json_value(case: Any) -> Any:
+    """The case as JSON. A value that JSON cannot represent is replaced by the name of its type."""
+
+    def default(x: Any) -> Any:
         if isinstance(x, np.generic):
             return x.item()
         if dataclasses.is_dataclass(x) and not isinstance(x, type):
@@ -171,24 +192,24 @@ def _plain(case: Any) -> Any:
         return str(x) if isinstance(x, os.PathLike) else f"<{type(x).__name__}>"
 
     try:
-        return json.loads(json.dumps(case, default=plain))
-    except (TypeError, ValueError):  # keys that are no strings, circles
+        return json.loads(json.dumps(case, default=default))
+    except (TypeError, ValueError):  # keys that are not strings, circular references
         return f"<{type(case).__name__}>"
 
 
-def _collected(desk: Desk) -> Fleet:
+def _fleet_of(jobs: JobQueue) -> Fleet:
     import xarray as xr
 
-    cases, failed = desk.cases, desk.failures
-    told = {name: desk.told(name) for name in cases}
-    columns = {key: [getattr(desk.results.get(name), key, math.nan) for name in cases] for key in _NUMBERS}
-    columns["verdict"] = [getattr(desk.results.get(name), "verdict", "") for name in cases]
-    columns["attempts"] = [failed[n].attempts if n in failed else told[n].get("attempt", 0) for n in cases]
-    columns["seconds"] = [told[name].get("seconds", math.nan) for name in cases]
+    cases, failed = jobs.cases, jobs.failures
+    outcomes = {name: jobs.outcome(name) for name in cases}
+    columns = {key: [getattr(jobs.results.get(name), key, math.nan) for name in cases] for key in _NUMBERS}
+    columns["verdict"] = [getattr(jobs.results.get(name), "verdict", "") for name in cases]
+    columns["attempts"] = [failed[n].attempts if n in failed else outcomes[n].get("attempt", 0) for n in cases]
+    columns["seconds"] = [outcomes[name].get("seconds", math.nan) for name in cases]
     columns["failed"] = [name in failed for name in cases]
     columns["reason"] = [failed[name].reason if name in failed else "" for name in cases]
-    words = {key: np.array(columns[key], dtype=object) for key in ("verdict", "reason")}  # zarr has no fixed widths
-    table = {key: ("job", value) for key, value in {**columns, **words}.items()}
+    texts = {key: np.array(columns[key], dtype=object) for key in ("verdict", "reason")}  # zarr has no fixed widths
+    table = {key: ("job", value) for key, value in {**columns, **texts}.items()}
     dataset = xr.Dataset(table, {"job": np.array(list(cases), dtype=object)})
-    results = {name: desk.results[name] for name in cases if name in desk.results}
+    results = {name: jobs.results[name] for name in cases if name in jobs.results}
     return Fleet(results, tuple(failed[name] for name in cases if name in failed), dataset)

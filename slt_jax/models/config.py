@@ -1,4 +1,4 @@
-"""Which decoder: GPT-2, GPT-NeoX, Llama and Qwen layouts as one configuration."""
+"""The configuration of a decoder. It covers GPT-2, GPT-NeoX, Llama and Qwen."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -6,16 +6,17 @@ from typing import Any, Literal, get_args
 
 from slt_jax._checks import check_count, check_positive
 
-_DERIVED: Any = None  # filled in from the other fields
+_DERIVED: Any = None  # computed from the other fields
 Activation = Literal["gelu", "gelu_tanh", "silu", "relu"]
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Slower rotary frequencies, for a context longer than the model's first one.
+    """Lower rotary frequencies, for a context longer than the one the model was first trained with.
 
-    ``linear``: every frequency divided by ``factor``. ``llama3``: so for wavelengths over ``original_context /
-    low_frequency_factor``, unchanged under ``original_context / high_frequency_factor``, and a blend between.
+    ``linear``: every frequency is divided by ``factor``. ``llama3``: frequencies of wavelengths above
+    ``original_context / low_frequency_factor`` are divided by ``factor``, those of wavelengths below ``original_context
+    / high_frequency_factor`` stay, and those between are interpolated.
     """
 
     kind: Literal["linear", "llama3"]
@@ -37,25 +38,27 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """A decoder's mathematics. The defaults are GPT-2's: its small is ``DecoderConfig(50257, 1024, 768, 12, 12)``.
+    """The architecture of a decoder. Defaults are GPT-2's; its small is ``DecoderConfig(50257, 1024, 768, 12, 12)``.
 
     Args:
         width: of the residual stream.
-        num_kv_heads: keys and values, each shared by ``num_heads / num_kv_heads`` neighbouring heads; default all.
+        num_kv_heads: heads of keys and values, each shared by ``num_heads / num_kv_heads`` neighbouring query heads;
+            default ``num_heads``.
         head_width: default ``width / num_heads``.
         mlp_width: default ``4 * width``.
-        positions: ``learned`` vectors added to the embedding, or ``rotary``.
-        rotary_width: the first so many numbers of a head are rotated; default all of them.
-        qk_norm: an RMS norm over each head's query and key, before the rotation.
+        positions: ``learned`` (vectors added to the embedding) or ``rotary``.
+        rotary_width: number of components of a head that are rotated, from the first on; default all.
+        qk_norm: whether an RMS norm is applied to each head's query and key, before the rotation.
         gated_mlp: ``down(activation(gate x) * up x)`` in place of ``down(activation(up x))``.
-        qkv_bias, out_bias, mlp_bias: whether queries, keys and values, attention's output, both layers of the MLP
-            have one. A layer norm always has one, an RMS norm never.
-        parallel_residual: attention and MLP both read the block's input; otherwise the MLP reads attention's sum.
-        tied_head: logits are products with the embedding.
+        qkv_bias, out_bias, mlp_bias: whether there are biases on queries, keys and values; on attention's output; on
+            both layers of the MLP. A layer norm always has a bias, an RMS norm never.
+        parallel_residual: whether attention and MLP both take the block's input; otherwise the MLP takes the residual
+            stream after attention.
+        tied_head: whether the embedding is also the unembedding.
         attention_scale: factor on query times key; default ``1 / sqrt(head_width)``.
-        keep: what each block keeps for its gradient: ``all``; ``products``, those with weight matrices, the rest is
-            computed again; ``input``, the block's input alone. ``products`` is the fastest of them on a CPU: there
-            memory traffic costs more than arithmetic.
+        keep: what a block stores for its backward pass: ``all`` intermediate values; ``products``, the products with
+            weight matrices; ``input``, only the block's input. The rest is recomputed. ``products`` is the fastest on a
+            CPU, where memory traffic costs more than arithmetic.
     """
 
     vocab_size: int
@@ -107,6 +110,7 @@ class DecoderConfig:
         _check_choice("activation", self.activation, get_args(Activation))
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields, for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Decoder checkpoints: Hugging Face's (``config.json`` and safetensors), and slt-jax's own (and an Orbax tree)."""
+"""Decoder checkpoints: ``config.json`` with safetensors (Hugging Face) or with an Orbax tree (slt-jax's own)."""
 
 import json
 import math
@@ -24,7 +24,7 @@ _WANTED = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenize
 
 
 def load_checkpoint(path: str | os.PathLike, *, mesh: Mesh | None = None) -> tuple[Decoder, dict[str, Any]]:
-    """(model, all of config.json) of a folder of either kind, or of a repository on the Hugging Face Hub.
+    """(model, content of config.json) of a folder of either kind, or of a repository on the Hugging Face Hub.
 
     ``mesh`` as in ``load_pretrained``; slt-jax's own folders go to one device.
 
@@ -40,22 +40,23 @@ def load_checkpoint(path: str | os.PathLike, *, mesh: Mesh | None = None) -> tup
 def load_pretrained(
     path: str | os.PathLike, *, mesh: Mesh | None = None, revision: str | None = None
 ) -> tuple[Decoder, dict[str, Any]]:
-    """A GPT-2, GPT-NeoX (Pythia), Llama, Qwen2 or Qwen3 checkpoint as (model, all of config.json).
+    """A GPT-2, GPT-NeoX (Pythia), Llama, Qwen2 or Qwen3 checkpoint as (model, content of config.json).
 
-    The weights are float32 whatever the file's type. Beside them the host holds one layer's tensor, or 32 MiB.
+    The weights become float32, whatever the type in the file. Besides them, loading needs the memory of one layer's
+    tensor, or 32 MiB.
 
     Args:
-        path: a folder with ``config.json`` and one or many ``.safetensors``, or a repository's name, such as
+        path: a folder with ``config.json`` and one or more ``.safetensors`` files; or the name of a repository, such as
             ``EleutherAI/pythia-160m``, which ``huggingface_hub`` downloads into its cache.
-        mesh: spread each array over the mesh's ``model`` axis, each device reading its own part. Default: all on this
-            process's first device.
+        mesh: shard each array over the mesh's ``model`` axis; each device reads its own part. Default: everything on
+            the first device of this process.
         revision: of the repository, such as Pythia's ``step3000``.
 
     Raises:
         FileNotFoundError: no such folder or repository, or a file is missing from it.
-        ValueError: naming the architecture, the field of config.json, the tensor, the shape or the file that is not
-            known. A tensor is never left out, nor initialized.
-        MemoryError: the weights do not fit; said before they are read.
+        ValueError: an architecture, a field of config.json, a tensor, a shape or a file that is not supported; the
+            message names it. No tensor of the file is ignored, and no parameter is initialized at random.
+        MemoryError: the weights do not fit into memory. Raised before they are read.
     """
     folder = _folder_of(path, revision)
     record = _read_record(folder)
@@ -82,23 +83,23 @@ def _folder_of(path: str | os.PathLike, revision: str | None) -> Path:
     if folder.is_dir() and revision is None:
         return folder
     if folder.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise FileNotFoundError(f"{folder} has no config.json, and {name!r} is no name of a repository.")
+        raise FileNotFoundError(f"{folder} has no config.json, and {name!r} is not the name of a repository.")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
     except Exception as error:
         raise FileNotFoundError(
-            f"{name!r} is no folder here, so it must be a repository on the Hugging Face Hub, and that failed with "
+            f"{name!r} is no folder here, so it must be a repository on the Hugging Face Hub; its download failed with "
             f"{type(error).__name__}: {str(error).strip()[:300]}"
         ) from error
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
-    """config.json. Raises FileNotFoundError or ValueError naming it."""
+    """The content of config.json. Raises FileNotFoundError or ValueError."""
     file = folder / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{folder} has no config.json, so it is not a whole checkpoint.")
+        raise FileNotFoundError(f"{folder} has no config.json, so it is not a complete checkpoint.")
     try:
         record = json.loads(file.read_text())
     except ValueError as error:
@@ -109,20 +110,26 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 
 def save_decoder(path: str | os.PathLike, model: Decoder, extra: dict[str, Any] | None = None) -> None:
-    """Write the model's configuration, its parameters and ``extra`` (JSON) to a new folder."""
+    """Write the model's configuration, its parameters and ``extra`` (JSON) to a new folder.
+
+    Raises:
+        FileExistsError: the folder exists.
+    """
     folder = Path(path).absolute()
     folder.mkdir(parents=True)
     with ocp.StandardCheckpointer() as writer:
         writer.save(folder / "params", nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     record = {"format": FORMAT, "decoder": model.config.to_dict(), **(extra or {})}
-    # Last, so that a folder with a config is a whole checkpoint.
+    # Written last, so that a folder with a config.json is a complete checkpoint.
     (folder / "config.json").write_text(json.dumps(record, indent=1))
 
 
 def load_decoder(path: str | os.PathLike) -> tuple[Decoder, dict[str, Any]]:
-    """(model, all of config.json) that ``save_decoder`` wrote.
+    """(model, content of config.json) from a folder that ``save_decoder`` wrote.
 
-    Raises FileNotFoundError, or ValueError naming what is foreign, truncated or of an earlier version.
+    Raises:
+        FileNotFoundError: the folder has no config.json.
+        ValueError: a file that is foreign, truncated or of an earlier version; the message names it.
     """
     folder = Path(path).absolute()
     record = _read_record(folder)
@@ -136,8 +143,8 @@ def load_decoder(path: str | os.PathLike) -> tuple[Decoder, dict[str, Any]]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder / 'config.json'} is truncated or foreign: {error!r}.") from error
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), nnx.to_pure_dict(state))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.to_pure_dict(state))
     try:
         with ocp.StandardCheckpointer() as reader:
             params = reader.restore(folder / "params", target)

@@ -1,4 +1,4 @@
-"""Hugging Face's architectures: which decoder a ``config.json`` means, and which tensor holds which parameter."""
+"""Hugging Face's architectures: the decoder that a ``config.json`` describes, and the tensor of each parameter."""
 
 import re
 from collections.abc import Callable
@@ -10,10 +10,10 @@ Record = dict[str, Any]
 
 
 class Source(NamedTuple):
-    """Where a parameter is: a tensor's name, with ``{}`` for the layer, and the axes of each of its dimensions.
+    """Where a parameter is: the name of a tensor, with ``{}`` for the layer, and the axes of each of its dimensions.
 
-    ``width (3 heads head_width)`` has two dimensions; in the second, queries, keys and values come one after the other,
-    each with its heads in turn. ``part`` says which of the three.
+    ``width (3 heads head_width)`` has two dimensions, the second of which contains queries, keys and values one after
+    the other, each with all its heads. ``part`` is the index of the parameter among the three.
     """
 
     name: str
@@ -22,7 +22,7 @@ class Source(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """One architecture. ``buffers``: tensors that older files carry and that hold no parameter."""
+    """One architecture. ``buffers``: pattern of tensors in older files that are not parameters."""
 
     prefix: str
     to_config: Callable[[Record], DecoderConfig]
@@ -36,12 +36,12 @@ class Layout(NamedTuple):
 
 def _qkv(name: str, axes: str, bias_axes: str) -> dict[str, Source]:
     """Queries, keys and values from one tensor with 3 parts."""
-    found = {}
+    sources = {}
     for part, letter in enumerate("qkv"):
-        for suffix, kind, own in (("", "weight", axes), ("_bias", "bias", bias_axes)):
-            own = own if letter == "q" else own.replace("heads", "kv_heads")
-            found[f"blocks/attention/{letter}{suffix}"] = Source(f"{name}.{kind}", own, part)
-    return found
+        for suffix, kind, kind_axes in (("", "weight", axes), ("_bias", "bias", bias_axes)):
+            part_axes = kind_axes if letter == "q" else kind_axes.replace("heads", "kv_heads")
+            sources[f"blocks/attention/{letter}{suffix}"] = Source(f"{name}.{kind}", part_axes, part)
+    return sources
 
 
 def _norm(path: str, name: str) -> dict[str, Source]:
@@ -101,12 +101,12 @@ _LLAMA = {
     "head": Source("lm_head.weight", "vocab width"),
 }
 
-_ACTIVATIONS = {
+ACTIVATION_NAMES = {
     "gelu": "gelu", "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh", "silu": "silu", "swish": "silu", "relu": "relu",
 }  # fmt: skip
 
-# Fields that would change the mathematics, with the values at which they do not.
+# Fields that change the mathematics, with the values at which they do not.
 _NEUTRAL: dict[str, tuple] = {
     "scale_attn_by_inverse_layer_idx": (None, False), "add_cross_attention": (None, False),
     "is_encoder_decoder": (None, False), "use_sliding_window": (None, False), "attn_logit_softcapping": (None,),
@@ -119,10 +119,11 @@ _NEUTRAL: dict[str, tuple] = {
 
 
 def read_config(record: Record, where: str) -> tuple[Layout, DecoderConfig]:
-    """The architecture and the decoder that a ``config.json`` means.
+    """The architecture and the decoder that a ``config.json`` describes.
 
     Raises:
-        ValueError: naming the architecture or the field that is not known, is missing, or changes the mathematics.
+        ValueError: an architecture or a field that is not known, is missing, or changes the mathematics; the message
+            names it.
     """
     kind = record.get("model_type")
     if kind not in LAYOUTS:
@@ -132,7 +133,7 @@ def read_config(record: Record, where: str) -> tuple[Layout, DecoderConfig]:
         _check_neutral(record)
         return LAYOUTS[kind], LAYOUTS[kind].to_config(record)
     except KeyError as error:
-        raise ValueError(f"{where}: a {kind} needs the field {error}, and it is not there.") from None
+        raise ValueError(f"{where}: a {kind} needs the field {error}, which is missing.") from None
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from error
 
@@ -146,14 +147,15 @@ def _check_neutral(record: Record) -> None:
     if other := set(record.get("layer_types") or ()) - {"full_attention"}:
         raise ValueError(f"layer_types holds {sorted(other)}; only full_attention is supported.")
     if "AutoModelForCausalLM" in (record.get("auto_map") or {}):
-        raise ValueError(f"auto_map names code of its own, {record['auto_map']['AutoModelForCausalLM']!r}.")
+        name = record["auto_map"]["AutoModelForCausalLM"]
+        raise ValueError(f"auto_map names code of its own, {name!r}, which is not run.")
 
 
 def _activation(record: Record, field: str, default: str) -> Any:
     name = record.get(field, default)
-    if name not in _ACTIVATIONS:
-        raise ValueError(f"{field} = {name!r} is not known. Known: {', '.join(_ACTIVATIONS)}.")
-    return _ACTIVATIONS[name]
+    if name not in ACTIVATION_NAMES:
+        raise ValueError(f"{field} = {name!r} is not known. Known: {', '.join(ACTIVATION_NAMES)}.")
+    return ACTIVATION_NAMES[name]
 
 
 _ROPE_FIELDS: dict[str, tuple[str, ...]] = {
@@ -163,20 +165,20 @@ _ROPE_FIELDS: dict[str, tuple[str, ...]] = {
 
 
 def _rope(record: Record, **defaults: Any) -> tuple[float, RopeScaling | None, float]:
-    """(theta, scaling, share of a head that is rotated), from the old fields or the newer ``rope_parameters``."""
+    """(theta, scaling, fraction of a head that is rotated), from the old fields or the newer ``rope_parameters``."""
     given = {**defaults, **(record.get("rope_scaling") or {}), **(record.get("rope_parameters") or {})}
-    theta, share = float(given.pop("rope_theta")), float(given.pop("partial_rotary_factor"))
+    theta, fraction = float(given.pop("rope_theta")), float(given.pop("partial_rotary_factor"))
     kind = given.pop("rope_type", given.pop("type", "default"))
     if kind not in _ROPE_FIELDS:
         raise ValueError(f"rope_scaling of type {kind!r} is not supported. Supported: {', '.join(_ROPE_FIELDS)}.")
     needed = _ROPE_FIELDS[kind]
     if set(given) != set(needed):
         raise ValueError(f"rope_scaling of type {kind!r} has the fields {sorted(given)}; it needs {sorted(needed)}.")
-    return theta, RopeScaling(kind, *(given[name] for name in needed)) if needed else None, share
+    return theta, RopeScaling(kind, *(given[name] for name in needed)) if needed else None, fraction
 
 
 def _gpt2(record: Record) -> DecoderConfig:
-    mlp_width: Any = record.get("n_inner")  # None, as in most of these files: four times the width
+    mlp_width: Any = record.get("n_inner")  # None in most files: four times the width
     return DecoderConfig(
         record["vocab_size"], record["n_positions"], record["n_embd"], record["n_layer"], record["n_head"],
         norm_epsilon=record.get("layer_norm_epsilon", 1e-5), mlp_width=mlp_width,
@@ -189,12 +191,12 @@ def _gpt2(record: Record) -> DecoderConfig:
 def _neox(record: Record) -> DecoderConfig:
     width, heads = record["hidden_size"], record["num_attention_heads"]
     old = {"rope_theta": record.get("rotary_emb_base", 1e4), "partial_rotary_factor": record.get("rotary_pct", 0.25)}
-    theta, scaling, share = _rope(record, **old)
+    theta, scaling, fraction = _rope(record, **old)
     bias = record.get("attention_bias", True)
     return DecoderConfig(
         record["vocab_size"], record["max_position_embeddings"], width, record["num_hidden_layers"], heads,
         norm_epsilon=record.get("layer_norm_eps", 1e-5), mlp_width=record["intermediate_size"], positions="rotary",
-        rotary_width=int(width // heads * share), rope_theta=theta, rope_scaling=scaling,
+        rotary_width=int(width // heads * fraction), rope_theta=theta, rope_scaling=scaling,
         activation=_activation(record, "hidden_act", "gelu"), qkv_bias=bias, out_bias=bias,
         parallel_residual=record.get("use_parallel_residual", True),
         tied_head=record.get("tie_word_embeddings", False),
@@ -203,9 +205,9 @@ def _neox(record: Record) -> DecoderConfig:
 
 def _llama_like(record: Record, qkv_bias: bool, out_bias: bool, mlp_bias: bool, **shape: Any) -> DecoderConfig:
     old = {"rope_theta": record.get("rope_theta", 1e4), "partial_rotary_factor": record.get("partial_rotary_factor", 1)}
-    theta, scaling, share = _rope(record, **old)
-    if share != 1:
-        raise ValueError(f"partial_rotary_factor = {share} is not supported in this architecture.")
+    theta, scaling, fraction = _rope(record, **old)
+    if fraction != 1:
+        raise ValueError(f"partial_rotary_factor = {fraction} is not supported in this architecture.")
     return DecoderConfig(
         record["vocab_size"], record["max_position_embeddings"], record["hidden_size"], record["num_hidden_layers"],
         record["num_attention_heads"], norm_epsilon=record.get("rms_norm_eps", 1e-6), norm="rms",

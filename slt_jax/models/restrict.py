@@ -1,12 +1,12 @@
-"""Parts of a decoder by name: which weights of a checkpoint move, for refined LLCs.
+"""Posteriors restricted to a named part of a decoder: its weights move, all others are frozen (weight-refined LLCs).
 
-Names: ``layer 3``, ``layer 3 head 5``, ``attention``, ``layer 3 mlp``, ``embedding``, ``unembedding``, ``norms``; with
-commas between them, a union. All restrictions of one shape, such as every head of a model, share one compiled program:
-the chosen slices are an argument of the loss, and so is where they go.
+Names: ``layer 3``, ``layer 3 head 5``, ``attention``, ``layer 3 mlp``, ``embedding``, ``unembedding``, ``norms``, or
+several of them with commas. All restrictions of one shape, such as every head of a model, share one compiled program:
+the chosen slices are an argument of the loss, and so are their indices.
 
-A head is its queries, keys, values and its part of the output, with their biases where they belong to one head. Under
-grouped-query attention the keys and values are those it reads, which the heads of its group share; a union of such
-heads has them once.
+A head consists of its queries, keys, values and its part of the output matrix, with the biases that belong to it alone.
+Under grouped-query attention the heads of a group share keys and values: each head includes them, and a union of such
+heads includes them once.
 """
 
 import functools
@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, PyTree
 
 from slt_jax.posterior.local import LocalPosterior
 from slt_jax.posterior.tree import path_of
 
-PyTree = Any
 Path = tuple[str, ...]
 _TERM = re.compile(
     r"(?:layer (?P<layer>\d+))?\s*(?:head (?P<head>\d+)|(?P<part>attention|mlp|norms|embedding|unembedding))?"
@@ -32,7 +32,7 @@ EXAMPLES = "'layer 3', 'layer 3 head 5', 'attention', 'layer 3 mlp', 'embedding'
 
 
 class Where(NamedTuple):
-    """What of one leaf is chosen: all of it, or slices. ``layers`` and ``heads`` are sorted, without repetition."""
+    """The chosen part of one leaf: the whole leaf, or slices. ``layers`` and ``heads`` are sorted and unique."""
 
     whole: bool = False
     layers: tuple[int, ...] = ()
@@ -40,7 +40,7 @@ class Where(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """The part of a restriction that a compiled program depends on: how many slices of which leaf, not which ones."""
+    """What a compiled program depends on: the leaf that is sliced and the kind of slices, but not their indices."""
 
     path: Path
     kind: str  # whole, layers, heads
@@ -51,25 +51,25 @@ def restricted(posterior: LocalPosterior, name: str) -> LocalPosterior:
     """The same posterior with only the named weights of its decoder free.
 
     Args:
-        posterior: whose ``center`` is a decoder's parameters (``slt_jax.models.Decoder``), without a mask.
-        name: see the module.
+        posterior: its ``center`` is the parameters of a ``slt_jax.models.Decoder``; it has no mask.
+        name: a part of the decoder, or several with commas, e.g. ``"layer 3 head 5"``; see the module.
 
     Raises:
-        ValueError: a name that is not understood, or a layer, head or part that this decoder does not have.
+        ValueError: an unknown name; a layer, head or part that this decoder does not have; or a posterior with a mask.
     """
     if posterior.mask is not None:
         raise ValueError("the posterior has a mask already. Restrict it by name or by mask, not both.")
     chosen = choose(posterior.center, name)
-    shapes, parts, at = [], [], []
+    shapes, parts, indices = [], [], []
     leaves = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(posterior.center)}
     for path, where in chosen.items():
         axis = _HEAD_AXIS.get(path[-1], 0)
         for kind, index in _indices(where):
             shapes.append(Shape(path, kind, axis))
-            at.append(index)
+            indices.append(index)
             parts.append(_take(leaves[path], kind, axis, index))
     loss_fn = _loss(posterior.loss_fn, tuple(shapes))
-    center = {"part": parts, "at": at, "rest": posterior.center}
+    center = {"part": parts, "at": indices, "rest": posterior.center}
     return replace(posterior, loss_fn=loss_fn, center=center, mask=lambda path: path[0] == "part")
 
 
@@ -80,13 +80,17 @@ def head_names(params: PyTree) -> list[str]:
 
 
 def choose(params: PyTree, name: str) -> dict[Path, Where]:
-    """Leaves by path, and what of each the name covers. Raises ValueError."""
+    """The chosen part of each leaf that ``name`` covers, by path.
+
+    Raises:
+        ValueError: an unknown name, or a layer, head or part that this decoder does not have.
+    """
     shapes = _paths(params)
-    found: dict[Path, list[Where]] = {}
+    chosen: dict[Path, list[Where]] = {}
     for term in name.split(","):
         for path, where in _term(shapes, term.strip()).items():
-            found.setdefault(path, []).append(where)
-    return {path: _union(found[path]) for path in shapes if path in found}
+            chosen.setdefault(path, []).append(where)
+    return {path: _union(chosen[path]) for path in shapes if path in chosen}
 
 
 def _paths(params: PyTree) -> dict[Path, tuple[int, ...]]:
@@ -119,14 +123,14 @@ def _term(shapes: dict[Path, tuple[int, ...]], term: str) -> dict[Path, Where]:
             raise ValueError(f"{term!r} needs a layer: 'layer 0 {term}'.")
         if int(head) >= heads:
             raise ValueError(f"{term!r}: each layer has heads 0 to {heads - 1}.")
-        own = {name: int(head) // (shared if name[0] in "kv" else 1) for name in _HEAD_AXIS}
+        index = {name: int(head) // (shared if name[0] in "kv" else 1) for name in _HEAD_AXIS}
         paths = {name: ("blocks", "attention", name) for name in _HEAD_AXIS}
-        return {p: Where(heads=((int(layer), own[name]),)) for name, p in paths.items() if p in shapes}
+        return {p: Where(heads=((int(layer), index[name]),)) for name, p in paths.items() if p in shapes}
     if layer is not None and part in ("embedding", "unembedding"):
         raise ValueError(f"{term!r}: the {part} belongs to no layer. Write {part!r}.")
     paths = [path for path in shapes if _covers(path, part, layer is not None)]
     if not paths:
-        raise ValueError(f"{term!r}: this decoder has none; its head is tied to the embedding.")
+        raise ValueError(f"{term!r}: this decoder has no unembedding of its own; it is tied to the embedding.")
     return {path: Where(whole=True) if layer is None else Where(layers=(int(layer),)) for path in paths}
 
 
@@ -140,47 +144,51 @@ def _covers(path: Path, part: str | None, one_layer: bool) -> bool:
     )
 
 
-def _union(found: list[Where]) -> Where:
-    """What is chosen twice counts once: the whole takes in its layers, a layer its heads."""
-    if any(where.whole for where in found):
+def _union(parts: list[Where]) -> Where:
+    """The union of parts of one leaf. The whole leaf contains its layers, and a layer its heads."""
+    if any(where.whole for where in parts):
         return Where(whole=True)
-    layers = sorted({layer for where in found for layer in where.layers})
-    heads = sorted({pair for where in found for pair in where.heads if pair[0] not in layers})
+    layers = sorted({layer for where in parts for layer in where.layers})
+    heads = sorted({pair for where in parts for pair in where.heads if pair[0] not in layers})
     return Where(False, tuple(layers), tuple(heads))
 
 
 def _indices(where: Where) -> list[tuple[str, np.ndarray]]:
     if where.whole:
         return [("whole", np.zeros(0, np.int32))]
-    found = [("layers", np.asarray(where.layers, np.int32)), ("heads", np.asarray(where.heads, np.int32))]
-    return [(kind, index) for kind, index in found if len(index)]
+    by_kind = [("layers", np.asarray(where.layers, np.int32)), ("heads", np.asarray(where.heads, np.int32))]
+    return [(kind, index) for kind, index in by_kind if len(index)]
 
 
-def _place(kind: str, axis: int, index: Any) -> Any:
+def _index_expression(kind: str, axis: int, index: Any) -> Any:
+    """What goes between the brackets of an array for the layers or (layer, head) pairs ``index``."""
     if kind == "layers":
         return index
     layer, head = index[:, 0], index[:, 1]
     return (layer, head) if axis == 1 else (layer, slice(None), head)
 
 
-def _take(leaf: jax.Array, kind: str, axis: int, index: np.ndarray) -> jax.Array:
-    return leaf if kind == "whole" else jnp.asarray(leaf)[_place(kind, axis, index)]
+def _take(leaf: Array, kind: str, axis: int, index: np.ndarray) -> Array:
+    return leaf if kind == "whole" else jnp.asarray(leaf)[_index_expression(kind, axis, index)]
 
 
 @functools.lru_cache(maxsize=64)
 def _loss(loss_fn: Callable, shapes: tuple[Shape, ...]) -> Callable:
     """One function for all restrictions of these shapes, so that they compile once."""
 
-    def restricted_loss(params: dict, batch: PyTree) -> jax.Array:
-        chosen: dict[Path, list[tuple]] = {}
-        for shape, part, at in zip(shapes, params["part"], params["at"], strict=True):
-            chosen.setdefault(shape.path, []).append((shape, part, at))
+    def restricted_loss(params: dict[str, Any], batch: PyTree) -> Array:
+        chosen: dict[Path, list[tuple[Shape, Array, Array]]] = {}
+        for shape, part, index in zip(shapes, params["part"], params["at"], strict=True):
+            chosen.setdefault(shape.path, []).append((shape, part, index))
 
-        def filled(path: tuple, leaf: jax.Array) -> jax.Array:
-            for (_, kind, axis), part, at in chosen.get(path_of(path), []):
-                leaf = part if kind == "whole" else leaf.at[_place(kind, axis, at)].set(part, unique_indices=True)
+        def with_parts(path: tuple[Any, ...], leaf: Array) -> Array:
+            for (_, kind, axis), part, index in chosen.get(path_of(path), []):
+                if kind == "whole":
+                    leaf = part
+                else:
+                    leaf = leaf.at[_index_expression(kind, axis, index)].set(part, unique_indices=True)
             return leaf
 
-        return loss_fn(jax.tree_util.tree_map_with_path(filled, params["rest"]), batch)
+        return loss_fn(jax.tree_util.tree_map_with_path(with_parts, params["rest"]), batch)
 
     return restricted_loss

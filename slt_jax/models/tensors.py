@@ -1,4 +1,4 @@
-"""What tensors a folder's safetensors files hold, read from their headers."""
+"""The tensors in a folder's safetensors files, from their headers."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,10 @@ _INDEX = "model.safetensors.index.json"
 
 
 class Tensor(NamedTuple):
-    """One tensor of a checkpoint. A file is mapped only while ``read`` runs: its pages count as resident memory."""
+    """One tensor of a checkpoint.
+
+    The file is mapped into memory only while ``read`` runs, since the pages of a mapped file count as resident memory.
+    """
 
     file: Path
     name: str
@@ -19,6 +22,7 @@ class Tensor(NamedTuple):
     dtype: str
 
     def read(self, *index: slice) -> np.ndarray:
+        """The part of the tensor at these slices, one for each dimension."""
         with safe_open(self.file, "np") as opened:
             return opened.get_slice(self.name)[index]
 
@@ -28,22 +32,21 @@ def list_tensors(folder: Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: no safetensors file, or one that the index names is missing.
-        ValueError: a file is truncated or foreign, is not in the index, or holds what another one or the index
-            contradicts.
+        ValueError: a file is truncated or foreign; a tensor is in two files; or the index and the files differ.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         others = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".h5", ".msgpack"))
         raise FileNotFoundError(f"{folder} has no .safetensors file, but {', '.join(others) or 'no weights'}.")
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for file in files:
         for tensor in _tensors_of(file):
-            if tensor.name in found:
-                raise ValueError(f"tensor '{tensor.name}' is in {found[tensor.name].file} and in {file.name}.")
-            found[tensor.name] = tensor
+            if tensor.name in tensors:
+                raise ValueError(f"tensor '{tensor.name}' is in {tensors[tensor.name].file} and in {file.name}.")
+            tensors[tensor.name] = tensor
     if (folder / _INDEX).is_file():
-        _check_index(folder / _INDEX, found)
-    return found
+        _check_index(folder / _INDEX, tensors)
+    return tensors
 
 
 def _tensors_of(file: Path) -> list[Tensor]:
@@ -55,15 +58,15 @@ def _tensors_of(file: Path) -> list[Tensor]:
         raise ValueError(f"{file} is truncated or not a safetensors file: {error}") from error
 
 
-def _check_index(index: Path, found: dict[str, Tensor]) -> None:
+def _check_index(index: Path, tensors: dict[str, Tensor]) -> None:
     try:
-        wanted = dict(json.loads(index.read_text())["weight_map"])
+        file_names = dict(json.loads(index.read_text())["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index} is truncated or foreign: {error!r}.") from error
-    for file in sorted(set(wanted.values())):
+    for file in sorted(set(file_names.values())):
         if not (index.parent / file).is_file():
             raise FileNotFoundError(f"{index} names {file}, which is not in the folder.")
-    for name in sorted(wanted.keys() | found.keys()):
-        where = found[name].file.name if name in found else None
-        if wanted.get(name) != where:
-            raise ValueError(f"tensor '{name}' is in {where or 'no file'}; {index} says {wanted.get(name, 'none')}.")
+    for name in sorted(file_names.keys() | tensors.keys()):
+        actual, indexed = tensors[name].file.name if name in tensors else None, file_names.get(name)
+        if indexed != actual:
+            raise ValueError(f"tensor '{name}' is in {actual or 'no file'}; {index} says {indexed or 'none'}.")

@@ -1,6 +1,6 @@
-"""Tensors in safetensors files as a decoder's arrays, without a second copy of them on the host.
+"""Tensors in safetensors files as a decoder's arrays, without a second copy of them in the host's memory.
 
-A parameter's array is filled piece by piece; a piece is at most ``PIECE_BYTES``, or one layer's.
+The array of a parameter is filled in pieces. A piece has at most ``PIECE_BYTES``, or is the tensor of one layer.
 """
 
 import math
@@ -17,7 +17,7 @@ from slt_jax.models.tensors import Tensor
 
 PIECE_BYTES = 32 * 2**20
 _FLOATS = ("F16", "BF16", "F32", "F64")
-# A parameter's axes in its array, after the layer axis of a block's.
+# The axes of a parameter's array; a block's parameters have a layer axis before them.
 _AXES = {
     "embedding/tokens": "vocab width", "embedding/positions": "context width", "head": "vocab width",
     "blocks/attention/q": "width heads head_width", "blocks/attention/q_bias": "heads head_width",
@@ -30,41 +30,47 @@ _AXES = {
 
 
 class Plan(NamedTuple):
-    """Where each parameter of a decoder comes from: for each, its source and the tensors, one for each layer."""
+    """The source of each parameter of a decoder, by path, and its tensors: one, or one for each layer."""
 
     sizes: dict[str, int]
     parameters: dict[str, tuple[Source, list[Tensor]]]
 
     def axes(self, path: str) -> list[str]:
-        """Names of the array's axes."""
+        """Names of the axes of the parameter's array."""
         layer = ["layer"] if path.startswith("blocks/") else []
         return layer + _AXES.get(path, "width").split()
 
     def shape(self, path: str) -> tuple[int, ...]:
+        """The shape of the parameter's array."""
         return tuple(self.sizes[axis] for axis in self.axes(path))
 
     def sharding(self, path: str, mesh: Mesh | None) -> Sharding:
-        """Without a mesh this process's first device; else cut over ``model`` along the first axis that it divides."""
+        """Sharded over the mesh's ``model`` axis along the first axis that its size divides.
+
+        Without a mesh, everything is on the first device of this process.
+        """
         if mesh is None:
             return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         axes = self.axes(path)
-        wide = ("vocab", "heads", "kv_heads", "mlp") + (("width",) if set(axes) - {"layer", "width"} else ())
+        candidates = ("vocab", "heads", "kv_heads", "mlp") + (("width",) if set(axes) - {"layer", "width"} else ())
         parts = mesh.shape.get("model", 1)
-        cut = next((axis for axis in wide if axis in axes and parts > 1 and self.sizes[axis] % parts == 0), None)
-        return NamedSharding(mesh, PartitionSpec(*("model" if axis == cut else None for axis in axes)))
+        divisible = (axis for axis in candidates if axis in axes and parts > 1 and self.sizes[axis] % parts == 0)
+        sharded = next(divisible, None)
+        return NamedSharding(mesh, PartitionSpec(*("model" if axis == sharded else None for axis in axes)))
 
     def array(self, path: str, mesh: Mesh | None) -> jax.Array:
-        """The parameter in float32; each device's part is read by itself."""
+        """The parameter in float32. Each device's part is read separately."""
         shape = self.shape(path)
 
-        def part(index: tuple[slice, ...] | None) -> np.ndarray:
-            whole = (slice(None),) * len(shape)
-            cuts = (slice(*cut.indices(size)[:2]) for cut, size in zip(index or whole, shape, strict=True))
-            return self._filled(path, dict(zip(self.axes(path), cuts, strict=True)))
+        def read_part(index: tuple[slice, ...] | None) -> np.ndarray:
+            everything = (slice(None),) * len(shape)
+            cuts = (slice(*cut.indices(size)[:2]) for cut, size in zip(index or everything, shape, strict=True))
+            return self._read(path, dict(zip(self.axes(path), cuts, strict=True)))
 
-        return jax.make_array_from_callback(shape, self.sharding(path, mesh), part)
+        return jax.make_array_from_callback(shape, self.sharding(path, mesh), read_part)
 
-    def _filled(self, path: str, cuts: dict[str, slice]) -> np.ndarray:
+    def _read(self, path: str, cuts: dict[str, slice]) -> np.ndarray:
+        """The part of a parameter with the range ``cuts[axis]`` of each axis."""
         (source, tensors), axes = self.parameters[path], self.axes(path)
         out = _aligned(tuple(cuts[axis].stop - cuts[axis].start for axis in axes))
         if "layer" not in cuts:
@@ -80,9 +86,12 @@ class Plan(NamedTuple):
 def make_plan(config: DecoderConfig, layout: Layout, paths: list[str], tensors: dict[str, Tensor], where: str) -> Plan:
     """Match the parameters ``paths`` of the decoder with the checkpoint's tensors, one to one.
 
+    Args:
+        where: the checkpoint, for messages.
+
     Raises:
-        ValueError: naming the tensors that are missing, unknown, of another shape or type, or an output head that is
-            told to be the embedding and is not.
+        ValueError: tensors that are missing, unknown, or of another shape or type; or an output head that differs from
+            the embedding although config.json ties them. The message names the tensors.
     """
     sizes = {
         "vocab": config.vocab_size, "context": config.context_length, "width": config.width, "layer": config.num_layers,
@@ -100,16 +109,16 @@ def make_plan(config: DecoderConfig, layout: Layout, paths: list[str], tensors: 
         missing += [name for name in names if name not in named]
         plan.parameters[path] = (source, [named[name] for name in names if name in named])
     _refuse_names(f"{where}: tensors missing", missing)
-    used = {tensor.name for _, own in plan.parameters.values() for tensor in own}
-    spare = {name: tensor for name, tensor in named.items() if tensor.name not in used}
-    unknown = [t.name for name, t in spare.items() if name not in heads and not layout.is_buffer(name)]
+    used = {tensor.name for _, matched in plan.parameters.values() for tensor in matched}
+    unused = {name: tensor for name, tensor in named.items() if tensor.name not in used}
+    unknown = [t.name for name, t in unused.items() if name not in heads and not layout.is_buffer(name)]
     _refuse_names(f"{where}: tensors that config.json leaves no place for", unknown)
-    for source, own in plan.parameters.values():
-        for tensor in own:
+    for source, matched in plan.parameters.values():
+        for tensor in matched:
             _check_tensor(tensor, source, sizes)
     reference = "embedding/tokens" if config.tied_head else "head"
     for name in heads:
-        if name in spare:
+        if name in unused:
             _check_equal(named[name], plan.parameters[reference][1][0])
     return plan
 
@@ -124,10 +133,10 @@ def _without_prefix(tensors: dict[str, Tensor], prefix: str, where: str) -> dict
     return named
 
 
-def _refuse_names(sentence: str, names: list[str]) -> None:
+def _refuse_names(message: str, names: list[str]) -> None:
     if names:
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        raise ValueError(f"{sentence}: {', '.join(names[:4])}{more}.")
+        raise ValueError(f"{message}: {', '.join(names[:4])}{more}.")
 
 
 def _groups(source: Source) -> list[list[str]]:
@@ -157,12 +166,12 @@ def _check_tensor(tensor: Tensor, source: Source, sizes: dict[str, int]) -> None
 
 
 def _check_equal(head: Tensor, reference: Tensor) -> None:
-    sentence = f"{head.file}: '{head.name}' should repeat '{reference.name}'"
+    message = f"{head.file}: '{head.name}' should repeat '{reference.name}'"
     if head.shape != reference.shape:
-        raise ValueError(f"{sentence}, and has shape {head.shape}, not {reference.shape}.")
+        raise ValueError(f"{message}, and has shape {head.shape}, not {reference.shape}.")
     for rows in _row_cuts(slice(0, head.shape[0]), head):
         if not np.array_equal(head.read(rows), reference.read(rows)):
-            raise ValueError(f"{sentence} (config.json ties them), and differs in rows {rows.start} to {rows.stop}.")
+            raise ValueError(f"{message} (config.json ties them), and differs in rows {rows.start} to {rows.stop}.")
 
 
 def _row_cuts(rows: slice, tensor: Tensor) -> Iterator[slice]:
@@ -174,7 +183,7 @@ def _row_cuts(rows: slice, tensor: Tensor) -> Iterator[slice]:
 def _pieces(
     source: Source, tensor: Tensor, axes: list[str], cuts: dict[str, slice], sizes: dict[str, int]
 ) -> Iterator[tuple[slice, np.ndarray]]:
-    """The part ``cuts`` of a parameter in pieces: (rows of its own first axis, the values)."""
+    """The part ``cuts`` of a parameter in pieces: (range of rows within the part, values)."""
     first = axes[0]
     if _groups(source)[0] != [first]:
         yield slice(None), _piece(source, tensor, axes, cuts, sizes)
@@ -187,14 +196,14 @@ def _pieces(
 def _piece(
     source: Source, tensor: Tensor, axes: list[str], cuts: dict[str, slice], sizes: dict[str, int]
 ) -> np.ndarray:
-    """Read the part ``cuts`` from the file, and turn it into the order ``axes``."""
+    """Read the part ``cuts`` from the file, with its axes in the order ``axes``."""
     ranges, shape, inner, names = [], [], [], []
     for group in _groups(source):
-        start, stop, whole = 0, math.prod(_size(axis, sizes) for axis in group), False
+        start, stop, sliced = 0, math.prod(_size(axis, sizes) for axis in group), False
         for axis in group:
             size = _size(axis, sizes)
             cut = slice(source.part, source.part + 1) if axis.isdigit() else cuts[axis]
-            if whole:  # not contiguous any more: read all of the axis, and cut afterwards
+            if sliced:  # no longer contiguous: read the complete axis, and cut afterwards
                 shape.append(size)
                 inner.append(cut)
             else:
@@ -202,7 +211,7 @@ def _piece(
                 start, stop = start + cut.start * step, start + cut.stop * step
                 shape.append(cut.stop - cut.start)
                 inner.append(slice(None))
-                whole = cut.stop - cut.start > 1
+                sliced = cut.stop - cut.start > 1
             names.append(axis)
         ranges.append(slice(start, stop))
     values = tensor.read(*ranges).reshape(shape)[tuple(inner)]
@@ -212,7 +221,7 @@ def _piece(
 
 
 def _aligned(shape: tuple[int, ...]) -> np.ndarray:
-    """Float32 at a multiple of 64 bytes, which a CPU device takes over without a copy."""
+    """An empty float32 array at a multiple of 64 bytes, which JAX can use on a CPU without a copy."""
     size = 4 * math.prod(shape)
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64

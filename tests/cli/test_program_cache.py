@@ -40,7 +40,7 @@ def test_where_and_how_much_is_kept(untold):
     assert folder.parent == untold / "slt-jax" / "programs"
     assert folder.is_dir()
     told = [getattr(jax.config, name) for name in SETTINGS]
-    assert told == [str(folder), programs.MOST_BYTES, programs.LEAST_SECONDS, True]
+    assert told == [str(folder), programs.MAX_BYTES, programs.MIN_SECONDS, True]
 
 
 def test_without_a_cache_folder_of_its_own_it_is_the_home_s(untold, monkeypatch):

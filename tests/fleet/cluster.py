@@ -91,7 +91,7 @@ def cluster(tmp_path, monkeypatch):
     """In this process, the jobs' variables and short waits."""
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "local")
     monkeypatch.setenv("SUBMITIT_LOCAL_GLOBALID", "0")
-    monkeypatch.setattr(fleet, "_POLL", 0.001)
+    monkeypatch.setattr(fleet, "POLL_SECONDS", 0.001)
     monkeypatch.setattr(fleet_jobs, "PATIENCE", 0.05)
     monkeypatch.setattr(fleet_jobs.faulthandler, "enable", lambda: None)  # pytest has it
     monkeypatch.setattr(fleet_jobs, "write_file", kept_if_alive)

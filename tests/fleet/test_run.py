@@ -45,7 +45,7 @@ def errand(case):
 def stopped(call, look):
     """``call`` is interrupted by what ``look`` raises in place of a look at the jobs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fleet_jobs.Desk, "look", look)
+        patch.setattr(fleet_jobs.JobQueue, "collect", look)
         with pytest.raises(KeyboardInterrupt):
             call()
 
@@ -87,7 +87,7 @@ def test_processes_that_are_interrupted_die_raise_and_succeed(tmp_path, capfd):
     assert done.dataset["attempts"].values.tolist() == [1, 2, 1]
     assert done.dataset["failed"].values.tolist() == [True, False, False]
     told = capfd.readouterr().err
-    assert "dies: attempt 1 failed, another follows: ended without a result or an exception: killed" in told
+    assert "dies: attempt 1 failed, retrying: ended without a result or an exception: killed" in told
     assert f"dies: LLC {done.results['dies'].llc:.4g} ±" in told
     assert told.count("[3 of 3]") == 1
     for log in (folder / "logs").glob("*.out"):  # no zombies: every process was waited for
@@ -199,14 +199,14 @@ def test_jobs_that_a_cluster_still_has_are_waited_for(tmp_path, cluster, monkeyp
     stopped(lambda: run_fleet(result, cases, folder, executor=cluster), interrupt)
     lost, kept = cluster.waiting[0], cluster.waiting[1:]
     Cluster.state[lost[0].job_id] = "NODE_FAIL"
-    cluster.waiting, looks, look = kept, [], fleet_jobs.Desk.look
+    cluster.waiting, looks, look = kept, [], fleet_jobs.JobQueue.collect
 
     def later(self, retries):
         looks.append(sorted(self.running))
         cluster.run()
         look(self, retries)
 
-    monkeypatch.setattr(fleet_jobs.Desk, "look", later)
+    monkeypatch.setattr(fleet_jobs.JobQueue, "collect", later)
     done = run_fleet(result, cases, folder, executor=cluster, progress=True)
     assert list(done.results) == ["one", "two", "three"]
     assert cluster.arrays == [["one", "two", "three"], ["one"]]
@@ -219,7 +219,7 @@ def test_jobs_that_a_cluster_still_has_are_waited_for(tmp_path, cluster, monkeyp
 def test_files_of_another_machine_may_come_late(tmp_path, cluster, monkeypatch):
     """Kills: a result that a shared disk shows a moment after the job has ended counted as a death."""
     monkeypatch.setattr(fleet_jobs, "PATIENCE", 30)
-    folder, aside, looks, look = tmp_path / "fleet", tmp_path / "aside", [], fleet_jobs.Desk.look
+    folder, aside, looks, look = tmp_path / "fleet", tmp_path / "aside", [], fleet_jobs.JobQueue.collect
 
     def late(self, retries):
         looks.append(len(self.running))
@@ -229,13 +229,13 @@ def test_files_of_another_machine_may_come_late(tmp_path, cluster, monkeypatch):
             shutil.move(aside, folder)
         look(self, retries)
 
-    monkeypatch.setattr(fleet_jobs.Desk, "look", late)
+    monkeypatch.setattr(fleet_jobs.JobQueue, "collect", late)
     assert list(run_fleet(result, {"job": 1}, tmp_path / "fleet", executor=cluster, retries=0).results) == ["job"]
     assert looks == [1, 1, 1]
 
 
 def test_no_more_than_parallel_are_in_the_queue(tmp_path, cluster, monkeypatch):
-    cluster.held, look = True, fleet_jobs.Desk.look
+    cluster.held, look = True, fleet_jobs.JobQueue.collect
 
     def one_ends(self, retries):
         cluster.waiting, rest = cluster.waiting[:1], cluster.waiting[1:]
@@ -243,7 +243,7 @@ def test_no_more_than_parallel_are_in_the_queue(tmp_path, cluster, monkeypatch):
         cluster.waiting = rest
         look(self, retries)
 
-    monkeypatch.setattr(fleet_jobs.Desk, "look", one_ends)
+    monkeypatch.setattr(fleet_jobs.JobQueue, "collect", one_ends)
     done = run_fleet(result, {str(i): i for i in range(5)}, tmp_path / "fleet", executor=cluster, parallel=2)
     assert len(done.results) == 5
     assert cluster.arrays == [["0", "1"], ["2"], ["3"], ["4"]]
@@ -263,7 +263,7 @@ def test_of_two_processes_with_one_job_the_second_waits_and_takes_what_is_there(
         return result(2)
 
     second = threading.Thread(target=fleet_jobs.work, args=(cloudpickle.dumps((never, 0)), tmp_path, "job", 1))
-    with fleet_jobs._alone(tmp_path / "jobs" / "job.lock"):
+    with fleet_jobs.exclusive(tmp_path / "jobs" / "job.lock"):
         second.start()
         second.join(0.2)
         assert second.is_alive()

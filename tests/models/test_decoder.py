@@ -12,7 +12,7 @@ from flax import nnx
 
 import slt_jax as slt
 from slt_jax.models import Decoder, DecoderConfig, RopeScaling, decoder
-from slt_jax.models.attention import _device_attention, causal_attention, rotary_frequencies, rotary_table, rotate
+from slt_jax.models.attention import causal_attention, device_attention, rotary_frequencies, rotary_table, rotate
 from tests.models import decoder_reference as reference
 
 CONFIG = DecoderConfig(vocab_size=37, context_length=12, width=24, num_layers=2, num_heads=3)
@@ -180,7 +180,7 @@ def test_attention_is_jax_own(kv_heads):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_device_without_cudnn_takes_the_plain_kernel(dtype):
     q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 5, 2, 8), dtype)
-    own = jax.jit(functools.partial(_device_attention, scale=0.2))(q, k, v)
+    own = jax.jit(functools.partial(device_attention, scale=0.2))(q, k, v)
     np.testing.assert_allclose(own, causal_attention(q, k, v, 0.2), rtol=1e-5 if dtype == jnp.float32 else 0.1)
 
 
@@ -239,7 +239,7 @@ def test_losses_do_not_depend_on_how_the_logits_are_made(monkeypatch):
     # a new function each time: jit would keep the first program
     run = lambda rows: jax.jit(jax.value_and_grad(lambda p: loss_fn(p, rows).mean()))(params)  # noqa: E731
     plain, losses = run(tokens[:2]), jax.jit(lambda p: loss_fn(p, tokens))(params)
-    monkeypatch.setattr(decoder, "_MANY_LOGITS", 0)
+    monkeypatch.setattr(decoder, "MANY_LOGITS", 0)
     for a, b in zip(*map(jax.tree.leaves, (run(tokens[:2]), plain)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(jax.jit(lambda p: loss_fn(p, tokens))(params), losses, rtol=1e-5)

@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 from slt_jax.models import Decoder
-from slt_jax.models.decoder import _ACTIVATIONS
+from slt_jax.models.decoder import ACTIVATIONS
 from slt_jax.models.hub import load_pretrained
-from slt_jax.models.layouts import _ACTIVATIONS as ACTIVATION_NAMES
+from slt_jax.models.layouts import ACTIVATION_NAMES
 
 torch = pytest.importorskip("torch", reason="needs the extra 'parity'")
 transformers = pytest.importorskip("transformers", reason="needs the extra 'parity'")
@@ -124,7 +124,7 @@ def test_activation_names():
     x = np.linspace(-4, 4, 101, dtype=np.float32)
     for name, own in ACTIVATION_NAMES.items():
         want = ACT2FN[name](torch.tensor(x)).numpy()
-        np.testing.assert_allclose(_ACTIVATIONS[own](x), want, rtol=1e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(ACTIVATIONS[own](x), want, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 OLD = {
