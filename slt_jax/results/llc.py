@@ -18,7 +18,7 @@ from slt_jax.diagnostics.series import Rise, ess_and_rhat, rise_of, standard_err
 from slt_jax.diagnostics.verdict import Health, assess
 from slt_jax.engine.trace import Trace
 from slt_jax.results.other_data import READINGS, Reading
-from slt_jax.results.record import RunRecord
+from slt_jax.results.record import CostRecord, RunRecord
 from slt_jax.results.storage import RESULT, digest, load, write
 from slt_jax.results.text import estimate_text
 from slt_jax.samplers import theory_of
@@ -90,10 +90,11 @@ class LLCResult:
     @functools.cached_property
     def also(self) -> dict[str, Reading]:
         """What the further data sets read at the same draws, by name."""
-        return {
-            name: Reading(*np.moveaxis(self.traces.also[self.kept_chains, :, k], -1, 0), self.settings.nbeta)
-            for k, name in enumerate(self.other_names)
-        }
+        return {name: self._other(k) for k, name in enumerate(self.other_names)}
+
+    def _other(self, k: int) -> Reading:
+        loss, baseline, gap_var = np.moveaxis(self.traces.also[self.kept_chains, :, k], -1, 0)
+        return Reading(loss, baseline, gap_var, self.settings.nbeta)
 
     @functools.cached_property
     def bias(self) -> Bias:
@@ -351,14 +352,15 @@ def _shortened(mean_time: float) -> str:
     return f", steps shortened to {mean_time:.1%} of their time on average" if mean_time < 0.9995 else ""
 
 
-def _cost_line(cost: dict[str, Any], predicted: int | None) -> str:
-    if not cost:
+def _cost_line(cost: CostRecord, predicted: int | None) -> str:
+    if (seconds := cost.get("seconds")) is None:
         return ""
-    speed = "" if cost["steps_per_s"] is None else f", {cost['steps_per_s']:,.4g} steps/s over all chains"
-    peaks = {"device_peak_mib": "of a device", "process_peak_mib": "of the process"}
-    memory = [f"; peak memory {of} {cost[name]:,} MiB" for name, of in peaks.items() if cost.get(name)]
+    rate = cost.get("steps_per_s")
+    speed = "" if rate is None else f", {rate:,.4g} steps/s over all chains"
+    peaks = {"of a device": cost.get("device_peak_mib"), "of the process": cost.get("process_peak_mib")}
+    memory = [f"; peak memory {of} {size:,} MiB" for of, size in peaks.items() if size]
     estimate = f" ({predicted:,} predicted)" if memory and predicted else ""
-    return f"\nTook {cost['seconds']:.3g} s{speed}{''.join(memory)}{estimate}."
+    return f"\nTook {seconds:.3g} s{speed}{''.join(memory)}{estimate}."
 
 
 def load_result(path: str | os.PathLike) -> LLCResult:
@@ -390,10 +392,10 @@ def _by_data_set(also: Any) -> list[np.ndarray]:
 
 def _of_tree(tree: "xr.DataTree") -> LLCResult:
     settings, stopped, notes = (json.loads(tree.attrs[name]) for name in ("settings", "stopped", "notes"))
-    warm = tree["warmup_sample_stats"]["loss"].values
+    warm = tree["warmup_sample_stats"].to_dataset()["loss"].values
     also, names = (), ()
     if "also_sample_stats" in tree:
-        group = tree["also_sample_stats"]
+        group = tree["also_sample_stats"].to_dataset()
         also = np.moveaxis(np.stack([group[name].values for name in READINGS], axis=-1), 0, 2)
         names = tuple(str(name) for name in group["data_set"].values)
     traces = read_traces(tree["sample_stats"], [warm, *_by_data_set(also)], tree.attrs["sha256"])

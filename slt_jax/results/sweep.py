@@ -149,8 +149,9 @@ def load_sweep(path: str | os.PathLike) -> Sweep:
 
 
 def _of_tree(tree: "xr.DataTree") -> Sweep:
-    axes = {name: np.asarray(tree[name].values, float) for name in AXES}
-    control = np.stack([tree["control"].values, tree["control_stderr"].values], -1)
+    root = tree.to_dataset()
+    axes = {name: np.asarray(root[name].values, float) for name in AXES}
+    control = np.stack([root["control"].values, root["control_stderr"].values], -1)
     results = unstack(tree, len(AXES))
     return Sweep(axes, results, control)
 

@@ -27,8 +27,8 @@ LossAndGrad = Callable[[Position], tuple[jax.Array, Position]]
 class Factor(NamedTuple):
     """R of one leaf, R R' = P: ``left`` U, ``right`` V (None for the identity), ``scale`` 1 / sqrt(t), as a matrix."""
 
-    left: Any
-    right: Any
+    left: jax.Array | None
+    right: jax.Array | None
     scale: jax.Array
 
 

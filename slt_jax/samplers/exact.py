@@ -33,7 +33,7 @@ def log_density(loss_and_grad: LossAndGrad, center: Position, hyper: Hyper) -> C
     return at
 
 
-Build = Callable[[Callable, Hyper, jax.Array], Any]
+Build = Callable[[Callable, Hyper, Position], Any]
 
 
 def _init(build: Build, position: Position, loss_and_grad: LossAndGrad, hyper: Hyper) -> ExactState:

@@ -82,7 +82,8 @@ def _step(
 
 def _preconditioner(moments: optax.OptState, floor: float) -> Position:
     """P for each weight; 1 before anything was gathered. A correction for the mean's start cancels in the ratio."""
-    second = moments.nu
+    assert isinstance(moments, optax.ScaleByRmsState)
+    second = tuple(jax.tree.leaves(moments.nu))
     mean = sum(jnp.sum(v) for v in second) / dimension(second)
     typical = jnp.sqrt(mean)
     none = mean == 0
