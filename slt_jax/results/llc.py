@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Float, Float64, Int
 
 from slt_jax.diagnostics.bias import Bias, Moments, thermometer
 from slt_jax.diagnostics.evidence import Evidence
@@ -49,7 +50,7 @@ class LLCResult:
     """
 
     traces: Trace
-    warmup_loss: np.ndarray
+    warmup_loss: Float[np.ndarray, "chain step"]
     stopped: dict[int, int]
     settings: RunRecord
     notes: tuple[str, ...] = ()
@@ -57,22 +58,22 @@ class LLCResult:
     theory: Theory | None = None
 
     @property
-    def loss_trace(self) -> np.ndarray:
+    def loss_trace(self) -> Float[np.ndarray, "chain draw"]:
         """L_m(w_t) at the draws, nats per example."""
         return self.traces.loss
 
     @property
-    def baseline_trace(self) -> np.ndarray:
+    def baseline_trace(self) -> Float[np.ndarray, "chain draw"]:
         """The loss at w* that is subtracted from ``loss_trace``, nats per example."""
         return self.traces.baseline
 
     @functools.cached_property
-    def kept_chains(self) -> np.ndarray:
+    def kept_chains(self) -> Int[np.ndarray, " kept"]:
         """Indices of the chains that stayed finite."""
         return np.array([c for c in range(len(self.traces.loss)) if c not in self.stopped], dtype=int)
 
     @functools.cached_property
-    def llc_draws(self) -> np.ndarray:
+    def llc_draws(self) -> Float64[np.ndarray, "kept draw"]:
         """nbeta (L_m(w_t) - L_m(w*)) of the chains that stayed finite, float64."""
         gap = self.traces.loss.astype(np.float64) - self.traces.baseline.astype(np.float64)
         return self.settings.nbeta * gap[self.kept_chains]

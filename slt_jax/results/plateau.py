@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Float
 
 from slt_jax.results.text import estimate_text
 
@@ -148,7 +149,7 @@ def _runs(count: int) -> list[slice]:
     return [slice(a, b) for a in range(count) for b in range(a + 1, count + 1)]
 
 
-def weighted_mean(values: np.ndarray, errors: np.ndarray) -> tuple[float, float, float]:
+def weighted_mean(values: Float[np.ndarray, " n"], errors: Float[np.ndarray, " n"]) -> tuple[float, float, float]:
     """(mean, its standard error, chi^2 per degree of freedom), weighted by 1 / error^2; the error by Birge's ratio."""
     weights = errors**-2.0
     mean = float(np.sum(weights * values) / np.sum(weights))
@@ -156,13 +157,13 @@ def weighted_mean(values: np.ndarray, errors: np.ndarray) -> tuple[float, float,
     return mean, float(np.sum(weights) ** -0.5) * math.sqrt(max(1.0, chi)), chi
 
 
-def weighted_line(x: np.ndarray, y: np.ndarray, errors: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+def weighted_line(
+    x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], errors: Float[np.ndarray, " n"]
+) -> tuple[Float[np.ndarray, "2"], Float[np.ndarray, "2"], float]:
     """((intercept, slope), their standard errors, chi^2 per degree of freedom) of y = intercept + slope x."""
-    basis = np.stack([np.ones_like(x), x], 1) / errors[:, None]
-    covariance = np.linalg.inv(basis.T @ basis)
-    found = covariance @ basis.T @ (y / errors)
-    chi = float(np.sum((y / errors - basis @ found) ** 2)) / max(1, len(x) - 2)
-    return found, np.sqrt(np.diag(covariance)), chi
+    slope_first, covariance = np.polyfit(x, y, 1, w=1 / errors, cov="unscaled")
+    chi = float(np.sum(((y - np.polyval(slope_first, x)) / errors) ** 2)) / max(1, len(x) - 2)
+    return slope_first[::-1], np.sqrt(np.diag(covariance))[::-1], chi
 
 
 def _to_zero_step(row: "xr.Dataset") -> Extrapolation | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Float
 
 from slt_jax.results.llc import LLCResult
 from slt_jax.results.plateau import GridReading, read_grid
@@ -35,7 +36,7 @@ class Sweep:
 
     axes: dict[str, np.ndarray]
     results: tuple[LLCResult, ...]
-    control: np.ndarray
+    control: Float[np.ndarray, "localization 2"]
 
     @property
     def shape(self) -> tuple[int, ...]:

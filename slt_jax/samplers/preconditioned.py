@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Key
 
 from slt_jax._checks import check_positive
 from slt_jax.samplers.base import (
@@ -34,7 +35,7 @@ class PreconditionedState(NamedTuple):
 def _step(
     transform: optax.GradientTransformation,
     floor: float,
-    key: jax.Array,
+    key: Key[Array, ""],
     state: PreconditionedState,
     loss_and_grad: LossAndGrad,
     center: Position,
