@@ -281,7 +281,7 @@ def _boundaries(
     steps: np.ndarray, edges: tuple[int, ...], stages: tuple[Stage, ...], drawn: list[tuple[int, ...]], level: float
 ) -> tuple[Boundary, ...]:
     cuts, found = np.array(edges[1:-1]), []
-    for cut, (before, after) in zip(cuts, itertools.pairwise(stages), strict=True):
+    for cut, (before, after) in zip(cuts.tolist(), itertools.pairwise(stages), strict=True):
         places = [place for resample in drawn for place in _own(cut, cuts, resample[1:-1])]
         low, high = 1, len(steps) - 1
         if places:
