@@ -19,9 +19,9 @@ from slt_jax.diagnostics.series import Rise, ess_and_rhat, rise_of, standard_err
 from slt_jax.diagnostics.verdict import Health, assess
 from slt_jax.engine.trace import Trace
 from slt_jax.results.other_data import READINGS, Reading
-from slt_jax.results.record import CostRecord, RunRecord
+from slt_jax.results.record import RunRecord
 from slt_jax.results.storage import RESULT, digest, load, write
-from slt_jax.results.text import estimate_text
+from slt_jax.results.text import bias_line, cost_line, estimate_text, shortened
 from slt_jax.samplers import theory_of
 from slt_jax.samplers.base import Theory
 
@@ -242,9 +242,9 @@ class LLCResult:
             f"Loss {self.init_loss:.5g} at w*, "
             f"{np.nanmean(self.traces.loss[self.kept_chains]) if len(self.kept_chains) else math.nan:.5g} "
             f"around it (nats per example); {self._signs()}.\n"
-            f"{self._bias_text()}\n"
+            f"{bias_line(self.llc_raw, self.bias)}\n"
             f"{s.sampler} with step_size {s.step_size:.3g}, nbeta {s.nbeta:.4g}, localization "
-            f"{s.localization:.3g}{_shortened(s.mean_time)}; "
+            f"{s.localization:.3g}{shortened(s.mean_time)}; "
             f"{s.num_free:,} weights free, {s.num_warmup} warm-up steps, thinning {s.thinning}, batch "
             f"{s.batch_size} of {s.num_data:,}."
         )
@@ -254,7 +254,7 @@ class LLCResult:
             estimate = estimate_text(other.llc, other.llc_stderr, "+/-")
             text += f"\nOn '{name}': {estimate} (R-hat {other.rhat:.3f}), with loss {other.init_loss:.5g} at w*; "
             text += "compare with the raw estimate."
-        text += _cost_line(s.cost, s.memory.get("total_mib"))
+        text += cost_line(s.cost, s.memory.get("total_mib"))
         if self.stopped:
             where = ", ".join(f"chain {c} at step {t}" for c, t in sorted(self.stopped.items())[:8])
             text += f"\nWent non-finite and left out: {where} ({len(self.stopped)} of {chains})."
@@ -270,15 +270,6 @@ class LLCResult:
         if math.isfinite(h.bracket[1]):
             signs.append(f"{h.bracket[0]:.4g} from w* and {h.bracket[1]:.4g} from hot starts")
         return ", ".join(signs)
-
-    def _bias_text(self) -> str:
-        b = self.bias
-        terms = {"step size": b.step_size, "minibatch noise": b.noise}
-        known = [f"{name} {value:+.2g}" for name, value in terms.items() if math.isfinite(value)]
-        if not known:
-            return f"Raw estimate {self.llc_raw:.4g}; bias unknown: {b.why}."
-        done = f"taken off ({b.why})" if b.applied else f"not taken off: {b.why}" if b.total else "nothing to take off"
-        return f"Raw estimate {self.llc_raw:.4g}; bias: {', '.join(known)}; {done}."
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers, the verdict and the settings, for JSON; NaN becomes None."""
@@ -347,21 +338,6 @@ class LLCResult:
         from slt_jax.report.write import write_report
 
         return write_report(self, path, overwrite=overwrite)
-
-
-def _shortened(mean_time: float) -> str:
-    return f", steps shortened to {mean_time:.1%} of their time on average" if mean_time < 0.9995 else ""
-
-
-def _cost_line(cost: CostRecord, predicted: int | None) -> str:
-    if (seconds := cost.get("seconds")) is None:
-        return ""
-    rate = cost.get("steps_per_s")
-    speed = "" if rate is None else f", {rate:,.4g} steps/s over all chains"
-    peaks = {"of a device": cost.get("device_peak_mib"), "of the process": cost.get("process_peak_mib")}
-    memory = [f"; peak memory {of} {size:,} MiB" for of, size in peaks.items() if size]
-    estimate = f" ({predicted:,} predicted)" if memory and predicted else ""
-    return f"\nTook {seconds:.3g} s{speed}{''.join(memory)}{estimate}."
 
 
 def load_result(path: str | os.PathLike) -> LLCResult:
