@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.flatten_util import ravel_pytree
 
 from slt_jax.engine.problem import Problem
@@ -48,23 +49,15 @@ def _norm(tree: Position) -> jax.Array:
     """Of entries whose squares float32 does not hold, too."""
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in tree]))
     unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1.0)
-    within = _scaled(1 / unit, tree)
+    within = optax.tree.scale(1 / unit, tree)
     return unit * jnp.sqrt(inner(within, within))
-
-
-def _scaled(factor: jax.Array, tree: Position) -> Position:
-    return tuple((factor * x).astype(x.dtype) for x in tree)
-
-
-def _plus(a: Position, b: Position) -> Position:
-    return tuple(x + y for x, y in zip(a, b, strict=True))
 
 
 def _grad_change(program: LossProgram, frozen: Any, blocks: Any, position: Position, v: Position, reach) -> Position:
     """Mean of grad L(w + reach v) - grad L(w - reach v) over all blocks; one moved position and one sum at a time."""
 
     def side(total, sign):
-        moved = _plus(position, _scaled(sign * reach, v))
+        moved = optax.tree.add(position, optax.tree.scale(sign * reach, v))
 
         def add(total, block):
             grad = jax.grad(program.mean_loss)(moved, frozen, block)
@@ -90,7 +83,7 @@ def _sharpness(program: LossProgram, position, frozen, blocks, nbeta, floor, rea
     def body(_, carry):
         v, s, _ = carry
         unit = s / _norm(v)
-        product = _scaled(nbeta / (2 * s), _grad_change(program, frozen, blocks, position, v, unit))
+        product = optax.tree.scale(nbeta / (2 * s), _grad_change(program, frozen, blocks, position, v, unit))
         curvature = _norm(product)
         good = jnp.isfinite(curvature) & (curvature > 0)
         product = tuple(jnp.where(good, p, x) for p, x in zip(product, v, strict=True))
@@ -110,8 +103,8 @@ def _grad_blocks(program: LossProgram, position, frozen, blocks):
 def _curvature(program: LossProgram, position, direction, frozen, blocks, nbeta, localization, reach):
     """(nbeta Hessian of L + localization) times ``direction``, by a central secant ``reach`` times as long as it."""
     change = _grad_change(program, frozen, blocks, position, direction, reach)
-    bent = _scaled(nbeta / (2 * reach), change)
-    return _plus(bent, _scaled(localization, direction))
+    bent = optax.tree.scale(nbeta / (2 * reach), change)
+    return optax.tree.add(bent, optax.tree.scale(localization, direction))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -123,7 +116,9 @@ def hessian_product(program: LossProgram, position, direction, frozen, blocks, n
         return tuple(t + x.astype(t.dtype) for t, x in zip(total, bent, strict=True)), None
 
     total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, position), blocks)
-    return _plus(_scaled(nbeta / jax.tree.leaves(blocks)[0].shape[0], total), _scaled(localization, direction))
+    return optax.tree.add(
+        optax.tree.scale(nbeta / jax.tree.leaves(blocks)[0].shape[0], total), optax.tree.scale(localization, direction)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -176,7 +171,7 @@ def acceptance(program: LossProgram, position, center, frozen, blocks, nbeta, lo
         momentum = tuple(p - 0.5 * time * f for p, f in zip(momentum, force, strict=True))
         losses, distances = losses.at[i].set(loss), distances.at[i].set(inner(away, away))
         squares = squares.at[i].set(jnp.where(i == 0, before, inner(momentum, momentum)))
-        return _plus(w, root(metric, _scaled(time, momentum))), momentum, losses, distances, squares
+        return optax.tree.add(w, root(metric, optax.tree.scale(time, momentum))), momentum, losses, distances, squares
 
     pair = jnp.zeros(2, jnp.float32)
     start = (position, fresh, pair, pair, pair)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Key
 
 from slt_jax.diagnostics.bias import Bias, Moments, bias_of, overdamped_heating
@@ -172,18 +173,21 @@ def drift(grad: Position, position: Position, center: Position, hyper: Hyper) ->
 
 
 def inner(a: Position, b: Position) -> Float[Array, ""]:
-    """Sum over all leaves of the products of their entries, in float32 at least."""
+    """Sum over all leaves of the products of their entries, in float32 at least.
+
+    A sum that XLA fuses with what makes the entries, which ``optax.tree.vdot``'s dot products are not.
+    """
     return sum((jnp.sum(x * y) for x, y in zip(a, b, strict=True)), start=jnp.float32(0))
 
 
 def dimension(position: Position) -> int:
     """d, the number of weights."""
-    return sum(w.size for w in position)
+    return optax.tree.size(position)
 
 
 def displacement(position: Position, center: Position) -> Position:
     """w - w*, leaf by leaf."""
-    return tuple(w - c for w, c in zip(position, center, strict=True))
+    return optax.tree.sub(position, center)
 
 
 def part_of_kicked(keep: Float[Array, ""]) -> Float[Array, ""]:
