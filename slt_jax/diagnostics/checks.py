@@ -54,5 +54,7 @@ def number(value: float, form: str = ".4g") -> str:
     return format(value, form) if math.isfinite(value) else UNKNOWN_TEXT
 
 
-def with_error(found: Slope) -> str:
-    return f"{number(found.value, '+.3g')} ± {number(found.stderr, '.2g')}" if found.stderr > 0 else UNKNOWN_TEXT
+def with_error(measured: Slope) -> str:
+    return (
+        f"{number(measured.value, '+.3g')} ± {number(measured.stderr, '.2g')}" if measured.stderr > 0 else UNKNOWN_TEXT
+    )

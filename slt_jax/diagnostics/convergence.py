@@ -144,21 +144,23 @@ def _moving(sample: Sample) -> Fault:
 
 
 def rise(sample: Sample) -> Check:
-    found = sample.evidence.rise
-    rises = found.mean > TREND_SIGMA * found.stderr and found.next > RISE_SHARE * sample.size
-    ok = outcome(rises, found.stderr)
-    text = f"{number(found.next, '+.2g')}, after {number(found.before, '+.2g')} and {number(found.value, '+.2g')}"
+    measured = sample.evidence.rise
+    rises = measured.mean > TREND_SIGMA * measured.stderr and measured.next > RISE_SHARE * sample.size
+    ok = outcome(rises, measured.stderr)
+    text = (
+        f"{number(measured.next, '+.2g')}, after {number(measured.before, '+.2g')} and {number(measured.value, '+.2g')}"
+    )
     reason = (
-        f"the last two doublings of the run changed the mean of the chains that started at w* by {found.before:+.3g} "
-        f"and {found.value:+.3g}: they are still spreading into soft directions. Raise the budget, or localization."
+        f"the last two doublings of the run changed the mean of the chains that started at w* by {measured.before:+.3g} "
+        f"and {measured.value:+.3g}: they are still spreading into soft directions. Raise the budget, or localization."
     )
     return Check(
         name="Rise in one more doubling of the run",
-        value=found.next,
+        value=measured.next,
         limit=RISE_SHARE * sample.size,
         ok=ok,
         meaning="Chains that start at w* spread into ever softer directions; this is what more steps would add.",
-        value_text=UNKNOWN_TEXT if math.isnan(found.stderr) else text,
+        value_text=UNKNOWN_TEXT if math.isnan(measured.stderr) else text,
         limit_text=f"at most {RISE_SHARE:.0%} of the LLC, or not sure",
         fault=fault_if(ok, "still rising", reason),
     )
@@ -188,19 +190,19 @@ def hot_starts(sample: Sample) -> Check:
 
 def virial(sample: Sample) -> Check:
     """Flat directions relax long after the LLC has settled; but not where hardly any direction has moved."""
-    found = sample.evidence.virial
-    ok = outcome(found < VIRIAL_LIMIT, found)
+    measured = sample.evidence.virial
+    ok = outcome(measured < VIRIAL_LIMIT, measured)
     reason = (
-        f"the chains have equilibrated in about {max(0.0, found):.0%} of the directions (virial ratio), and what the "
+        f"the chains have equilibrated in about {max(0.0, measured):.0%} of the directions (virial ratio), and what the "
         "others would add is unknown. Raise the budget, num_warmup or localization."
     )
     return Check(
         name="Virial ratio",
-        value=found,
+        value=measured,
         limit=VIRIAL_LIMIT,
         ok=ok,
         meaning="Share of the directions that have equilibrated: 1 when the chains have explored all they can.",
-        value_text=number(found, ".3f"),
+        value_text=number(measured, ".3f"),
         limit_text=f"at least {VIRIAL_LIMIT}",
         fault=fault_if(ok, "still rising", reason),
     )
@@ -208,22 +210,22 @@ def virial(sample: Sample) -> Check:
 
 def unrelaxed_bias(sample: Sample) -> Check:
     """Not made where the draws fall: such chains come from somewhere else than w*."""
-    found, times = sample.evidence.unrelaxed_bias, sample.evidence.times_longer
+    measured, times = sample.evidence.unrelaxed_bias, sample.evidence.times_longer
     falls = sample.trend_z < -TREND_SIGMA
-    ok = None if falls else outcome(found > UNRELAXED_SHARE * sample.size, found)
-    end = sample.mean + found
+    ok = None if falls else outcome(measured > UNRELAXED_SHARE * sample.size, measured)
+    end = sample.mean + measured
     remedy = f"Raise the budget {times:.2g} times" if times < MOST_TIMES else "Take a longer step_size, or leave it out"
     reason = (
         f"by the curvatures at w*, directions that have not relaxed in a run of this length would still add "
-        f"{found:.3g}: the estimate would end near {end:.4g} (extrapolated). {remedy}, or raise localization."
+        f"{measured:.3g}: the estimate would end near {end:.4g} (extrapolated). {remedy}, or raise localization."
     )
     return Check(
         name="Bias of unrelaxed directions",
-        value=sample.share(found),
+        value=sample.share(measured),
         limit=UNRELAXED_SHARE,
         ok=ok,
         meaning="What directions that have not relaxed yet would still add, by the curvatures at w*.",
-        value_text=number(sample.share(found), ".1%"),
+        value_text=number(sample.share(measured), ".1%"),
         limit_text=f"at most {UNRELAXED_SHARE:.0%} of the LLC",
         fault=fault_if(ok, "still rising", reason, end),
     )

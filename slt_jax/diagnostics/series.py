@@ -89,8 +89,8 @@ def extrapolate(draws: Float[np.ndarray, "chain draw"], blocks: int = 12) -> flo
     t, fits = np.arange(blocks) + 0.5, []
     for tau in np.geomspace(1.0, 2.0 * blocks, 25):
         basis = np.stack([np.ones(blocks), np.exp(-t / tau)], 1)
-        found, *_ = np.linalg.lstsq(basis, means, rcond=None)
-        fits.append((float(np.sum((basis @ found - means) ** 2)), tau, found[0]))
+        solution, *_ = np.linalg.lstsq(basis, means, rcond=None)
+        fits.append((float(np.sum((basis @ solution - means) ** 2)), tau, solution[0]))
     _, tau, end = min(fits)
     return float(end) if tau < 1.9 * blocks else math.nan
 

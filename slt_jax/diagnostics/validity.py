@@ -103,14 +103,14 @@ def kinetic_temperature(sample: Sample) -> Check:
 def heat_in_a_metric(sample: Sample) -> Check:
     """In a metric all directions are about as stiff as the stiffest, so that heat in any of them counts."""
     heat, size = sample.evidence.heat, sample.size
-    found = heat.value - _explained_heat(sample)
+    measured = heat.value - _explained_heat(sample)
     judged = sample.evidence.metric and sample.evidence.bias is not None
-    ok = outcome(found > max(BIAS_SHARE * size, HEAT_SIGMA * heat.stderr), found) if judged else None
+    ok = outcome(measured > max(BIAS_SHARE * size, HEAT_SIGMA * heat.stderr), measured) if judged else None
     reason = (
-        f"the kinetic temperature is too high, which adds up to {found:.3g} of {size:.4g}, and minibatch noise does "
+        f"the kinetic temperature is too high, which adds up to {measured:.3g} of {size:.4g}, and minibatch noise does "
         "not explain it: the metric does not fit where the chains go. Raise localization."
     )
-    share = sample.share(found) if judged else math.nan
+    share = sample.share(measured) if judged else math.nan
     return Check(
         name="Heat in a metric",
         value=share,
@@ -136,38 +136,38 @@ def acceptance(sample: Sample) -> Check:
 
 
 def step_size_bias(sample: Sample) -> Check:
-    found = sample.evidence.bias.step_size if sample.evidence.bias else math.nan
-    ok = outcome(abs(found) > BIAS_SHARE * sample.size, found)
+    measured = sample.evidence.bias.step_size if sample.evidence.bias else math.nan
+    ok = outcome(abs(measured) > BIAS_SHARE * sample.size, measured)
     reason = (
-        f"the step size adds about {found:.3g} of {sample.size:.4g}, too much for a first-order correction; "
+        f"the step size adds about {measured:.3g} of {sample.size:.4g}, too much for a first-order correction; "
         "halve step_size, or leave it out."
     )
     return Check(
         name="Bias of the step size",
-        value=sample.share(found),
+        value=sample.share(measured),
         limit=BIAS_SHARE,
         ok=ok,
         meaning="What the step size adds. Halve step_size when it is too much.",
-        value_text=number(sample.share(found), "+.1%"),
+        value_text=number(sample.share(measured), "+.1%"),
         limit_text=f"within {BIAS_SHARE:.0%} of the LLC",
         fault=fault_if(ok, "biased by the step size", reason),
     )
 
 
 def noise_bias(sample: Sample) -> Check:
-    found = sample.evidence.bias.noise if sample.evidence.bias else math.nan
-    ok = outcome(abs(found) > BIAS_SHARE * sample.size, found)
+    measured = sample.evidence.bias.noise if sample.evidence.bias else math.nan
+    ok = outcome(abs(measured) > BIAS_SHARE * sample.size, measured)
     reason = (
-        f"the noise of the minibatch gradients adds about {found:.3g} of {sample.size:.4g}; take a shorter step_size, "
+        f"the noise of the minibatch gradients adds about {measured:.3g} of {sample.size:.4g}; take a shorter step_size, "
         "more friction, a larger batch_size, or control_variate=True."
     )
     return Check(
         name="Bias of minibatch noise",
-        value=sample.share(found),
+        value=sample.share(measured),
         limit=BIAS_SHARE,
         ok=ok,
         meaning=f"What noisy gradients add. Up to {CORRECTION_SHARE:.0%} in all is taken off.",
-        value_text=number(sample.share(found), "+.1%"),
+        value_text=number(sample.share(measured), "+.1%"),
         limit_text=f"within {BIAS_SHARE:.0%} of the LLC",
         fault=fault_if(ok, "heated by minibatch noise", reason),
     )
@@ -248,9 +248,9 @@ def _slopes(sample: Sample) -> tuple[bool | None, Fault | None]:
     """Both slopes are weighed together, by the degree of the loss where the chains are."""
     up, down = sample.evidence.nbeta_slope, sample.evidence.localization_slope
     degree = float(np.clip(sample.evidence.degree.value, REGULAR_DEGREE, DEGREE_LIMIT))
-    found = rises_with_nbeta(up, down, degree)
-    rises = any(x.value > max(SLOPE_SIGMA * x.stderr, SLOPE_SHARE * sample.size) for x in found)
-    ok = not rises if found else None
+    measured = rises_with_nbeta(up, down, degree)
+    rises = any(x.value > max(SLOPE_SIGMA * x.stderr, SLOPE_SHARE * sample.size) for x in measured)
+    ok = not rises if measured else None
     reason = (
         f"a factor e in nbeta changes the estimate by {up.value:+.3g}, and one in localization by {down.value:+.3g}: "
         "it describes this posterior, and is not yet the learning coefficient. Raise nbeta, or lower localization, "
@@ -266,20 +266,20 @@ def degree(sample: Sample) -> Check:
     directions. Where the localization confines more of them than the loss, a degree above a product of two layers comes
     from how far out it lets them go.
     """
-    found = sample.evidence.degree
+    measured = sample.evidence.degree
     most = LOCALIZED_DEGREE_LIMIT if sample.evidence.localized_share > LOCALIZED_SHARE else DEGREE_LIMIT
-    ok = outcome(found.value - most > SLOPE_SIGMA * found.stderr, found.value)
+    ok = outcome(measured.value - most > SLOPE_SIGMA * measured.stderr, measured.value)
     reason = (
-        f"where the chains are, the loss grows like the power {found.value:.2g} of the distance to w*: they are "
+        f"where the chains are, the loss grows like the power {measured.value:.2g} of the distance to w*: they are "
         "too far out for w* to determine its shape. Raise nbeta or localization until the estimate no longer changes."
     )
     return Check(
         name="Degree of the loss",
-        value=found.value,
+        value=measured.value,
         limit=most,
         ok=ok,
         meaning="Power with which the loss grows with the distance from w*: 2 at a regular minimum.",
-        value_text=with_error(found).lstrip("+"),
+        value_text=with_error(measured).lstrip("+"),
         limit_text=f"at most {most:g}, or {SLOPE_SIGMA:g} standard errors above",
         fault=fault_if(ok, "depends on nbeta or localization", reason),
     )

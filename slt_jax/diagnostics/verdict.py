@@ -113,6 +113,6 @@ def _faults(checks: dict[Rule, Check]) -> Iterator[Fault]:
             yield fault
             return
     for group in PRECEDENCE:
-        found = (checks[rule].fault for rule in group)
-        if fault := next(filter(None, found), None):
+        faults = (checks[rule].fault for rule in group)
+        if fault := next(filter(None, faults), None):
             yield fault
