@@ -143,10 +143,9 @@ def plot_sweep(
         for nbeta, cells, axis in zip(data["nbeta"].values, panels, axes, strict=False):
             _draw_cells(axis, cells, norm)
             drawn |= _draw_reading(axis, reading, float(nbeta), data)
-            axis.set_xticks(
-                range(columns), [short_number(x) for x in data["step_size"].values], rotation=35, ha="right"
-            )
-            axis.set_yticks(range(rows), [short_number(x) for x in data["localization"].values])
+            steps, pulls = ([short_number(x) for x in data[name].values] for name in ("step_size", "localization"))
+            axis.set_xticks(range(columns), steps, rotation=35, ha="right")
+            axis.set_yticks(range(rows), pulls)
             axis.set_xlabel("step size")
         for axis in axes[::across]:
             axis.set_ylabel("localization")

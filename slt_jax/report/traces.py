@@ -40,7 +40,7 @@ def _title(result: Any) -> str:
 
 
 def block_means(values: Shaped[np.ndarray, "*leading step"]) -> Float64[np.ndarray, "*leading point"]:
-    """Means along the last axis over ``_POINTS`` blocks, or the values themselves if there are at most twice as many."""
+    """Means along the last axis over ``_POINTS`` blocks, or the values if there are at most twice as many of them."""
     length = values.shape[-1]
     edges = np.linspace(0, length, (length if length <= 2 * _POINTS else _POINTS) + 1).astype(int)
     return np.add.reduceat(values.astype(np.float64), edges[:-1], axis=-1) / np.diff(edges)
