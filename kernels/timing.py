@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from slt_jax._machine import versions
+from slt_jax.machine import versions
 
 
 def measure(compiled: Mapping[str, Any], arguments: Callable[[], tuple], rounds: int) -> dict[str, dict[str, Any]]:

@@ -11,7 +11,12 @@ import jax.numpy as jnp
 import jaxtyping
 import pytest
 
-import slt_jax as slt
+import tests.typechecked  # noqa: F401  (the hook finds it by its name)
+
+CHECKED = ("posterior", "samplers", "engine", "results", "diagnostics")
+jaxtyping.install_import_hook([f"slt_jax.{package}" for package in CHECKED], "tests.typechecked.check")
+
+import slt_jax as slt  # noqa: E402
 
 # Compiling is most of the tests' time; `.ci/run` has the quick ones compiled as users have them.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")

@@ -15,7 +15,7 @@ LAYERS = (
     {"results", "engine"},
     {"samplers", "posterior"},
     {"diagnostics", "kernels"},
-    {"_checks", "_io", "_machine"},
+    {"_checks", "_io", "machine"},
 )
 LAZY = {  # the one exception: ``.plot()`` and ``.report()`` of results import what draws them when they are called
     ("slt_jax.results.llc", "slt_jax.report.traces"),

@@ -10,7 +10,7 @@ import jax
 from scaling.dln import devices
 from scaling.dln.methods import Method
 from scaling.dln.teachers import Shape, draw_shape
-from slt_jax._machine import free_of_accelerator, free_of_process
+from slt_jax.machine import free_of_accelerator, free_of_process
 from slt_jax.samplers.kronecker import LARGE_SIDE
 
 # Fitted from above to the peaks of processes on a CPU: README.md, "Memory".

@@ -34,12 +34,12 @@ from flax import nnx
 import slt_jax as slt
 from scaling.throughput.accelerator_torch import BATCHES, LOCALIZATION, NBETA, STEP_SIZE, add_sizes, run_apart
 from scaling.throughput.compare import machine
-from slt_jax.engine.checkpoint import versions
 from slt_jax.engine.loop import Engine, Inputs, Run
 from slt_jax.engine.mesh import chain_mesh
 from slt_jax.engine.plan import Numbers, Schedule
 from slt_jax.engine.problem import Problem
 from slt_jax.engine.progress import peak_memory
+from slt_jax.machine import versions
 from slt_jax.models import Decoder, DecoderConfig
 from slt_jax.posterior.data import as_source
 

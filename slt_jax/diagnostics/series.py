@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Float
 
 
 class Rise(NamedTuple):
@@ -27,7 +28,7 @@ class Rise(NamedTuple):
         return self.value * min(1.0, abs(self.value) / self.before) if self.before > 0 else self.value
 
 
-def ess_and_rhat(draws: np.ndarray) -> tuple[float, float]:
+def ess_and_rhat(draws: Float[np.ndarray, "chain draw"]) -> tuple[float, float]:
     """Effective sample size of the mean, and rank-normalized split R-hat, of ``draws`` (chain, draw).
 
     NaN with fewer than 4 draws a chain, or draws that are all equal. A single chain's R-hat compares its quarters.
@@ -65,7 +66,7 @@ def standard_error(draws: np.ndarray, ess: float) -> float:
     return float(draws.std(ddof=1) / math.sqrt(ess)) if draws.size > 1 else math.nan
 
 
-def trend_of(draws: np.ndarray) -> tuple[float, float]:
+def trend_of(draws: Float[np.ndarray, "chain draw"]) -> tuple[float, float]:
     """Mean of the second half of the draws less that of the first, and the same over its standard error."""
     half = draws.shape[1] // 2
     if half < 4 or draws.shape[0] == 0:
@@ -76,7 +77,7 @@ def trend_of(draws: np.ndarray) -> tuple[float, float]:
     return change, change / max(math.hypot(*errors), 1e-30)
 
 
-def extrapolate(draws: np.ndarray, blocks: int = 12) -> float:
+def extrapolate(draws: Float[np.ndarray, "chain draw"], blocks: int = 12) -> float:
     """Where the draws would end: the a of a + b exp(-t / tau), by least squares over block means.
 
     NaN when no tau up to twice the run explains them, that is when they go on in a straight line or faster.

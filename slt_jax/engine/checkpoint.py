@@ -2,10 +2,8 @@
 
 import errno
 import hashlib
-import importlib.metadata
 import json
 import os
-import platform
 import secrets
 import time
 from collections.abc import Callable
@@ -30,12 +28,6 @@ def check_directory(directory: Any) -> None:
     """Raise TypeError unless ``directory`` is a path."""
     if not isinstance(directory, str | os.PathLike):
         raise TypeError(f"checkpoint_dir must be a path, got {directory!r}. Give a directory of its own.")
-
-
-def versions() -> dict[str, str]:
-    """Versions that a bit-for-bit result depends on."""
-    packages = {name: importlib.metadata.version(name) for name in ("slt-jax", "jax", "jaxlib")}
-    return {**packages, "python": ".".join(platform.python_version_tuple()[:2])}
 
 
 class RunStore:

@@ -34,7 +34,7 @@ class Run:
     alive: Any
     trace: Trace
     step: int = 0
-    cost: dict[str, Any] = field(default_factory=dict)
+    cost: Any = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -293,5 +293,8 @@ class Engine:
         return Shared(p.center, p.frozen, p.arrays, metric, center_grad, p.also)
 
     def _window(self, inputs: Inputs, start: int, count: int, offset: int = 0) -> Window:
-        integers = (start, count, offset, self.plan.num_warmup, self.plan.thinning, self.slope.every)
-        return Window(*(jnp.int32(x) for x in integers), jnp.float32(inputs.hot))
+        return Window(
+            start=jnp.int32(start), count=jnp.int32(count), offset=jnp.int32(offset),
+            num_warmup=jnp.int32(self.plan.num_warmup), thinning=jnp.int32(self.plan.thinning),
+            tilt_every=jnp.int32(self.slope.every), hot=jnp.float32(inputs.hot),
+        )  # fmt: skip

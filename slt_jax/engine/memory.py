@@ -12,9 +12,9 @@ import jax
 from jax.sharding import Mesh
 
 from slt_jax._checks import check_count
-from slt_jax._machine import size_text, taken_and_free
 from slt_jax.engine.loop import Engine
 from slt_jax.engine.mesh import allgather, chain_mesh
+from slt_jax.machine import size_text, taken_and_free
 from slt_jax.posterior.local import LocalPosterior
 from slt_jax.samplers.kronecker import largest_side
 

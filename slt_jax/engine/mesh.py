@@ -127,8 +127,9 @@ def place_rows(rows: Any, num_rows: int, sharding: NamedSharding) -> jax.Array:
         return jax.device_put(rows, sharding)
     own = own_rows(num_rows, sharding)
 
-    def at(index: tuple) -> np.ndarray:
-        return rows[np.searchsorted(own, np.arange(num_rows)[index[0]])]
+    def at(index: tuple | None) -> np.ndarray:
+        here = slice(None) if index is None else index[0]
+        return rows[np.searchsorted(own, np.arange(num_rows)[here])]
 
     return jax.make_array_from_callback((num_rows, *rows.shape[1:]), sharding, at)
 

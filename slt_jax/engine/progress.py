@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from slt_jax._machine import peak_of_process
 from slt_jax.engine.plan import Schedule
+from slt_jax.machine import peak_of_process
 
 _WORTH_SHOWING = 60  # seconds
 

@@ -6,13 +6,13 @@ import jax
 import numpy as np
 
 from slt_jax.calibration.choose import Choice
-from slt_jax.engine.checkpoint import versions
 from slt_jax.engine.loop import Engine, Run
 from slt_jax.engine.memory import MemoryEstimate
 from slt_jax.engine.mesh import allgather
 from slt_jax.engine.plan import Numbers, Schedule
 from slt_jax.engine.trace import Trace
 from slt_jax.estimators.ends import measure_ends
+from slt_jax.machine import versions
 from slt_jax.posterior.local import LocalPosterior
 from slt_jax.results.llc import LLCResult
 from slt_jax.results.record import GradientRecord, RunRecord

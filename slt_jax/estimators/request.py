@@ -12,10 +12,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from slt_jax._checks import check_count, check_key, check_positive
-from slt_jax.engine.checkpoint import RunStore, check_directory, digest_of, first_difference, versions
+from slt_jax.engine.checkpoint import RunStore, check_directory, digest_of, first_difference
 from slt_jax.engine.mesh import allgather, automatic, chain_mesh, check_mesh, spans_processes
 from slt_jax.engine.plan import Lengths, Schedule
 from slt_jax.engine.problem import Problem
+from slt_jax.machine import versions
 from slt_jax.posterior.data import ArrayData, Source, as_source, check_batch_size, named_data
 from slt_jax.posterior.local import LocalPosterior
 from slt_jax.posterior.tree import addressable

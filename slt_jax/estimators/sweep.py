@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -244,15 +244,19 @@ def _run_block(
     """The results of these cells, which run together."""
     request, chains, values = cells.request, cells.plan.num_chains, cells.numbers(block)
     keys = jnp.stack([jax.random.fold_in(request.key, i) for i in block])
-    inputs = engine.cell_inputs(Numbers(**values, friction=cells.friction or 0.1), keys, chains)
+    inputs = engine.cell_inputs(_numbers(values, cells.friction or 0.1), keys, chains)
     part = "" if len(block) == cells.number else f"cells {block[0]} to {block[-1]}: "
     run = run_to_end(engine, inputs, store, progress=request.progress, every=request.checkpoint_seconds, part=part)
     results = []
     for i in range(len(block)):
-        numbers = Numbers(**{name: float(x[i]) for name, x in values.items()}, friction=cells.friction)
+        numbers = _numbers({name: float(x[i]) for name, x in values.items()}, cells.friction)
         posterior = cells.posterior.with_numbers(nbeta=numbers.nbeta, localization=numbers.localization)
         own = range(i * chains, (i + 1) * chains)
         results.append(
             result_of(engine, run, posterior, numbers, chains=own, key=keys[i], full_loss=full_loss, memory=memory)
         )
     return results
+
+
+def _numbers(values: Mapping[str, Any], friction: float | None) -> Numbers:
+    return Numbers(values["nbeta"], values["localization"], values["step_size"], friction)

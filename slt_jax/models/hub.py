@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
 
-from slt_jax._machine import check_room
+from slt_jax.machine import check_room
 from slt_jax.models.config import DecoderConfig
 from slt_jax.models.decoder import Decoder
 from slt_jax.models.layouts import read_config

@@ -111,17 +111,17 @@ def _also_sections(result: LLCResult) -> Iterable[Section]:
 
 
 def _cost_section(settings: RunRecord) -> Section:
-    cost, spent = settings.cost, settings.gradients
+    cost, spent = settings.cost, settings.spent
     rows = []
-    if cost.get("seconds") is not None:
-        rows.append(("time", f"{cost['seconds']:.3g} s"))
-    if cost.get("steps_per_s") is not None:
-        rows.append(("speed", f"{cost['steps_per_s']:,.4g} steps/s over all chains"))
+    if (seconds := cost.get("seconds")) is not None:
+        rows.append(("time", f"{seconds:.3g} s"))
+    if (speed := cost.get("steps_per_s")) is not None:
+        rows.append(("speed", f"{speed:,.4g} steps/s over all chains"))
     if spent:
         parts = ", ".join(f"{name} {count:,.0f}" for name, count in spent.items())
         rows.append(("minibatch gradients", f"{sum(spent.values()):,.0f} ({parts})"))
-    peaks = {"device_peak_mib": "peak memory of a device", "process_peak_mib": "peak memory of the process"}
-    rows += [(name, f"{cost[key]:,} MiB") for key, name in peaks.items() if cost.get(key)]
+    peaks = {"of a device": cost.get("device_peak_mib"), "of the process": cost.get("process_peak_mib")}
+    rows += [(f"peak memory {of}", f"{size:,} MiB") for of, size in peaks.items() if size]
     if (predicted := settings.memory.get("total_mib")) is not None:
         rows.append(("memory predicted", f"{predicted:,} MiB"))
     versions = ", ".join(f"{name} {version}" for name, version in settings.versions.items())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Float, Float64, Int
 
 from slt_jax.diagnostics.bias import Bias, Moments, thermometer
 from slt_jax.diagnostics.evidence import Evidence
@@ -20,7 +21,7 @@ from slt_jax.engine.trace import Trace
 from slt_jax.results.other_data import READINGS, Reading
 from slt_jax.results.record import RunRecord
 from slt_jax.results.storage import RESULT, digest, load, write
-from slt_jax.results.text import estimate_text
+from slt_jax.results.text import bias_line, cost_line, estimate_text, shortened
 from slt_jax.samplers import theory_of
 from slt_jax.samplers.base import Theory
 
@@ -49,7 +50,7 @@ class LLCResult:
     """
 
     traces: Trace
-    warmup_loss: np.ndarray
+    warmup_loss: Float[np.ndarray, "chain step"]
     stopped: dict[int, int]
     settings: RunRecord
     notes: tuple[str, ...] = ()
@@ -57,22 +58,22 @@ class LLCResult:
     theory: Theory | None = None
 
     @property
-    def loss_trace(self) -> np.ndarray:
+    def loss_trace(self) -> Float[np.ndarray, "chain draw"]:
         """L_m(w_t) at the draws, nats per example."""
         return self.traces.loss
 
     @property
-    def baseline_trace(self) -> np.ndarray:
+    def baseline_trace(self) -> Float[np.ndarray, "chain draw"]:
         """The loss at w* that is subtracted from ``loss_trace``, nats per example."""
         return self.traces.baseline
 
     @functools.cached_property
-    def kept_chains(self) -> np.ndarray:
+    def kept_chains(self) -> Int[np.ndarray, " kept"]:
         """Indices of the chains that stayed finite."""
         return np.array([c for c in range(len(self.traces.loss)) if c not in self.stopped], dtype=int)
 
     @functools.cached_property
-    def llc_draws(self) -> np.ndarray:
+    def llc_draws(self) -> Float64[np.ndarray, "kept draw"]:
         """nbeta (L_m(w_t) - L_m(w*)) of the chains that stayed finite, float64."""
         gap = self.traces.loss.astype(np.float64) - self.traces.baseline.astype(np.float64)
         return self.settings.nbeta * gap[self.kept_chains]
@@ -90,10 +91,11 @@ class LLCResult:
     @functools.cached_property
     def also(self) -> dict[str, Reading]:
         """What the further data sets read at the same draws, by name."""
-        return {
-            name: Reading(*np.moveaxis(self.traces.also[self.kept_chains, :, k], -1, 0), self.settings.nbeta)
-            for k, name in enumerate(self.other_names)
-        }
+        return {name: self._other(k) for k, name in enumerate(self.other_names)}
+
+    def _other(self, k: int) -> Reading:
+        loss, baseline, gap_var = np.moveaxis(self.traces.also[self.kept_chains, :, k], -1, 0)
+        return Reading(loss, baseline, gap_var, self.settings.nbeta)
 
     @functools.cached_property
     def bias(self) -> Bias:
@@ -240,9 +242,9 @@ class LLCResult:
             f"Loss {self.init_loss:.5g} at w*, "
             f"{np.nanmean(self.traces.loss[self.kept_chains]) if len(self.kept_chains) else math.nan:.5g} "
             f"around it (nats per example); {self._signs()}.\n"
-            f"{self._bias_text()}\n"
+            f"{bias_line(self.llc_raw, self.bias)}\n"
             f"{s.sampler} with step_size {s.step_size:.3g}, nbeta {s.nbeta:.4g}, localization "
-            f"{s.localization:.3g}{_shortened(s.mean_time)}; "
+            f"{s.localization:.3g}{shortened(s.mean_time)}; "
             f"{s.num_free:,} weights free, {s.num_warmup} warm-up steps, thinning {s.thinning}, batch "
             f"{s.batch_size} of {s.num_data:,}."
         )
@@ -252,7 +254,7 @@ class LLCResult:
             estimate = estimate_text(other.llc, other.llc_stderr, "+/-")
             text += f"\nOn '{name}': {estimate} (R-hat {other.rhat:.3f}), with loss {other.init_loss:.5g} at w*; "
             text += "compare with the raw estimate."
-        text += _cost_line(s.cost, s.memory.get("total_mib"))
+        text += cost_line(s.cost, s.memory.get("total_mib"))
         if self.stopped:
             where = ", ".join(f"chain {c} at step {t}" for c, t in sorted(self.stopped.items())[:8])
             text += f"\nWent non-finite and left out: {where} ({len(self.stopped)} of {chains})."
@@ -268,15 +270,6 @@ class LLCResult:
         if math.isfinite(h.bracket[1]):
             signs.append(f"{h.bracket[0]:.4g} from w* and {h.bracket[1]:.4g} from hot starts")
         return ", ".join(signs)
-
-    def _bias_text(self) -> str:
-        b = self.bias
-        terms = {"step size": b.step_size, "minibatch noise": b.noise}
-        known = [f"{name} {value:+.2g}" for name, value in terms.items() if math.isfinite(value)]
-        if not known:
-            return f"Raw estimate {self.llc_raw:.4g}; bias unknown: {b.why}."
-        done = f"taken off ({b.why})" if b.applied else f"not taken off: {b.why}" if b.total else "nothing to take off"
-        return f"Raw estimate {self.llc_raw:.4g}; bias: {', '.join(known)}; {done}."
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers, the verdict and the settings, for JSON; NaN becomes None."""
@@ -347,20 +340,6 @@ class LLCResult:
         return write_report(self, path, overwrite=overwrite)
 
 
-def _shortened(mean_time: float) -> str:
-    return f", steps shortened to {mean_time:.1%} of their time on average" if mean_time < 0.9995 else ""
-
-
-def _cost_line(cost: dict[str, Any], predicted: int | None) -> str:
-    if not cost:
-        return ""
-    speed = "" if cost["steps_per_s"] is None else f", {cost['steps_per_s']:,.4g} steps/s over all chains"
-    peaks = {"device_peak_mib": "of a device", "process_peak_mib": "of the process"}
-    memory = [f"; peak memory {of} {cost[name]:,} MiB" for name, of in peaks.items() if cost.get(name)]
-    estimate = f" ({predicted:,} predicted)" if memory and predicted else ""
-    return f"\nTook {cost['seconds']:.3g} s{speed}{''.join(memory)}{estimate}."
-
-
 def load_result(path: str | os.PathLike) -> LLCResult:
     """Read what ``LLCResult.save`` wrote. Raises FileNotFoundError, or ValueError for a foreign or truncated file."""
     return load(path, RESULT, _of_tree)
@@ -390,10 +369,10 @@ def _by_data_set(also: Any) -> list[np.ndarray]:
 
 def _of_tree(tree: "xr.DataTree") -> LLCResult:
     settings, stopped, notes = (json.loads(tree.attrs[name]) for name in ("settings", "stopped", "notes"))
-    warm = tree["warmup_sample_stats"]["loss"].values
+    warm = tree["warmup_sample_stats"].to_dataset()["loss"].values
     also, names = (), ()
     if "also_sample_stats" in tree:
-        group = tree["also_sample_stats"]
+        group = tree["also_sample_stats"].to_dataset()
         also = np.moveaxis(np.stack([group[name].values for name in READINGS], axis=-1), 0, 2)
         names = tuple(str(name) for name in group["data_set"].values)
     traces = read_traces(tree["sample_stats"], [warm, *_by_data_set(also)], tree.attrs["sha256"])

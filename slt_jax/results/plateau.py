@@ -174,11 +174,9 @@ def weighted_line(
     x: Float[np.ndarray, " point"], y: Float[np.ndarray, " point"], errors: Float[np.ndarray, " point"]
 ) -> tuple[Float[np.ndarray, "2"], Float[np.ndarray, "2"], float]:
     """((intercept, slope), their standard errors, chi^2 per degree of freedom) of y = intercept + slope x."""
-    basis = np.stack([np.ones_like(x), x], 1) / errors[:, None]
-    covariance = np.linalg.inv(basis.T @ basis)
-    coefficients = covariance @ basis.T @ (y / errors)
-    chi = float(np.sum((y / errors - basis @ coefficients) ** 2)) / max(1, len(x) - 2)
-    return coefficients, np.sqrt(np.diag(covariance)), chi
+    coefficients, covariance = np.polyfit(x, y, 1, w=1 / errors, cov="unscaled")  # the slope comes first
+    chi = float(np.sum(((y - np.polyval(coefficients, x)) / errors) ** 2)) / max(1, len(x) - 2)
+    return coefficients[::-1], np.sqrt(np.diag(covariance))[::-1], chi
 
 
 def _to_zero_step(row: "xr.Dataset") -> Extrapolation | None:

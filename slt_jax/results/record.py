@@ -79,6 +79,11 @@ class RunRecord:
     cost: CostRecord = field(default_factory=CostRecord)
     memory: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def spent(self) -> dict[str, float]:
+        """Minibatch gradients by what they were spent on."""
+        return {name: float(count) for name, count in self.gradients.items() if isinstance(count, int | float)}
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, by name."""
         return dataclasses.asdict(self)

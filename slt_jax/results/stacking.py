@@ -38,7 +38,7 @@ def stack(
 
 def unstack(tree: "xr.DataTree", num_dims: int) -> tuple[LLCResult, ...]:
     """What ``stack`` took. Raises ValueError when the traces are not those that were saved."""
-    warm = tree["warmup_sample_stats"]["loss"].values
+    warm = tree["warmup_sample_stats"].to_dataset()["loss"].values
     traces = read_traces(tree["sample_stats"], [warm], tree.attrs["sha256"])
 
     def flat(values: np.ndarray) -> np.ndarray:

@@ -299,7 +299,7 @@ def boundaries_of(
 ) -> tuple[Boundary, ...]:
     """The boundaries between fitted stages, with intervals from the edges of the resamples."""
     cuts, boundaries = np.array(edges[1:-1]), []
-    for cut, (before, after) in zip(cuts, itertools.pairwise(stages), strict=True):
+    for cut, (before, after) in zip(cuts.tolist(), itertools.pairwise(stages), strict=True):
         places = [place for resample in resampled for place in _matching(cut, cuts, resample[1:-1])]
         low, high = 1, len(steps) - 1
         if places:
@@ -324,7 +324,7 @@ def boundaries_of(
     return tuple(boundaries)
 
 
-def _matching(cut: Any, cuts: Int[np.ndarray, " cut"], places: Sequence[int]) -> list[int]:
+def _matching(cut: int, cuts: Int[np.ndarray, " cut"], places: Sequence[int]) -> list[int]:
     """Of a resample's boundaries that have ``cut`` as their nearest fitted boundary, the one nearest to it; or []."""
     nearest = [place for place in places if abs(place - cut) == np.abs(cuts - place).min()]
     return sorted(nearest, key=lambda place: abs(place - cut))[:1]

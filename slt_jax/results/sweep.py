@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jaxtyping import Float
 
 from slt_jax.results.llc import LLCResult
 from slt_jax.results.plateau import GridReading, read_grid
@@ -35,7 +36,7 @@ class Sweep:
 
     axes: dict[str, np.ndarray]
     results: tuple[LLCResult, ...]
-    control: np.ndarray
+    control: Float[np.ndarray, "localization 2"]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -149,8 +150,9 @@ def load_sweep(path: str | os.PathLike) -> Sweep:
 
 
 def _of_tree(tree: "xr.DataTree") -> Sweep:
-    axes = {name: np.asarray(tree[name].values, float) for name in AXES}
-    control = np.stack([tree["control"].values, tree["control_stderr"].values], -1)
+    root = tree.to_dataset()
+    axes = {name: np.asarray(root[name].values, float) for name in AXES}
+    control = np.stack([root["control"].values, root["control_stderr"].values], -1)
     results = unstack(tree, len(AXES))
     return Sweep(axes, results, control)
 

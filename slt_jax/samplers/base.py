@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
 
 from slt_jax.diagnostics.bias import Bias, Moments, bias_of, overdamped_heating
 from slt_jax.diagnostics.relaxation import Relaxation
@@ -27,9 +28,9 @@ LossAndGrad = Callable[[Position], tuple[jax.Array, Position]]
 class Factor(NamedTuple):
     """R of one leaf, R R' = P: ``left`` U, ``right`` V (None for the identity), ``scale`` 1 / sqrt(t), as a matrix."""
 
-    left: Any
-    right: Any
-    scale: jax.Array
+    left: Float[Array, "rows rows"] | None
+    right: Float[Array, "columns columns"] | None
+    scale: Float[Array, "rows columns"]
 
 
 Metric = tuple[Factor, ...]
@@ -65,14 +66,14 @@ class Info(NamedTuple):
     weight of its position in a mean.
     """
 
-    loss: jax.Array
-    drift_sq: jax.Array
-    virial: jax.Array
-    distance_sq: jax.Array | float = float("nan")
-    kinetic: jax.Array | float = float("nan")
-    acceptance: jax.Array | float = float("nan")
-    pull: jax.Array | float = float("nan")
-    time: jax.Array | float = 1.0
+    loss: Float[Array, "*examples"]
+    drift_sq: Float[Array, ""]
+    virial: Float[Array, ""]
+    distance_sq: Float[Array, ""] | float = float("nan")
+    kinetic: Float[Array, ""] | float = float("nan")
+    acceptance: Float[Array, ""] | float = float("nan")
+    pull: Float[Array, ""] | float = float("nan")
+    time: Float[Array, ""] | float = 1.0
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def drift(grad: Position, position: Position, center: Position, hyper: Hyper) ->
     return tuple(hyper.nbeta * g + hyper.localization * (w - c) for g, w, c in zip(grad, position, center, strict=True))
 
 
-def inner(a: Position, b: Position) -> jax.Array:
+def inner(a: Position, b: Position) -> Float[Array, ""]:
     """Sum over all leaves of the products of their entries, in float32 at least."""
     return sum((jnp.sum(x * y) for x, y in zip(a, b, strict=True)), start=jnp.float32(0))
 
@@ -185,7 +186,7 @@ def displacement(position: Position, center: Position) -> Position:
     return tuple(w - c for w, c in zip(position, center, strict=True))
 
 
-def part_of_kicked(keep: jax.Array) -> jax.Array:
+def part_of_kicked(keep: Float[Array, ""]) -> Float[Array, ""]:
     """m in the thermometer m |q|^2 / d + (1 - m) |p|^2 / d of a BAOAB step: p before the kick, q after it.
 
     ``keep``: the share of the momentum that friction leaves. Gradient noise heats q more than p, and the positions in
@@ -195,17 +196,17 @@ def part_of_kicked(keep: jax.Array) -> jax.Array:
     return (1 + 3 * keep) / (4 * (1 + keep))
 
 
-def leaf_keys(key: jax.Array, position: Position) -> list[jax.Array]:
+def leaf_keys(key: Key[Array, ""], position: Position) -> list[Key[Array, ""]]:
     """One independent key for each leaf."""
     return [jax.random.fold_in(key, i) for i in range(len(position))]
 
 
-def gaussian(key: jax.Array, position: Position) -> Position:
+def gaussian(key: Key[Array, ""], position: Position) -> Position:
     """Standard normal noise shaped like ``position``, independent over leaves."""
     return tuple(normal(k, w.shape, w.dtype) for w, k in zip(position, leaf_keys(key, position), strict=True))
 
 
-def noise_like(key: jax.Array, position: Position) -> Position:
+def noise_like(key: Key[Array, ""], position: Position) -> Position:
     """``gaussian`` by a program of its own, laid out as ``position`` is: it takes long to compile."""
     return _laid_out(tuple(w.sharding for w in position))(key, position)
 

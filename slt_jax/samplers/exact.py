@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Key
 
 from slt_jax._checks import check_count, check_positive
 from slt_jax.samplers.base import Hyper, Info, LossAndGrad, Position, Sampler, Theory, displacement, drift, inner
@@ -33,7 +34,7 @@ def log_density(loss_and_grad: LossAndGrad, center: Position, hyper: Hyper) -> C
     return at
 
 
-Build = Callable[[Callable, Hyper, jax.Array], Any]
+Build = Callable[[Callable, Hyper, Position], Any]
 
 
 def _init(build: Build, position: Position, loss_and_grad: LossAndGrad, hyper: Hyper) -> ExactState:
@@ -42,7 +43,7 @@ def _init(build: Build, position: Position, loss_and_grad: LossAndGrad, hyper: H
 
 
 def _step(
-    build: Build, key: jax.Array, state: ExactState, loss_and_grad: LossAndGrad, center: Position, hyper: Hyper
+    build: Build, key: Key[Array, ""], state: ExactState, loss_and_grad: LossAndGrad, center: Position, hyper: Hyper
 ) -> tuple[ExactState, Info]:
     """One transition of a BlackJAX algorithm on exp(-nbeta L_n(w) - (localization/2)|w - w*|^2).
 

@@ -67,8 +67,13 @@ def matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
 def blank_factor(leaf: Any) -> Factor:
     """Shapes and types of a leaf's metric before it is measured."""
     shape = matrix_shape(leaf.shape)
-    sides = (jax.ShapeDtypeStruct((n, n), jnp.float32) if gets_basis(n, shape) else None for n in shape)
-    return Factor(*sides, jax.ShapeDtypeStruct(shape, jnp.float32))
+    sides = [(n, n) if gets_basis(n, shape) else None for n in shape]
+
+    def blank() -> Factor:
+        left, right = (None if side is None else jnp.zeros(side, jnp.float32) for side in sides)
+        return Factor(left, right, jnp.zeros(shape, jnp.float32))
+
+    return jax.eval_shape(blank)
 
 
 def gets_basis(side: int, shape: tuple[int, ...]) -> bool:
@@ -187,8 +192,8 @@ def turned_factor(factor: Factor | tuple[()], grams: list[np.ndarray], probes: i
     left, right = grams
     mean = left.mean() if left.ndim == 1 else np.trace(left) / len(left)
     if not mean:  # the loss does not depend on it
-        bases = (None if gram.ndim == 1 else np.eye(len(gram)) for gram in grams)
-        return _factor(_Sides(*bases, np.zeros([*map(len, grams)])), least)
+        bases = [None if gram.ndim == 1 else np.eye(len(gram)) for gram in grams]
+        return _factor(_Sides(bases[0], bases[1], np.zeros([*map(len, grams)])), least)
     old = _sides(factor) if factor else _Sides(None, None, np.ones([*map(len, grams)]))
     t = old.curvature
     rows = Side(old.left, t.sum(1)).into(left, probes * t.shape[1])
@@ -312,8 +317,8 @@ def _sides(factor: Factor) -> _Sides:
 
 
 def _factor(sides: _Sides, least: float) -> Factor:
-    put = lambda x: None if x is None else jnp.asarray(x, jnp.float32)  # noqa: E731
-    return Factor(put(sides.left), put(sides.right), put(1 / np.sqrt(np.maximum(sides.curvature, least))))
+    left, right = (None if x is None else jnp.asarray(x, jnp.float32) for x in (sides.left, sides.right))
+    return Factor(left, right, jnp.asarray(1 / np.sqrt(np.maximum(sides.curvature, least)), jnp.float32))
 
 
 def largest(

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Key
 
 from slt_jax._checks import check_positive
 from slt_jax.samplers.base import (
@@ -34,7 +35,7 @@ class PreconditionedState(NamedTuple):
 def _step(
     transform: optax.GradientTransformation,
     floor: float,
-    key: jax.Array,
+    key: Key[Array, ""],
     state: PreconditionedState,
     loss_and_grad: LossAndGrad,
     center: Position,
@@ -82,7 +83,8 @@ def _step(
 
 def _preconditioner(moments: optax.OptState, floor: float) -> Position:
     """P for each weight; 1 before anything was gathered. A correction for the mean's start cancels in the ratio."""
-    second = moments.nu
+    assert isinstance(moments, optax.ScaleByRmsState)
+    second = tuple(jax.tree.leaves(moments.nu))
     mean = sum(jnp.sum(v) for v in second) / dimension(second)
     typical = jnp.sqrt(mean)
     none = mean == 0

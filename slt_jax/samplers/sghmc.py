@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Key
 
 from slt_jax._checks import check_positive
 from slt_jax.samplers.base import (
@@ -37,7 +37,7 @@ def init(position: Position) -> SGHMCState:
 
 
 def step(
-    key: jax.Array, state: SGHMCState, loss_and_grad: LossAndGrad, center: Position, hyper: Hyper
+    key: Key[Array, ""], state: SGHMCState, loss_and_grad: LossAndGrad, center: Position, hyper: Hyper
 ) -> tuple[SGHMCState, Info]:
     """One SGHMC step: momentum with friction, discretized by Euler.
 

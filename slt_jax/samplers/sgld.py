@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Key
 
 from slt_jax._checks import check_positive
 from slt_jax.diagnostics.bias import euler_step_bias, no_step_bias
@@ -49,7 +49,7 @@ def init_matthews(position: Position) -> MatthewsState:
 
 
 def step(
-    key: jax.Array, state: SGLDState, loss_and_grad: LossAndGrad, center: Position, hyper: Hyper
+    key: Key[Array, ""], state: SGLDState, loss_and_grad: LossAndGrad, center: Position, hyper: Hyper
 ) -> tuple[SGLDState, Info]:
     """One Euler-Maruyama step.
 
@@ -82,7 +82,7 @@ def step(
 
 
 def step_matthews(
-    key: jax.Array, state: MatthewsState, loss_and_grad: LossAndGrad, center: Position, hyper: Hyper
+    key: Key[Array, ""], state: MatthewsState, loss_and_grad: LossAndGrad, center: Position, hyper: Hyper
 ) -> tuple[MatthewsState, Info]:
     """One Leimkuhler-Matthews step: SGLD whose noise is the mean of this step's and the next one's.
 

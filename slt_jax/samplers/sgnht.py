@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Key
 
 from slt_jax._checks import check_positive
 from slt_jax.diagnostics.bias import underdamped_heating
@@ -38,7 +39,7 @@ def init(position: Position) -> SGNHTState:
 
 
 def step(
-    key: jax.Array, state: SGNHTState, loss_and_grad: LossAndGrad, center: Position, hyper: Hyper
+    key: Key[Array, ""], state: SGNHTState, loss_and_grad: LossAndGrad, center: Position, hyper: Hyper
 ) -> tuple[SGNHTState, Info]:
     """One step of the Nose-Hoover thermostat: a friction that grows while the momentum is too hot.
 

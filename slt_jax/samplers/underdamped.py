@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Key
 
 from slt_jax._checks import check_positive
 from slt_jax.diagnostics.bias import no_step_bias, underdamped_heating
@@ -46,7 +47,7 @@ def init(position: Position) -> UnderdampedState:
 
 
 def step(
-    key: jax.Array, state: UnderdampedState, loss_and_grad: LossAndGrad, center: Position, hyper: Hyper
+    key: Key[Array, ""], state: UnderdampedState, loss_and_grad: LossAndGrad, center: Position, hyper: Hyper
 ) -> tuple[UnderdampedState, Info]:
     """One BAOAB step of underdamped Langevin dynamics; the two half kicks between drifts are one.
 

@@ -1,6 +1,5 @@
 """Bias terms, sensitivities and cross-checks, on draws whose law is known."""
 
-import dataclasses
 import math
 
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from slt_jax.diagnostics.sensitivity import Slope, covariance_with_loss
 from slt_jax.diagnostics.series import extrapolate
 from slt_jax.diagnostics.verdict import assess
 from slt_jax.samplers import theory_of
-from tests.small import gamma_draws, made_result
+from tests.small import gamma_draws, made_result, with_traces
 
 NAN2 = (math.nan, math.nan)
 SETTINGS = {"step_size": 0.01, "friction": 0.2}
@@ -203,7 +202,7 @@ def test_variance_estimator_needs_single_losses():
 
 def test_two_temperatures_need_no_loss_at_the_center():
     a, b = (result_of(gamma_draws(4.0, seed=i), nbeta) for i, nbeta in enumerate((100.0, 50.0)))
-    moved = [dataclasses.replace(r, baseline_trace=r.baseline_trace + 7) for r in (a, b)]
+    moved = [with_traces(r, baseline=r.baseline_trace + 7) for r in (a, b)]
     found = slt.two_temperature_estimator(*moved)
     assert abs(found.llc - 4.0) < 4 * found.llc_stderr
     assert found.llc_stderr < 0.2

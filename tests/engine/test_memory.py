@@ -126,7 +126,7 @@ def test_the_time_to_go_is_told_after_the_first_steps(monkeypatch, capfd):
 
 def test_what_does_not_fit_is_refused_before_it_begins(monkeypatch):
     monkeypatch.setattr(memory, "MUCH", 0)
-    monkeypatch.setattr("slt_jax._machine.free_of_process", lambda: 3.0 * MIB)
+    monkeypatch.setattr("slt_jax.machine.free_of_process", lambda: 3.0 * MIB)
     with pytest.raises(MemoryError, match=r"the run needs about [\d,]+ MiB of this process .* 4 chains of 1 MiB 4 MiB"):
         estimate()
     with pytest.raises(MemoryError, match="Take more micro-batches"):
@@ -150,7 +150,7 @@ def test_a_cpu_takes_fewer_devices_where_all_do_not_fit(monkeypatch):
     whole = estimate()
     assert whole.settings.devices.startswith("4 x")
     enough = need(slt.sgld(1e-6), devices=2)
-    monkeypatch.setattr("slt_jax._machine.free_of_process", lambda: 1.06 * enough.additional)
+    monkeypatch.setattr("slt_jax.machine.free_of_process", lambda: 1.06 * enough.additional)
     fewer = estimate()
     assert fewer.settings.devices.startswith("2 x")
     np.testing.assert_allclose(fewer.loss_trace, whole.loss_trace, rtol=1e-5)

@@ -112,7 +112,7 @@ def test_estimates_are_those_of_the_posterior(data):
     z = []
     for r in grid.results:
         s = r.settings
-        exact = np.sum(s["nbeta"] * curvature / (s["nbeta"] * curvature + s["localization"])) / 2
+        exact = np.sum(s.nbeta * curvature / (s.nbeta * curvature + s.localization)) / 2
         z.append((r.llc - exact) / r.llc_stderr)
     assert np.abs(z).max() < 4
     assert np.sqrt(np.mean(np.square(z))) < 1.8

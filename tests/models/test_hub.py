@@ -366,7 +366,7 @@ def test_truncated_weights_are_refused(tmp_path):
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_read(tmp_path, monkeypatch):
     folder = write(tmp_path, next(iter(FILES)))
-    monkeypatch.setattr("slt_jax._machine.free_of_process", lambda: 1000.0)
+    monkeypatch.setattr("slt_jax.machine.free_of_process", lambda: 1000.0)
     monkeypatch.setattr("slt_jax.models.weights.Plan.array", None)
     with pytest.raises(MemoryError, match=r"float32 takes .* MiB of this process, and 0 MiB are free"):
         load_checkpoint(folder)

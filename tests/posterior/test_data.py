@@ -103,7 +103,7 @@ def test_bad_arrays_are_refused(data, error, sentence):
 def test_batch_size_in_range(size):
     """Kills: a refusal of one example, or of as many as there are; a whole number of NumPy's that no file takes."""
     settings = estimate(batch_size=size).settings
-    assert json.loads(json.dumps(settings))["batch_size"] == size
+    assert json.loads(json.dumps(settings.to_json()))["batch_size"] == size
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""This machine: the memory that is used and free on it, and the versions of what runs."""
+"""This machine: the memory that is in use and available on it, and the versions that results depend on."""
 
 import ctypes
 import importlib.metadata
