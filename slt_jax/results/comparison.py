@@ -43,7 +43,7 @@ class Solution:
         error = float(kept.std(ddof=1) / math.sqrt(kept.size)) if kept.size > 1 else math.nan
         return cls(result.init_loss, error, result.llc, result.llc_stderr, result.verdict)
 
-    def free_energy(self, n: float | int) -> float:
+    def free_energy(self, n: float) -> float:
         """n L(w*) + llc log n at ``n`` examples, nats."""
         return n * self.loss + self.llc * math.log(n)
 
@@ -59,17 +59,17 @@ class Comparison:
 
     a: Solution
     b: Solution
-    num_data: float | int
+    num_data: float
     switch: Switch | None
     no_switch: float
     notes: tuple[str, ...]
 
-    def free_energy(self, n: float | int | None = None) -> tuple[float, float]:
+    def free_energy(self, n: float | None = None) -> tuple[float, float]:
         """(F_a, F_b) at ``n`` examples; default ``num_data``. Raises ValueError unless n > 1."""
         n = self._size(n)
         return self.a.free_energy(n), self.b.free_energy(n)
 
-    def difference(self, n: float | int | None = None) -> tuple[float, float]:
+    def difference(self, n: float | None = None) -> tuple[float, float]:
         """F_a - F_b = n (L_a - L_b) + (llc_a - llc_b) log n, and its standard error. If negative, a is preferred."""
         n = self._size(n)
         a, b, log_n = self.a, self.b, math.log(n)
@@ -77,12 +77,12 @@ class Comparison:
         errors = n * a.loss_stderr, n * b.loss_stderr, log_n * a.llc_stderr, log_n * b.llc_stderr
         return value, math.hypot(*errors)
 
-    def prefers(self, n: float | int | None = None) -> Literal["a", "b", "neither"]:
+    def prefers(self, n: float | None = None) -> Literal["a", "b", "neither"]:
         """The solution with the lower free energy; "neither" if they are equal."""
         value = self.difference(n)[0]
         return "a" if value < 0 else "b" if value > 0 else "neither"
 
-    def _size(self, n: float | int | None) -> float | int:
+    def _size(self, n: float | None) -> float:
         return self.num_data if n is None else _checked_size("n", n)
 
     def __str__(self) -> str:
@@ -119,7 +119,7 @@ class Comparison:
         return {**sides, **_plain(rest), "prefers": self.prefers(), "switch": switch, "notes": list(self.notes)}
 
 
-def compare(a: LLCResult, b: LLCResult, *, num_data: float | int | None = None) -> Comparison:
+def compare(a: LLCResult, b: LLCResult, *, num_data: float | None = None) -> Comparison:
     """The free energies of two solutions of the same loss on the same data, and the data size where they are equal.
 
     F(n) = n L(w*) + llc log n, so that F_a - F_b = n (L_a - L_b) + (llc_a - llc_b) log n, nats. If the solution with
@@ -216,7 +216,7 @@ def _check_result(name: str, result: Any) -> None:
         )
 
 
-def _checked_size(name: str, n: float | int) -> float | int:
+def _checked_size(name: str, n: float) -> float:
     if not (n > 1 and math.isfinite(n)):
         raise ValueError(f"{name} must be a number of examples above 1, got {n}: log n is not positive below.")
     return n
@@ -230,7 +230,7 @@ def _winner_text(winner: str, difference: float, error: float) -> str:
     return f"the posterior prefers {winner}: its free energy is lower by {nats}{significance}"
 
 
-def _count(n: float | int) -> str:
+def _count(n: float) -> str:
     return f"{n:,.0f}" if n < 1e12 else f"{n:.3g}"
 
 

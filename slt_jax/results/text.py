@@ -1,4 +1,4 @@
-"""Estimates as text."""
+"""Text about estimates: the number with its error, the bias, the cost."""
 
 import math
 
@@ -25,7 +25,7 @@ def bias_line(raw: float, bias: Bias) -> str:
 
 
 def shortened(mean_time: float) -> str:
-    """By how much steps were shortened; nothing where they were not."""
+    """By how much steps were shortened on average; empty if they were not."""
     return f", steps shortened to {mean_time:.1%} of their time on average" if mean_time < 0.9995 else ""
 
 
