@@ -22,9 +22,12 @@ def trajectory_page(
 ) -> Page:
     """LLC and loss over training, the stages, and a row for each checkpoint and part."""
     alt = "LLC and loss over training steps, with the boundaries of stages and their intervals."
-    bad, whole = trajectory.unserved(), trajectory.results[WHOLE]
-    settled = sum(result.verdict in SETTLED for result in whole)
-    verdict, tone = f"{settled} of {len(whole)} estimates have settled", GOOD if settled == len(whole) else CAUTION
+    bad, estimates = trajectory.unserved(), trajectory.results[WHOLE]
+    settled = sum(result.verdict in SETTLED for result in estimates)
+    verdict, tone = (
+        f"{settled} of {len(estimates)} estimates have settled",
+        GOOD if settled == len(estimates) else CAUTION,
+    )
     if bad or not settled:
         tone = BAD
     rows = []
@@ -34,7 +37,7 @@ def trajectory_page(
             place = f"step {step:,}" + ("" if name == WHOLE else f", {name}")
             cells = (place, f"{result.init_loss:.4g}", llc, f"{result.health.rhat:.3f}", result.verdict)
             rows.append(Row(cells, tone_of(result.verdict)))
-    settings = whole[-1].settings
+    settings = estimates[-1].settings
     sections = (
         Section("Over training", picture=picture(trajectory.plot(unit=unit, drift=drift), alt)),
         Section("Reading", code=trajectory.summary(drift)),
@@ -43,5 +46,5 @@ def trajectory_page(
         citation_section(settings, False),
         loading_section("trajectory", path),
     )
-    title = f"LLC at {len(whole)} checkpoints"
+    title = f"LLC at {len(estimates)} checkpoints"
     return Page("Local learning coefficient over training", title, tone, verdict, (), sections)
