@@ -22,13 +22,10 @@ def trajectory_page(
 ) -> Page:
     """LLC and loss over training, the stages, and a row for each checkpoint and part."""
     alt = "LLC and loss over training steps, with the boundaries of stages and their intervals."
-    bad, estimates = trajectory.unserved(), trajectory.results[WHOLE]
+    estimates = trajectory.results[WHOLE]
     settled = sum(result.verdict in SETTLED for result in estimates)
-    verdict, tone = (
-        f"{settled} of {len(estimates)} estimates have settled",
-        GOOD if settled == len(estimates) else CAUTION,
-    )
-    if bad or not settled:
+    tone = GOOD if settled == len(estimates) else CAUTION
+    if trajectory.unserved() or not settled:
         tone = BAD
     rows = []
     for name, results in trajectory.results.items():
@@ -46,5 +43,6 @@ def trajectory_page(
         citation_section(settings, False),
         loading_section("trajectory", path),
     )
+    verdict = f"{settled} of {len(estimates)} estimates have settled"
     title = f"LLC at {len(estimates)} checkpoints"
     return Page("Local learning coefficient over training", title, tone, verdict, (), sections)
