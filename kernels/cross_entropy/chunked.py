@@ -92,15 +92,15 @@ def gradient_step(table: Array, total: Array, chunk: tuple[Array, Array, Array])
 def _add_outer(total: Array, slope: Array, hidden: Array) -> Array:
     """total + slope' hidden, in place, by blocks of tokens: the whole product would be as large as the table."""
     block = min(TOKENS, len(total))
-    whole = len(total) // block
+    full_blocks = len(total) // block
 
     def add(i: Array, total: Array) -> Array:
         part = jax.lax.dynamic_slice_in_dim(slope, i * block, block, axis=1).T @ hidden
         old = jax.lax.dynamic_slice_in_dim(total, i * block, block)
         return jax.lax.dynamic_update_slice_in_dim(total, old + part, i * block, axis=0)
 
-    total = jax.lax.fori_loop(0, whole, add, total)
-    return total.at[whole * block :].add(slope[:, whole * block :].T @ hidden)
+    total = jax.lax.fori_loop(0, full_blocks, add, total)
+    return total.at[full_blocks * block :].add(slope[:, full_blocks * block :].T @ hidden)
 
 
 def _scan(

@@ -61,8 +61,8 @@ class LocalPosterior:
     loss_fn: Callable[[PyTree, PyTree], Array]
     center: PyTree
     num_data: int
-    nbeta: float | int = _DEFAULT_NBETA
-    localization: float | int | None = None
+    nbeta: float = _DEFAULT_NBETA
+    localization: float | None = None
     mask: Mask = None
     forward_dtype: Any = None
 
@@ -81,7 +81,7 @@ class LocalPosterior:
         self._check_numbers()
         self.program  # noqa: B018  (checks the center and the mask now, not at the first step)
 
-    def with_numbers(self, *, nbeta: float | int, localization: float | int | None) -> "LocalPosterior":
+    def with_numbers(self, *, nbeta: float, localization: float | None) -> "LocalPosterior":
         """The same posterior with another ``nbeta`` and ``localization``; weights and mask are not checked again.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What a page is made of, and its HTML: without scripts, and without anything that it would have to load."""
+"""The parts of a page and its HTML, which has no scripts and loads nothing."""
 
 import base64
 import io
@@ -26,14 +26,14 @@ class Picture(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A table's row; with a ``tone`` its symbol stands before the first cell."""
+    """A row of a table. If it has a ``tone``, the symbol of the tone is put before the first cell."""
 
     cells: tuple[str, ...]
     tone: str = ""
 
 
 class Item(NamedTuple):
-    """A point of a list, and where it leads."""
+    """An item of a list, with an optional link."""
 
     text: str
     link: str = ""
@@ -41,7 +41,7 @@ class Item(NamedTuple):
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page; what is empty is left out. ``folded``: the code is shown on demand."""
+    """A section of a page; empty parts are not shown. ``folded``: the code is shown on demand."""
 
     title: str
     text: tuple[str, ...] = ()
@@ -55,7 +55,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """What a page says first, and its sections. ``kind``: what it is about; ``tone``: one of the four above."""
+    """The head of a page and its sections. ``kind``: what the page is about. ``tone``: one of the four above."""
 
     kind: str
     title: str
@@ -66,7 +66,7 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """HTML, with every text escaped."""
+    """The page as HTML, with every text escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     rules = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
@@ -75,7 +75,7 @@ def render(page: Page) -> str:
 
 
 def picture(figure: Figure, alt: str) -> Picture:
-    """A figure as SVG in a data URI, the same bytes every time."""
+    """A figure as SVG in a data URI. Equal figures give equal bytes."""
     file = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "slt-jax"}):
         figure.savefig(file, format="svg", metadata={"Date": None})
@@ -84,20 +84,21 @@ def picture(figure: Figure, alt: str) -> Picture:
 
 
 def tone_of(verdict: str) -> str:
+    """The tone of a result with this verdict."""
     return {"converged": GOOD, "depends on nbeta or localization": CAUTION}.get(verdict, BAD)
 
 
 _MEANINGS = {
-    "sampler": "how a step moves", "step_size": "epsilon: drift -(epsilon/2) G, noise of variance epsilon",
-    "friction": "share of the momentum that a step loses",
-    "mean_time": "that draws' steps took, as a share of a full one's: the others were shortened",
+    "sampler": "transition rule of a step", "step_size": "epsilon: drift -(epsilon/2) G, noise of variance epsilon",
+    "friction": "fraction of the momentum that a step loses",
+    "mean_time": "mean length of the draws' steps, as a fraction of a full step: some were shortened",
     "nbeta": "n times the inverse temperature",
     "localization": "gamma, the pull to w*", "num_chains": "independent chains",
-    "num_draws": "losses kept in each chain", "num_warmup": "steps before the first draw",
-    "thinning": "steps from one draw to the next", "batch_size": "examples in a step's batch",
-    "num_data": "examples of the data", "num_free": "weights that move",
+    "num_draws": "losses recorded in each chain", "num_warmup": "steps before the first draw",
+    "thinning": "steps from one draw to the next", "batch_size": "examples in the batch of a step",
+    "num_data": "examples in the data set", "num_free": "weights that move",
     "baseline": "loss at w*: on the same batch (paired) or over all data (full)",
-    "control_variate": "gradients less their noise at w*", "hot": "factor by which every other chain started hotter",
+    "control_variate": "gradients minus their noise at w*", "hot": "factor by which every other chain started hotter",
 }  # fmt: skip
 
 
@@ -112,11 +113,12 @@ def settings_sections(settings: RunRecord, without: tuple[str, ...] = ()) -> Ite
     if rows:
         yield Section("Settings", header=("setting", "value", "meaning"), rows=rows)
     if lines := settings.calibration.get("lines"):
-        text = ("What was not given was measured on this model and data:",)
-        yield Section("What the calibration chose, and why", text, items=tuple(Item(line) for line in lines))
+        text = ("Settings that were not given were measured on this model and data:",)
+        yield Section("Choices of the calibration", text, items=tuple(Item(line) for line in lines))
 
 
 def citation_section(settings: RunRecord, wbic: bool) -> Section:
+    """What to cite; with ``wbic`` also the sources of the WBIC."""
     items = [
         Item(f"slt-jax {settings.versions.get('slt-jax', '')}".strip() + ", which computed this estimate."),
         Item("The estimator: E. Lau, Z. Furman, G. Wang, D. Murfet, S. Wei, The Local Learning Coefficient: A "
@@ -133,6 +135,7 @@ def citation_section(settings: RunRecord, wbic: bool) -> Section:
 
 
 def loading_section(what: str, path: str | None) -> Section:
+    """The code that loads a saved ``result``, ``sweep`` or ``trajectory``, or saves one that has no path yet."""
     if path is None:
         return Section("Load it again", code=f'{what}.save("{what}.zarr")  # this page was made before it was saved')
     code = f"import slt_jax as slt\n\n{what} = slt.load_{what}({path!r})\nprint({what})"

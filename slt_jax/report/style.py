@@ -1,4 +1,4 @@
-"""What all pictures share: size and fonts, colours and markers that tell in grey too, the legend."""
+"""Size, fonts, colours, markers and legend of all pictures. Markers keep lines distinct without colours."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -14,6 +14,7 @@ MARKERS = "osD^vP*X"
 
 
 def figure_of(size: tuple[float, float], path: str | os.PathLike | None, draw: Callable[[Figure], None]) -> Figure:
+    """A figure of ``size`` (inches) with what ``draw`` puts on it, written to ``path`` if that is given."""
     with matplotlib.rc_context(
         {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.8}
     ):
@@ -26,8 +27,8 @@ def figure_of(size: tuple[float, float], path: str | os.PathLike | None, draw: C
 
 
 def legend_below(figure: Figure, axes: Sequence[Axes], columns: int, more: Sequence[Any] = ()) -> None:
-    """One legend below the picture, each label once."""
-    found = {text: h for a in axes for h, text in zip(*a.get_legend_handles_labels(), strict=True)}
-    found |= {h.get_label(): h for h in more}
+    """One legend below the picture, with each label of ``axes`` and of the handles ``more`` once."""
+    handles: dict[Any, Any] = {text: h for a in axes for h, text in zip(*a.get_legend_handles_labels(), strict=True)}
+    handles |= {h.get_label(): h for h in more}
     place = {"loc": "outside lower center", "ncols": columns, "fontsize": 9, "handlelength": 1.8}
-    figure.legend(found.values(), found.keys(), frameon=False, **place)
+    figure.legend(handles.values(), handles.keys(), frameon=False, **place)

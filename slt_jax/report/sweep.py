@@ -21,23 +21,24 @@ from slt_jax.results.text import estimate_text
 
 
 def sweep_page(sweep: Sweep, path: str | None) -> Page:
+    """The recommended setting, the reading, heat maps, and a row for each cell. ``path``: where the sweep is saved."""
     data, reading = sweep.dataset, sweep.reading
     best, alt = reading.recommended, "Heat maps of the LLC over step size and localization, one for each nbeta."
     verdict, tone = "no setting can be recommended", BAD
     if best is not None:
         verdict = "take " + ", ".join(f"{name} {best[name]:.4g}" for name in AXES)
-        stands = any(math.isclose(nbeta, best["nbeta"]) for nbeta in reading.plateaus)
-        verdict, tone = (verdict, GOOD) if stands else (f"{verdict}, though no plateau was found there", CAUTION)
+        on_plateau = any(math.isclose(nbeta, best["nbeta"]) for nbeta in reading.plateaus)
+        verdict, tone = (verdict, GOOD) if on_plateau else (f"{verdict}, though no plateau was found there", CAUTION)
     cells = data.stack(cell=AXES)
     rows = []
     for i in range(cells.sizes["cell"]):
-        one = cells.isel(cell=i)
-        lost, told = bool(one["diverged"]), str(one["verdict"].item())
-        llc = "none" if lost else estimate_text(float(one["llc"]), float(one["llc_stderr"]), "±")
-        place = ", ".join(f"{name} {float(one[name]):.4g}" for name in AXES)
-        rows.append(Row((place, llc, told), BAD if lost else tone_of(told)))
+        cell = cells.isel(cell=i)
+        diverged, cell_verdict = bool(cell["diverged"]), str(cell["verdict"].item())
+        llc = "none" if diverged else estimate_text(float(cell["llc"]), float(cell["llc_stderr"]), "±")
+        place = ", ".join(f"{name} {float(cell[name]):.4g}" for name in AXES)
+        rows.append(Row((place, llc, cell_verdict), BAD if diverged else tone_of(cell_verdict)))
     sections = (
-        Section("What it says", code=str(reading)),
+        Section("Reading", code=str(reading)),
         Section("Heat maps", picture=picture(plot_sweep(data, reading), alt)),
         Section("All cells", header=("cell", "LLC", "verdict"), rows=tuple(rows)),
         *settings_sections(sweep.settings, AXES),

@@ -17,18 +17,23 @@ from slt_jax.results.trajectory import Trajectory, load_trajectory
 _GENERATOR = 'content="slt-jax report"'
 
 
-def write_report(source: Any, out: str | os.PathLike, *, overwrite: bool = False, **shown: Any) -> Path:
-    """Write a result as one self-contained page.
+def write_report(source: Any, out: str | os.PathLike, *, overwrite: bool = False, **options: Any) -> Path:
+    """Write a result, a sweep or a trajectory as one self-contained HTML page.
 
     Args:
         source: an ``LLCResult``, a ``Sweep``, a ``Trajectory``, or a path that ``save`` of one of them wrote.
         out: the HTML file.
         overwrite: replace ``out``, if it is such a page.
-        shown: ``unit`` and ``drift`` of a trajectory, as its ``plot`` takes them.
+        options: ``unit`` and ``drift`` of a trajectory, as in its ``plot``.
+
+    Returns:
+        The path of the page.
 
     Raises:
-        FileExistsError, FileNotFoundError: of ``out`` or its folder. What ``load_result`` raises for a bad source.
-        TypeError: something else, or ``shown`` of what is no trajectory.
+        FileExistsError: ``out`` exists and ``overwrite`` is false, or it is not such a page.
+        FileNotFoundError: the folder of ``out`` or the source does not exist.
+        ValueError: the source is foreign or truncated.
+        TypeError: a source of another type, or ``options`` for something that is not a trajectory.
     """
     target = Path(out)
     if target.exists() and not overwrite:
@@ -38,22 +43,34 @@ def write_report(source: Any, out: str | os.PathLike, *, overwrite: bool = False
     if not target.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {target.parent} to write {target.name} to. Make it first.")
     path = str(source) if isinstance(source, (str, os.PathLike)) else None
-    text = render(page_of(source if path is None else _opened(path), path, **shown))
+    text = render(page_of(source if path is None else _loaded(path), path, **options))
     return write_file(target, text)
 
 
-def _opened(path: str) -> Any:
+def _loaded(path: str) -> Any:
     kind = kind_of(Path(path))
     return load_sweep(path) if kind == SWEEP else load_trajectory(path) if kind == TRAJECTORY else load_result(path)
 
 
-def page_of(thing: Any, path: str | None = None, **shown: Any) -> Page:
-    """The page about a result, a sweep or a trajectory, by its kind. ``path``: where it is saved."""
-    if isinstance(thing, Trajectory):
-        return trajectory_page(thing, path, **shown)
-    if isinstance(thing, (LLCResult, Sweep)):
-        if shown:
-            what = "a sweep" if isinstance(thing, Sweep) else "a result"
-            raise TypeError(f"{' and '.join(shown)} are of a trajectory's page, and this is {what}'s. Leave them out.")
-        return sweep_page(thing, path) if isinstance(thing, Sweep) else result_page(thing, path)
-    raise TypeError(f"a report is of a result, a sweep or a trajectory, or of a saved one, got {type(thing).__name__}.")
+def page_of(subject: Any, path: str | None = None, **options: Any) -> Page:
+    """The page about a result, a sweep or a trajectory.
+
+    Args:
+        path: where the subject is saved.
+        options: as in ``write_report``.
+
+    Raises:
+        TypeError: as ``write_report``.
+    """
+    if isinstance(subject, Trajectory):
+        return trajectory_page(subject, path, **options)
+    if isinstance(subject, (LLCResult, Sweep)):
+        if options:
+            kind = "a sweep" if isinstance(subject, Sweep) else "a result"
+            raise TypeError(
+                f"{' and '.join(options)} are of a trajectory's page, and this is {kind}'s. Leave them out."
+            )
+        return sweep_page(subject, path) if isinstance(subject, Sweep) else result_page(subject, path)
+    raise TypeError(
+        f"a report is of a result, a sweep or a trajectory, or of a saved one, got {type(subject).__name__}."
+    )

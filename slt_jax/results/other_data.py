@@ -1,10 +1,11 @@
-"""What a further data set reads at the draws of a run."""
+"""The loss of a further data set at the draws of a run."""
 
 import functools
 import math
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Float, Float64
 
 from slt_jax.diagnostics.series import ess_and_rhat, standard_error
 
@@ -13,24 +14,25 @@ READINGS = ("loss_trace", "baseline_trace", "gap_var")
 
 @dataclass(frozen=True)
 class Reading:
-    """The loss of a further data set at the draws of a run. Axes are (chain, draw), of the chains that stayed finite.
+    """The loss of a further data set at the draws of a run, of the chains that stayed finite.
 
-    ``llc`` is nbeta (E[L'(w)] - L'(w*)), w from the posterior of the run's own data, as is: what step size and
-    minibatch noise add to it is not known, so it compares with ``llc_raw``.
+    ``llc`` is nbeta (E[L'(w)] - L'(w*)), with w from the posterior of the run's own data. The bias from the step size
+    and minibatch noise is not known for it: compare it with ``llc_raw`` of the result.
     """
 
-    loss_trace: np.ndarray
-    baseline_trace: np.ndarray
-    gap_var: np.ndarray
+    loss_trace: Float[np.ndarray, "chain draw"]
+    baseline_trace: Float[np.ndarray, "chain draw"]
+    gap_var: Float[np.ndarray, "chain draw"]
     nbeta: float
 
     @functools.cached_property
-    def llc_draws(self) -> np.ndarray:
-        """nbeta (L'_m(w_t) - L'_m(w*)), float64."""
+    def llc_draws(self) -> Float64[np.ndarray, "chain draw"]:
+        """nbeta (L'_m(w_t) - L'_m(w*))."""
         return self.nbeta * (self.loss_trace.astype(np.float64) - self.baseline_trace.astype(np.float64))
 
     @property
     def llc(self) -> float:
+        """The estimate; NaN if no chain stayed finite."""
         return float(self.llc_draws.mean()) if self.llc_draws.size else math.nan
 
     @functools.cached_property
@@ -39,14 +41,17 @@ class Reading:
 
     @property
     def ess(self) -> float:
+        """Effective sample size of ``llc_draws``."""
         return self._ess_and_rhat[0]
 
     @property
     def rhat(self) -> float:
+        """Rank-normalized split R-hat of ``llc_draws``."""
         return self._ess_and_rhat[1]
 
     @property
     def llc_stderr(self) -> float:
+        """Standard error of ``llc``, from ``ess``."""
         return standard_error(self.llc_draws, self.ess) if self.llc_draws.size else math.nan
 
     @property

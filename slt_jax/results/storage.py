@@ -1,4 +1,4 @@
-"""Trees of arrays on disk as zarr: written whole or not at all, and read back only as they were written."""
+"""Trees of arrays on disk as zarr. They are written completely or not at all, and damage is detected on reading."""
 
 import hashlib
 import os
@@ -12,34 +12,40 @@ import numpy as np
 if TYPE_CHECKING:
     import xarray as xr
 
-RESULT, SWEEP, TRAJECTORY = "slt_jax_result", "slt_jax_sweep", "slt_jax_trajectory"  # what says what a file is
+# Attributes that mark the kind of a file.
+RESULT, SWEEP, TRAJECTORY = "slt_jax_result", "slt_jax_sweep", "slt_jax_trajectory"
 _NAMES = {RESULT: "result", SWEEP: "sweep", TRAJECTORY: "trajectory"}
 
 
 def kind_of(path: Path) -> str | None:
-    """``RESULT`` or ``SWEEP``; None for anything else."""
+    """``RESULT``, ``SWEEP`` or ``TRAJECTORY``; None for anything else."""
     record = path / "zarr.json"
     text = record.read_text(errors="replace") if record.is_file() else ""
     return next((kind for kind in _NAMES if f'"{kind}"' in text), None)
 
 
 def digest(arrays: Iterable[np.ndarray]) -> str:
-    """SHA-256 over types, shapes and bytes: zarr fills a missing chunk without a word."""
-    found = hashlib.sha256()
+    """SHA-256 over types, shapes and bytes. It is needed because zarr silently fills missing chunks."""
+    sha256 = hashlib.sha256()
     for array in arrays:
-        found.update(f"{array.dtype.str}{array.shape}".encode())
-        found.update(np.ascontiguousarray(array).tobytes())
-    return found.hexdigest()
+        sha256.update(f"{array.dtype.str}{array.shape}".encode())
+        sha256.update(np.ascontiguousarray(array).tobytes())
+    return sha256.hexdigest()
 
 
 def write(tree: "xr.DataTree", path: str | os.PathLike, kind: str, *, overwrite: bool) -> Path:
-    """Write ``tree``, whose attributes name its ``kind``. Raises FileExistsError on an existing path, and OSError."""
+    """Write ``tree``, which has the attribute ``kind``.
+
+    Raises:
+        FileExistsError: the path exists and ``overwrite`` is false, or it is not a file of this kind.
+        OSError: the file cannot be written.
+    """
     target, what = Path(path), _NAMES[kind]
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists. Pass overwrite=True to replace it, or another path.")
     if target.exists() and kind_of(target) != kind:
         raise FileExistsError(f"{target} exists and is not a {what} of slt-jax, so it is kept. Give another path.")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")  # a save cut short leaves target as it was
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")  # an interrupted save leaves target unchanged
     try:
         tree.to_zarr(partial, mode="w", consolidated=False)
         shutil.rmtree(target, ignore_errors=True)
@@ -53,16 +59,18 @@ def write(tree: "xr.DataTree", path: str | os.PathLike, kind: str, *, overwrite:
 
 
 def load(path: str | os.PathLike, kind: str, build: "Callable[[xr.DataTree], Any]") -> Any:
-    """What ``build`` makes of a tree that ``write`` wrote.
+    """``build(tree)`` of a tree that ``write`` wrote.
 
-    Raises FileNotFoundError, or ValueError when the file is foreign or truncated, which ``build`` may say too.
+    Raises:
+        FileNotFoundError: the path does not exist.
+        ValueError: the file is of another kind, foreign or truncated, or ``build`` raised.
     """
     import xarray as xr
 
-    found = Path(path)
-    if not found.exists():
+    source = Path(path)
+    if not source.exists():
         raise FileNotFoundError(f"no {_NAMES[kind]} at {path}.")
-    if (other := kind_of(found)) not in (None, kind):
+    if (other := kind_of(source)) is not None and other != kind:
         raise ValueError(f"{path} holds a {_NAMES[other]}, not a {_NAMES[kind]}. Read it with load_{_NAMES[other]}.")
     try:
         tree = xr.open_datatree(path, engine="zarr", consolidated=False)

@@ -1,4 +1,4 @@
-"""Numbers in words."""
+"""Text about estimates: the number with its error, the bias, the cost."""
 
 import math
 
@@ -7,7 +7,7 @@ from slt_jax.results.record import CostRecord
 
 
 def estimate_text(llc: float, stderr: float, sign: str) -> str:
-    """Estimate and error bar in words."""
+    """An estimate and its standard error, e.g. ``12.3 +/- 0.5``; ``sign`` is what stands between them."""
     if math.isnan(llc):
         return "unknown"
     return f"{llc:.4g} " + ("without an error bar" if math.isnan(stderr) else f"{sign} {stderr:.2g}")
@@ -25,7 +25,7 @@ def bias_line(raw: float, bias: Bias) -> str:
 
 
 def shortened(mean_time: float) -> str:
-    """By how much steps were shortened; nothing where they were not."""
+    """By how much steps were shortened on average; empty if they were not."""
     return f", steps shortened to {mean_time:.1%} of their time on average" if mean_time < 0.9995 else ""
 
 

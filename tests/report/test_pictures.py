@@ -64,7 +64,7 @@ def test_the_running_estimate_ends_at_the_estimate():
     for chain in range(3):
         own = line(lower, f"chain {chain}").get_ydata()
         assert own[-1] == pytest.approx(result.llc_draws[chain].mean() - result.bias.applied, rel=1e-6)
-    assert line(lower, "raw: bias not taken off").get_ydata()[0] == pytest.approx(result.llc_raw)
+    assert line(lower, "raw: without bias correction").get_ydata()[0] == pytest.approx(result.llc_raw)
 
 
 def test_losses_are_drawn_at_their_steps():
@@ -77,9 +77,9 @@ def test_losses_are_drawn_at_their_steps():
 
 def test_long_runs_are_means_of_blocks():
     values = np.arange(1000.0)
-    np.testing.assert_allclose(plots._means(values), np.arange(200) * 5 + 2)
-    assert plots._means(values[:400]).size == 400
-    uneven = plots._means(np.ones((2, 777), np.float32))
+    np.testing.assert_allclose(plots.block_means(values), np.arange(200) * 5 + 2)
+    assert plots.block_means(values[:400]).size == 400
+    uneven = plots.block_means(np.ones((2, 777), np.float32))
     assert uneven.shape == (2, 200)
     np.testing.assert_allclose(uneven, 1.0)
     figure = plots.plot_result(run(draws=1000))
@@ -205,24 +205,24 @@ def test_what_the_reading_says_is_outlined():
 
 def test_one_wild_cell_does_not_swallow_the_colours():
     values = np.arange(1.0, 25.0)
-    norm, extend, log = heatmaps._colour_range(values)
+    norm, extend, log = heatmaps.colour_range(values)
     assert (norm.vmin, norm.vmax, extend, log) == (1.0, 24.0, "neither", False)
     # of 24 sorted values the 5th and 95th percentile, towards the middle, are those at 2 and at 21
     for wild, ends, beyond in [(1e9, (1.0, 22.0), "max"), (-1e9, (3.0, 24.0), "min")]:
         found = np.where(values == (24.0 if wild > 0 else 1.0), wild, values)
-        norm, extend, log = heatmaps._colour_range(found)
+        norm, extend, log = heatmaps.colour_range(found)
         assert (norm.vmin, norm.vmax, extend, log) == (*ends, beyond, False)
 
 
 def test_colours_are_logarithmic_over_decades_and_never_of_no_width():
-    norm, _, log = heatmaps._colour_range(np.geomspace(0.1, 100, 30))
+    norm, _, log = heatmaps.colour_range(np.geomspace(0.1, 100, 30))
     assert log
     assert isinstance(norm, LogNorm)
     assert (norm.vmin, norm.vmax) == pytest.approx((0.1, 100))
-    same, _, log = heatmaps._colour_range(np.full(5, 3.0))
+    same, _, log = heatmaps.colour_range(np.full(5, 3.0))
     assert not log
     assert same.vmin < 3.0 < same.vmax
-    assert heatmaps._colour_range(np.full(3, np.nan))[0](0.5) == 0.5
+    assert heatmaps.colour_range(np.full(3, np.nan))[0](0.5) == 0.5
 
 
 def contrast(one, other):
@@ -236,7 +236,7 @@ def contrast(one, other):
 
 def test_numbers_can_be_read_on_every_colour():
     inks = {"black": (0, 0, 0), "white": (1, 1, 1)}
-    assert min(contrast(inks[heatmaps._ink(c)], c) for c in heatmaps._CMAP(np.linspace(0, 1, 101))) > 4.4
+    assert min(contrast(inks[heatmaps.text_colour(c)], c) for c in heatmaps.CMAP(np.linspace(0, 1, 101))) > 4.4
 
 
 def test_a_sweep_of_nothing_finite_is_drawn():
@@ -247,7 +247,7 @@ def test_a_sweep_of_nothing_finite_is_drawn():
 
 def test_numbers_are_short():
     short = {"1e-5": 1e-5, "3.16e-6": 3.16e-6, "0.25": 0.25, "1234": 1234.4, "-12.3": -12.34, "0": 0.0, "4e5": 4e5}
-    assert [heatmaps._short(x) for x in short.values()] == list(short)
+    assert [heatmaps.short_number(x) for x in short.values()] == list(short)
 
 
 def test_heads_are_rows_of_layers():

@@ -170,6 +170,7 @@ def test_results_of_other_sizes_need_an_n():
     assert compare(a, b, num_data=4500).num_data == 4500
 
 
+@pytest.mark.usefixtures("wrong_types")
 def test_what_cannot_be_compared_is_refused():
     good, lost = made(5.0, 0.21), made(5.0, 0.2, stopped={0: 1, 1: 1, 2: 1, 3: 1})
     with pytest.raises(ValueError, match=r"b has LLC nan .* 'diverged'"):

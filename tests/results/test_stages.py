@@ -37,7 +37,7 @@ def test_the_cost_is_the_marginal_likelihood_of_a_stage(drift):
     """Against the normal density written out. Kills a filter with gain, start or order wrong."""
     rng = np.random.default_rng(0)
     llc, errors = rng.normal(size=7), rng.uniform(0.3, 1.0, 7)
-    costs = module._costs(llc, errors, np.array([[0.0, 0.0], [0.4, drift]]))[1]
+    costs = module.stage_costs(llc, errors, np.array([[0.0, 0.0], [0.4, drift]]))[1]
     prior = llc.var() + np.mean(errors**2)
     for i, j in itertools.combinations(range(8), 2):
         walk = drift**2 * np.minimum.outer(np.arange(j - i), np.arange(j - i))
@@ -60,7 +60,7 @@ def test_the_cuts_are_the_best_of_all(most):
         table = np.random.default_rng(seed).gamma(1.0, 3.0, size=(9, 10))
         value = {way: sum(table[i, j] for i, j in itertools.pairwise(way)) for way in ways}
         value = {way: x + 2 * math.log(math.comb(8, len(way) - 2)) for way, x in value.items()}
-        assert module._cut(table, most) == min(value, key=value.get)
+        assert module.best_cuts(table, most) == min(value, key=value.get)
 
 
 @pytest.mark.parametrize("sizes", [(4, 4, 4), (2, 8, 4, 4, 4), (3, 2, 11)])
@@ -167,11 +167,11 @@ def test_units_do_not_matter_and_a_boundary_is_a_place_in_steps():
 def test_resamples_have_the_law_of_the_fitted_stages(monkeypatch):
     """Mean and covariance of the bootstrap's curves. Kills noise on top of the curve, and a forgotten drift."""
     llc, errors, drawn, most = np.array([0.0, 1, 0, 1, 9, 11, 10, 10]), np.linspace(0.5, 1.2, 8), [], []
-    made = tuple(Stage(0, 0, x, 0.1, 4) for x in (0.5, 10.0))
-    monkeypatch.setattr(module, "_costs", lambda curve, *_: drawn.append(curve) or [None])
-    monkeypatch.setattr(module, "_cut", lambda _, limit: most.append(limit) or ())
+    made = tuple(Stage(0.0, 0.0, x, 0.1, 4) for x in (0.5, 10.0))
+    monkeypatch.setattr(module, "stage_costs", lambda curve, *_: drawn.append(curve) or [None])
+    monkeypatch.setattr(module, "best_cuts", lambda _, limit: most.append(limit) or ())
     noise, count = np.array([0.6, 0.8]), 20_000
-    module._bootstrap(np.random.default_rng(0), count, llc, errors, made, (0, 4, 8), noise, 5)
+    module.bootstrap(np.random.default_rng(0), count, llc, errors, made, (0, 4, 8), noise, 5)
     assert set(most) == {4}
     center = np.kron(np.eye(2), np.eye(4) - 0.25)
     walk = np.kron(np.eye(2), 0.64 * (1.0 + np.minimum.outer(np.arange(4), np.arange(4))))
@@ -186,18 +186,18 @@ def test_resamples_have_the_law_of_the_fitted_stages(monkeypatch):
 @pytest.mark.quick
 def test_an_interval_holds_its_level_of_the_resamples_that_have_the_boundary():
     """By hand: steps 0..11, cuts at 4 and 8."""
-    made = (Stage(0, 3, 1.0, 0.3, 4), Stage(4, 7, 5.0, 0.4, 4), Stage(8, 11, 6.0, 0.3, 4))
+    made = (Stage(0.0, 3.0, 1.0, 0.3, 4), Stage(4.0, 7.0, 5.0, 0.4, 4), Stage(8.0, 11.0, 6.0, 0.3, 4))
     drawn = [(0, 4, 8, 12)] * 8 + [(0, 5, 8, 12)] * 7 + [(0, 2, 5, 8, 12)] + [(0, 2, 8, 12)] * 2 + [(0, 8, 12), (0, 12)]
-    first, second = module._boundaries(np.arange(12.0), (0, 4, 8, 12), made, drawn, 0.7)
+    first, second = module.boundaries_of(np.arange(12.0), (0, 4, 8, 12), made, drawn, 0.7)
     assert (first.between, first.low, first.high) == ((3, 4), 3, 5)
     assert first.support == 16 / 20
     assert (second.low, second.high, second.support) == (7, 8, 19 / 20)
     assert (first.jump, first.jump_stderr) == (4.0, 0.5)
-    wide = module._boundaries(np.arange(12.0), (0, 4, 8, 12), made, drawn, 0.95)[0]
+    wide = module.boundaries_of(np.arange(12.0), (0, 4, 8, 12), made, drawn, 0.95)[0]
     assert (wide.low, wide.high, wide.support) == (1, 5, 18 / 20)
-    narrow = module._boundaries(np.arange(12.0), (0, 4, 8, 12), made, drawn, 0.02)[0]
+    narrow = module.boundaries_of(np.arange(12.0), (0, 4, 8, 12), made, drawn, 0.02)[0]
     assert (narrow.low, narrow.high, narrow.support) == (3, 4, 16 / 20)  # 5 is within one checkpoint
-    lost = module._boundaries(np.arange(12.0), (0, 4, 12), made[:2], [(0, 12)] * 5, 0.9)[0]
+    lost = module.boundaries_of(np.arange(12.0), (0, 4, 12), made[:2], [(0, 12)] * 5, 0.9)[0]
     assert (lost.low, lost.high, lost.support) == (0, 11, 0)
 
 
