@@ -151,8 +151,8 @@ def rise(sample: Sample) -> Check:
         f"{number(measured.next, '+.2g')}, after {number(measured.before, '+.2g')} and {number(measured.value, '+.2g')}"
     )
     reason = (
-        f"the last two doublings of the run changed the mean of the chains that started at w* by {measured.before:+.3g} "
-        f"and {measured.value:+.3g}: they are still spreading into soft directions. Raise the budget, or localization."
+        f"the last two doublings of the run changed the mean of the chains that started at w* by "
+        f"{measured.before:+.3g} and {measured.value:+.3g}: they are still spreading into soft directions. Raise the budget, or localization."
     )
     return Check(
         name="Rise in one more doubling of the run",
@@ -193,8 +193,8 @@ def virial(sample: Sample) -> Check:
     measured = sample.evidence.virial
     ok = outcome(measured < VIRIAL_LIMIT, measured)
     reason = (
-        f"the chains have equilibrated in about {max(0.0, measured):.0%} of the directions (virial ratio), and what the "
-        "others would add is unknown. Raise the budget, num_warmup or localization."
+        f"the chains have equilibrated in about {max(0.0, measured):.0%} of the directions (virial ratio), and what "
+        "the others would add is unknown. Raise the budget, num_warmup or localization."
     )
     return Check(
         name="Virial ratio",

@@ -158,8 +158,8 @@ def noise_bias(sample: Sample) -> Check:
     measured = sample.evidence.bias.noise if sample.evidence.bias else math.nan
     ok = outcome(abs(measured) > BIAS_SHARE * sample.size, measured)
     reason = (
-        f"the noise of the minibatch gradients adds about {measured:.3g} of {sample.size:.4g}; take a shorter step_size, "
-        "more friction, a larger batch_size, or control_variate=True."
+        f"the noise of the minibatch gradients adds about {measured:.3g} of {sample.size:.4g}; take a shorter "
+        "step_size, more friction, a larger batch_size, or control_variate=True."
     )
     return Check(
         name="Bias of minibatch noise",
