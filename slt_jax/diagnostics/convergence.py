@@ -152,7 +152,8 @@ def rise(sample: Sample) -> Check:
     )
     reason = (
         f"the last two doublings of the run changed the mean of the chains that started at w* by "
-        f"{measured.before:+.3g} and {measured.value:+.3g}: they are still spreading into soft directions. Raise the budget, or localization."
+        f"{measured.before:+.3g} and {measured.value:+.3g}: they are still spreading into soft "
+        "directions. Raise the budget, or localization."
     )
     return Check(
         name="Rise in one more doubling of the run",
