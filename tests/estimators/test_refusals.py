@@ -13,6 +13,8 @@ from tests.small import DATA, PLAN, estimate, posterior, refuses, square
 
 # Numbers
 
+pytestmark = pytest.mark.usefixtures("wrong_types")
+
 NOT_POSITIVE = [0, -1.0, float("nan"), float("inf"), np.float32(-2), 10**400]
 NOT_NUMBERS = ["3", "many", True, np.True_, [3.0], (1,), 3j, np.complex64(1), b"3", np.ones(1), jnp.ones(2), {}, {1: 2}]
 
