@@ -29,6 +29,11 @@ class Noise(NamedTuple):
     controlled: float
 
 
+def _scalar_type(position: Position) -> Any:
+    """Of sums over the weights and of losses: float32, and float64 only where weights are."""
+    return jnp.result_type(jnp.float32, *position)
+
+
 def _grad_over(program: LossProgram, frozen: Any, blocks: Any, position: Position) -> tuple[jax.Array, Position]:
     """Mean loss and its gradient over all blocks, one block at a time."""
 
@@ -36,7 +41,7 @@ def _grad_over(program: LossProgram, frozen: Any, blocks: Any, position: Positio
         loss_and_grad = jax.value_and_grad(program.mean_loss)(position, frozen, block)
         return jax.tree.map(lambda t, x: t + x.astype(t.dtype), total, loss_and_grad), None
 
-    zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, position))
+    zero = (jnp.zeros((), _scalar_type(position)), jax.tree.map(jnp.zeros_like, position))
     total, _ = jax.lax.scan(add, zero, blocks)
     count = jax.tree.leaves(blocks)[0].shape[0]
     return jax.tree.map(lambda x: x / count, total)
@@ -65,7 +70,7 @@ def _grad_change(program: LossProgram, frozen: Any, blocks: Any, position: Posit
 
         return jax.lax.scan(add, total, blocks)[0], None
 
-    total, _ = jax.lax.scan(side, jax.tree.map(jnp.zeros_like, position), jnp.array([1.0, -1.0]))
+    total, _ = jax.lax.scan(side, jax.tree.map(jnp.zeros_like, position), jnp.array([1.0, -1.0], jnp.float32))
     count = jax.tree.leaves(blocks)[0].shape[0]
     return jax.tree.map(lambda x: x / count, total)
 
@@ -86,11 +91,13 @@ def _sharpness(program: LossProgram, position, frozen, blocks, nbeta, floor, rea
         product = optax.tree.scale(nbeta / (2 * s), _grad_change(program, frozen, blocks, position, v, unit))
         curvature = _norm(product)
         good = jnp.isfinite(curvature) & (curvature > 0)
-        product = tuple(jnp.where(good, p, x) for p, x in zip(product, v, strict=True))
-        s = jnp.where(good, jnp.sqrt(s / jnp.sqrt(curvature + floor)), s / 10)
-        return product, s, jnp.where(good, curvature, 0.0)
+        product = tuple(jnp.where(good, p, x).astype(x.dtype) for p, x in zip(product, v, strict=True))
+        s = jnp.where(good, jnp.sqrt(s / jnp.sqrt(curvature + floor)), s / 10).astype(scalar)
+        return product, s, jnp.where(good, curvature, 0.0).astype(scalar)
 
-    _, _, curvature = jax.lax.fori_loop(0, iterations, body, (start, reach, jnp.float32(0)))
+    scalar = _scalar_type(position)
+    begun = (start, reach.astype(scalar), jnp.zeros((), scalar))
+    _, _, curvature = jax.lax.fori_loop(0, iterations, body, begun)
     return curvature
 
 
@@ -143,7 +150,7 @@ def noise_squares(program: LossProgram, position, center, frozen, halves, metric
         total, plain = carry
         half = jax.tree.map(lambda x: x[i % 2], halves)
         at = tuple(jnp.where(i < 2, w, c) for w, c in zip(position, center, strict=True))
-        sign = jnp.array([1.0, -1.0, -1.0, 1.0])[i]
+        sign = jnp.array([1.0, -1.0, -1.0, 1.0], jnp.float32)[i]
         grad = jax.grad(program.mean_loss)(at, frozen, half)
         total = tuple(t + (sign * nbeta * g).astype(t.dtype) for t, g in zip(total, grad, strict=True))
         return (total, jnp.where(i == 1, square(total), plain)), None
@@ -152,7 +159,7 @@ def noise_squares(program: LossProgram, position, center, frozen, halves, metric
         turned = pull_back(metric, tree)
         return inner(turned, turned)
 
-    zero = (jax.tree.map(jnp.zeros_like, position), jnp.float32(0))
+    zero = (jax.tree.map(jnp.zeros_like, position), jnp.zeros((), _scalar_type(position)))
     (rest, plain), _ = jax.lax.scan(add, zero, jnp.arange(4))
     return plain, square(rest)
 
@@ -173,7 +180,7 @@ def acceptance(program: LossProgram, position, center, frozen, blocks, nbeta, lo
         squares = squares.at[i].set(jnp.where(i == 0, before, inner(momentum, momentum)))
         return optax.tree.add(w, root(metric, optax.tree.scale(time, momentum))), momentum, losses, distances, squares
 
-    pair = jnp.zeros(2, jnp.float32)
+    pair = jnp.zeros(2, _scalar_type(position))
     start = (position, fresh, pair, pair, pair)
     *_, losses, distances, squares = jax.lax.fori_loop(0, 2, kick, start)
     change = nbeta * (losses[1] - losses[0]) + 0.5 * localization * (distances[1] - distances[0])

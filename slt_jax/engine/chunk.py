@@ -224,7 +224,7 @@ def _one_step(
     else:
         baseline, tilt = _losses_at_center(static, kept, slope_too, before, center, frozen, batch)
     if static.slope_method == "gradient":
-        downhill = lambda: inner(shared.center_grad, displacement(before, center))  # noqa: E731
+        downhill = lambda: inner(shared.center_grad, displacement(before, center)).astype(jnp.float32)  # noqa: E731
         tilt = jax.lax.cond(slope_too, downhill, lambda: jnp.float32(jnp.nan))
     hyper = _at_step(window, step, row, shared.metric)
     noise_key = jax.random.fold_in(step_key, KeyTag.NOISE)

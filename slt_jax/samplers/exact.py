@@ -25,11 +25,15 @@ class ExactState(NamedTuple):
 
 
 def log_density(loss_and_grad: LossAndGrad, center: Position, hyper: Hyper) -> Callable[[Position], jax.Array]:
-    """-nbeta L_n(w) - (localization / 2) |w - w*|^2, up to a constant: 0 at w* when the loss there is 0."""
+    """-nbeta L_n(w) - (localization / 2) |w - w*|^2, up to a constant: 0 at w* when the loss there is 0.
+
+    The loss sees weights of the types of ``center``.
+    """
 
     def at(position: Position) -> jax.Array:
         away = displacement(position, center)
-        return -hyper.nbeta * jnp.mean(loss_and_grad(position)[0]) - 0.5 * hyper.localization * inner(away, away)
+        loss = jnp.mean(loss_and_grad(_typed_like(center, position))[0])
+        return -hyper.nbeta * loss - 0.5 * hyper.localization * inner(away, away)
 
     return at
 
@@ -37,9 +41,18 @@ def log_density(loss_and_grad: LossAndGrad, center: Position, hyper: Hyper) -> C
 Build = Callable[[Callable, Hyper, Position], Any]
 
 
+def _typed_like(other: Position, position: Position) -> Position:
+    return tuple(w.astype(c.dtype) for w, c in zip(position, other, strict=True))
+
+
+def _widest(position: Position) -> Position:
+    """In JAX's default type, float64 where x64 is on: BlackJAX's own numbers have it, and it mixes none."""
+    return tuple(w.astype(jnp.promote_types(w.dtype, jnp.result_type(float))) for w in position)
+
+
 def _init(build: Build, position: Position, loss_and_grad: LossAndGrad, hyper: Hyper) -> ExactState:
     algorithm = build(log_density(loss_and_grad, position, hyper), hyper, position)
-    return ExactState(position, algorithm.init(position, jax.random.key(0)))
+    return ExactState(position, algorithm.init(_widest(position), jax.random.key(0)))
 
 
 def _step(
@@ -60,7 +73,7 @@ def _step(
     away = displacement(state.position, center)
     accepted = getattr(transition, "acceptance_rate", jnp.float32(jnp.nan))
     info = Info(losses, inner(force, force), inner(away, force), inner(away, away), jnp.float32(jnp.nan), accepted)
-    return ExactState(moved.position, moved), info
+    return ExactState(_typed_like(state.position, moved.position), moved), info
 
 
 @functools.cache

@@ -161,15 +161,15 @@ metric_root = jax.jit(root)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _added(squares: Callable, total: list, metric: Metric, product: Position, unit: float) -> list:
+def _added(squares: Callable, total: list, metric: Metric, product: Position, unit: jax.Array | float) -> list:
     return jax.tree.map(jnp.add, total, squares(metric, product, unit))
 
 
-def _matrices(metric: Metric, product: Position, unit: float) -> Position:
+def _matrices(metric: Metric, product: Position, unit: jax.Array | float) -> Position:
     return tuple(x.reshape(matrix_shape(x.shape)) / unit for x in pull_back(metric, product))
 
 
-def grams(metric: Metric, product: Position, unit: float) -> list[list[jax.Array]]:
+def grams(metric: Metric, product: Position, unit: jax.Array | float) -> list[list[jax.Array]]:
     """For each leaf Y: the means over columns of Y Y' and over rows of Y' Y; of a side without a basis the diagonal."""
     return [[_gram(y), _gram(y.T)] for y in _matrices(metric, product, unit)]
 
@@ -179,7 +179,7 @@ def _gram(y: jax.Array) -> jax.Array:
     return (jnp.matmul(y, y.T, precision=HIGHEST) if whole else (y * y).sum(1)) / y.shape[1]
 
 
-def _squares(metric: Metric, product: Position, unit: float) -> list[list[jax.Array]]:
+def _squares(metric: Metric, product: Position, unit: jax.Array | float) -> list[list[jax.Array]]:
     return [[y * y] for y in _matrices(metric, product, unit)]
 
 
