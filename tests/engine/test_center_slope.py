@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
+from slt_jax._io import digest_of_arrays
 from slt_jax.diagnostics.bias import Bias
 from slt_jax.diagnostics.evidence import Evidence
 from slt_jax.diagnostics.limits import TILT_SHARE, TILT_SIGMA
@@ -20,7 +21,6 @@ from slt_jax.engine.mesh import chain_mesh
 from slt_jax.engine.plan import Schedule
 from slt_jax.engine.problem import Problem
 from slt_jax.posterior.data import as_source
-from slt_jax._io import digest_of_arrays
 from tests.engines import engine_of
 from tests.small import estimate, refuses, square, traces_of
 from tests.sources import Rows
