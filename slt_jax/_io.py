@@ -27,8 +27,8 @@ def write_file(path: Path, value: str | bytes) -> Path:
     except OSError as error:
         with contextlib.suppress(OSError):
             partial.unlink()
-        reason = error.strerror or str(error)
-        raise type(error)(error.errno, f"could not write {path}: {reason}") from error
+        text = f"could not write {path}: {error.strerror or error}"
+        raise (OSError(text) if error.errno is None else OSError(error.errno, text)) from error
     return path
 
 

@@ -12,7 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from slt_jax._checks import check_count, check_key, check_positive
-from slt_jax.engine.checkpoint import RunStore, check_directory, digest_of, first_difference
+from slt_jax._io import digest_of_json
+from slt_jax.engine.checkpoint import RunStore, check_directory, first_difference
 from slt_jax.engine.mesh import allgather, automatic, chain_mesh, check_mesh, spans_processes
 from slt_jax.engine.plan import Lengths, Schedule
 from slt_jax.engine.problem import Problem
@@ -215,7 +216,7 @@ class Notes:
         """
         identity = request.checked_identity(plan, mesh, asked, more)
         store = None if request.folder is None else RunStore(request.folder, identity, mesh)
-        return cls(store, digest_of(identity))
+        return cls(store, digest_of_json(identity))
 
     def kept(self, name: str, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         note = None if self.store is None else self.store.read_note(name)
