@@ -7,7 +7,7 @@ import secrets
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -133,21 +133,23 @@ class RunStore:
                 "not see what process 0 writes there. Give a directory on a disk that they share, or leave it out."
             )
 
-    def read_note(self, name: str) -> dict[str, Any] | None:
+    def read_note(self, name: str, fields: Collection[str] = ()) -> dict[str, Any] | None:
         """What ``write_note`` kept under this name; None when nothing was.
 
-        Raises ValueError for a file that is truncated, or was changed. One of an older version has no digest, and is
-        read as it is.
+        Raises ValueError for a file that is truncated, lacks one of ``fields``, or was changed. One of an older version
+        has no digest, and is read as it is.
         """
-        return self._first_does(lambda: self._read_note(self.path / f"{name}.json"))
+        return self._first_does(lambda: self._read_note(self.path / f"{name}.json", fields))
 
-    def _read_note(self, path: Path) -> dict[str, Any] | None:
+    def _read_note(self, path: Path, fields: Collection[str]) -> dict[str, Any] | None:
         if not path.exists():
             return None
         try:
             note = json.loads(path.read_text())
             if not isinstance(note, dict):
                 raise ValueError(f"it holds a {type(note).__name__}")
+            if lacking := [field for field in fields if field not in note]:
+                raise ValueError(f"it lacks {', '.join(lacking)}")
         except ValueError as error:
             raise ValueError(f"{path} is truncated or foreign: {error}. Remove it to have it computed again.") from None
         if not note.keys() & {DIGEST, _NOTE_FORMAT}:
@@ -197,7 +199,9 @@ class RunStore:
         digests = ocp.args.JsonSave(_digests(step, state, host))
         # On CPU Orbax may read the very buffers that the next chunk overwrites: hand it copies.
         state, host = jax.tree.map(jnp.copy, state), {k: v.copy() for k, v in host.items()}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), host=ocp.args.StandardSave(host), **{DIGEST: digests})
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), host=ocp.args.StandardSave(host), **{DIGEST: digests}
+        )
         self._manager.save(step, args=args)
 
     def wait(self) -> None:

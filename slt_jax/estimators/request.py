@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -218,8 +218,9 @@ class Notes:
         store = None if request.folder is None else RunStore(request.folder, identity, mesh)
         return cls(store, digest_of_json(identity))
 
-    def kept(self, name: str, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        note = None if self.store is None else self.store.read_note(name)
+    def kept(self, name: str, fields: Collection[str], decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The note of this name, with at least ``fields``: as it was written before, else what ``decide`` returns."""
+        note = None if self.store is None else self.store.read_note(name, fields)
         if note is None:
             note = decide()
             if self.store is not None:
