@@ -188,9 +188,9 @@ class RunStore:
         except Exception as error:
             self.close()
             raise ValueError(
-                f"the checkpoint of step {step} in {self.path} is truncated or foreign or was changed ({type(error).__name__}: "
-                f"{str(error)[:200]}). Remove {self.path / 'steps' / str(step)} to go back to the save before it, "
-                "or to the start."
+                f"the checkpoint of step {step} in {self.path} is truncated or foreign or was changed "
+                f"({type(error).__name__}: {str(error)[:200]}). Remove {self.path / 'steps' / str(step)} to go back "
+                "to the save before it, or to the start."
             ) from error
         return step, saved["state"], {k: np.array(v) for k, v in saved["host"].items()}
 
