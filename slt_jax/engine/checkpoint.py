@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -36,6 +37,11 @@ def check_directory(directory: Any) -> None:
         raise TypeError(f"checkpoint_dir must be a path, got {directory!r}. Give a directory of its own.")
 
 
+def _reported_otherwise(record: logging.LogRecord) -> bool:
+    """False for the tracebacks that Orbax logs of errors which it raises too."""
+    return not (record.levelno >= logging.ERROR and "orbax" in record.pathname)
+
+
 class RunStore:
     """The directory of one run; with a mesh that spans processes, one for all of them, on a disk that they share.
 
@@ -59,6 +65,7 @@ class RunStore:
                 "mesh has devices of only one. Take a mesh of all, leave checkpoint_dir out, or start this process "
                 "without jax.distributed."
             )
+        logging.getLogger("absl").addFilter(_reported_otherwise)  # added once, however often
         try:
             self._first_does(lambda: self._open({"format": FORMAT, **identity}))
             if spans_processes(mesh):

@@ -4,7 +4,9 @@ A directory that fails costs the durability of a run, not the run.
 """
 
 import contextlib
+import errno
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping
 
@@ -167,7 +169,9 @@ def abandon(store: RunStore | None) -> None:
 
 
 def _forgo(store: RunStore, run: Run, why: str) -> None:
-    why = why if len(why) <= 300 else f"{why[:100]} ... {why[-200:]}"  # the system's reason comes last
+    full = os.strerror(errno.ENOSPC)
+    told = why if len(why) <= 300 else f"{why[:100]} ... {why[-200:]}"  # the system's reason mostly comes last
+    why = f"{full}: {told}" if full in why and full not in told else told
     note = f"checkpoints in {store.path} stopped at or before step {run.step} ({why}); the estimate is complete."
     run.notes.append(note)
     warnings.warn(note, RuntimeWarning, stacklevel=2)
