@@ -50,11 +50,14 @@ def check_key(key: Any) -> jax.Array:
 
     Raises:
         TypeError: an old-style key, one of another generator (``rbg``), several keys, or no key at all.
-        ValueError: a seed that does not fit 64 bits.
+        ValueError: a seed below 0 or from 2**32 on, of which jax would take 32 bits only.
     """
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
-        if not -(2**63) <= key < 2**63:
-            raise ValueError(f"key must fit 64 bits as a seed, got {key}. Take a smaller number.")
+        if not 0 <= key < 2**32:
+            raise ValueError(
+                f"key must be at least 0 and below 2**32 as a seed, got {key}. Take a number in that range: of any "
+                "other, jax would take 32 bits only, and draw what a smaller seed draws."
+            )
         return jax.random.key(int(key), impl="threefry2x32")
     if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         dtype = getattr(key, "dtype", None)

@@ -9,7 +9,7 @@ returns a value.
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
@@ -50,6 +50,8 @@ class Choice:
     curvature: float = math.nan
     lines: tuple[str, ...] = ()
     limit: float | None = None
+
+    REQUIRED: ClassVar[tuple[str, ...]] = ("step_size", "friction", "localization", "control_variate", "lines")
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "lines": list(self.lines)}

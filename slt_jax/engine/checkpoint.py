@@ -1,12 +1,14 @@
 """A run on disk: what it depends on, and where it got to. Orbax writes the state; a manifest guards it."""
 
 import errno
-import hashlib
 import json
+import logging
 import os
 import secrets
+import shutil
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,16 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from slt_jax._io import write_file
+from slt_jax._io import digest_of_arrays, digest_of_json, remove_all_partials, write_file
 from slt_jax.engine.mesh import allgather, is_main_process, spans_processes
+from slt_jax.posterior.tree import to_host
 
 MANIFEST = "manifest.json"
 FORMAT = 3
+DIGEST = "sha256"  # in the manifest, in notes, and of a save
+_NOTE_FORMAT = "note_format"
+_BEGUN = ".orbax-checkpoint-tmp"  # in the name of a save that is not finished
+_SEEDS = (0x243F6A88, 0x85A308D3)
 PATIENCE = 20  # seconds until a file that another machine wrote is seen here
 
 
@@ -28,6 +35,11 @@ def check_directory(directory: Any) -> None:
     """Raise TypeError unless ``directory`` is a path."""
     if not isinstance(directory, str | os.PathLike):
         raise TypeError(f"checkpoint_dir must be a path, got {directory!r}. Give a directory of its own.")
+
+
+def _reported_otherwise(record: logging.LogRecord) -> bool:
+    """False for the tracebacks that Orbax logs of errors which it raises too."""
+    return not (record.levelno >= logging.ERROR and "orbax" in record.pathname)
 
 
 class RunStore:
@@ -53,6 +65,7 @@ class RunStore:
                 "mesh has devices of only one. Take a mesh of all, leave checkpoint_dir out, or start this process "
                 "without jax.distributed."
             )
+        logging.getLogger("absl").addFilter(_reported_otherwise)  # added once, however often
         try:
             self._first_does(lambda: self._open({"format": FORMAT, **identity}))
             if spans_processes(mesh):
@@ -70,7 +83,9 @@ class RunStore:
         self.path.mkdir(parents=True, exist_ok=True)
         manifest = self.path / MANIFEST
         if manifest.exists():
-            self._compare(_read_json(manifest), identity)
+            saved = _read_json(manifest)
+            found = saved.pop(DIGEST, None)
+            self._compare(saved, identity, damaged=found not in (None, digest_of_json(saved)))
         else:
             foreign = [p.name for p in self.path.iterdir() if not p.name.lstrip(".").startswith(MANIFEST)]
             if foreign:
@@ -78,10 +93,18 @@ class RunStore:
                     f"checkpoint_dir {self.path} is not empty and holds no {MANIFEST}, so it is not a run of slt-jax "
                     f"(it has {foreign[0]}). Give an empty or new directory."
                 )
-            write_file(manifest, json.dumps(identity, indent=1, sort_keys=True))
+            signed = {**identity, DIGEST: digest_of_json(identity)}
+            write_file(manifest, json.dumps(signed, indent=1, sort_keys=True))
         steps = self.path / "steps"
         if steps.exists() and not steps.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, f"{steps} is a file: remove it")
+        self._clear()
+
+    def _clear(self) -> None:
+        """Remove what runs that were killed had begun to write."""
+        remove_all_partials(self.path)
+        for begun in (self.path / "steps").glob(f"*{_BEGUN}*"):
+            shutil.rmtree(begun, ignore_errors=True)
 
     def _first_does(self, action: Callable[[], Any]) -> Any:
         """What ``action`` returns or raises on the first process, on all of them."""
@@ -117,22 +140,44 @@ class RunStore:
                 "not see what process 0 writes there. Give a directory on a disk that they share, or leave it out."
             )
 
-    def read_note(self, name: str) -> dict[str, Any] | None:
-        """What ``write_note`` kept under this name; None when nothing was. Raises ValueError for a truncated file."""
-        return self._first_does(lambda: self._read_note(self.path / f"{name}.json"))
+    def read_note(self, name: str, fields: Collection[str] = ()) -> dict[str, Any] | None:
+        """What ``write_note`` kept under this name; None when nothing was.
 
-    def _read_note(self, path: Path) -> dict[str, Any] | None:
+        Raises ValueError for a file that is truncated, lacks one of ``fields``, or was changed. One of an older version
+        has no digest, and is read as it is.
+        """
+        return self._first_does(lambda: self._read_note(self.path / f"{name}.json", fields))
+
+    def _read_note(self, path: Path, fields: Collection[str]) -> dict[str, Any] | None:
         if not path.exists():
             return None
         try:
-            return json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            note = json.loads(path.read_text())
+            if not isinstance(note, dict):
+                raise ValueError(f"it holds a {type(note).__name__}")
+            if lacking := [field for field in fields if field not in note]:
+                raise ValueError(f"it lacks {', '.join(lacking)}")
+        except ValueError as error:
             raise ValueError(f"{path} is truncated or foreign: {error}. Remove it to have it computed again.") from None
+        if not note.keys() & {DIGEST, _NOTE_FORMAT}:
+            return note
+        found, number = note.pop(DIGEST, None), note.pop(_NOTE_FORMAT, None)
+        if number != 1 or found != digest_of_json(note):
+            raise ValueError(
+                f"{path} was changed or damaged after it was written: its numbers do not have the digest that was "
+                "written with them. Remove it to have it computed again."
+            )
+        return note
 
     def write_note(self, name: str, value: dict[str, Any]) -> None:
-        """Keep plain JSON beside the run."""
+        """Keep plain JSON beside the run, with its digest. A disk that is full costs the note, not the run."""
+        signed = {**value, _NOTE_FORMAT: 1, DIGEST: digest_of_json(value)}
         if is_main_process(self.mesh):
-            write_file(self.path / f"{name}.json", json.dumps(value, indent=1))
+            try:
+                write_file(self.path / f"{name}.json", json.dumps(signed, indent=1))
+            except OSError as error:
+                message = f"{error.strerror or error}; the run goes on, and one that resumes it computes this again."
+                warnings.warn(message, RuntimeWarning, stacklevel=3)
 
     def restore(self, state: Any, host: dict[str, np.ndarray]) -> tuple[int, Any, dict[str, np.ndarray]] | None:
         """(step, state, host arrays) of the newest complete save, laid out like the arguments; None without one."""
@@ -140,25 +185,30 @@ class RunStore:
         if step is None:
             return None
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        items = {"state": ocp.args.StandardRestore(target), "host": ocp.args.StandardRestore(host)}
+        if (self.path / "steps" / str(step) / DIGEST).exists():  # not in saves of older versions
+            items[DIGEST] = ocp.args.JsonRestore()
         try:
-            saved = self._manager.restore(
-                step,
-                args=ocp.args.Composite(state=ocp.args.StandardRestore(target), host=ocp.args.StandardRestore(host)),
-            )
+            saved = self._manager.restore(step, args=ocp.args.Composite(**items))
+            if DIGEST in items and saved[DIGEST] != _digests(step, saved["state"], saved["host"]):
+                raise ValueError("its arrays do not have the digest that was saved with them")
         except Exception as error:
             self.close()
             raise ValueError(
-                f"the checkpoint of step {step} in {self.path} is truncated or foreign ({type(error).__name__}: "
-                f"{str(error)[:200]}). Remove {self.path / 'steps' / str(step)} to go back to the save before it, "
-                "or to the start."
+                f"the checkpoint of step {step} in {self.path} is truncated or foreign or was changed "
+                f"({type(error).__name__}: {str(error)[:200]}). Remove {self.path / 'steps' / str(step)} to go back "
+                "to the save before it, or to the start."
             ) from error
         return step, saved["state"], {k: np.array(v) for k, v in saved["host"].items()}
 
     def save(self, step: int, state: Any, host: dict[str, np.ndarray]) -> None:
         """Write in the background. The arguments may be changed or donated as soon as this returns."""
+        digests = ocp.args.JsonSave(_digests(step, state, host))
         # On CPU Orbax may read the very buffers that the next chunk overwrites: hand it copies.
         state, host = jax.tree.map(jnp.copy, state), {k: v.copy() for k, v in host.items()}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state), host=ocp.args.StandardSave(host))
+        args = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), host=ocp.args.StandardSave(host), **{DIGEST: digests}
+        )
         self._manager.save(step, args=args)
 
     def wait(self) -> None:
@@ -168,12 +218,14 @@ class RunStore:
     def close(self) -> None:
         self._manager.close()
 
-    def _compare(self, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    def _compare(self, saved: dict[str, Any], wanted: dict[str, Any], damaged: bool) -> None:
+        """``damaged``: whether the manifest is not the one that was written; unharmed where it is the one wanted."""
         if (other := first_difference(saved, wanted)) is not None:
             name, there, here = other
+            changed = f"{MANIFEST} there was changed or damaged after it was written. " if damaged else ""
             raise ValueError(
-                f"checkpoint_dir {self.path} holds a run with another {name}: {there!r} there, {here!r} "
-                "now. Give the same value to resume it, or another directory to start anew."
+                f"checkpoint_dir {self.path} holds a run with another {name}: {there!r} there, {here!r} now. {changed}"
+                "Give the same value to resume it, or another directory to start anew."
             )
 
 
@@ -189,9 +241,44 @@ def first_difference(saved: dict[str, Any], wanted: dict[str, Any], prefix: str 
     return None
 
 
-def digest_of(identity: dict[str, Any]) -> str:
-    """SHA-256 of plain JSON."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+def _digests(step: int, state: Any, host: dict[str, np.ndarray]) -> dict[str, Any]:
+    """What tells a save from one that was changed: plain JSON."""
+    sums = np.asarray(to_host(_checksums(jax.tree.leaves(state)))).tolist()
+    return {"step": step, "state": sums, "host": digest_of_arrays(np.asarray(host[name]) for name in sorted(host))}
+
+
+@jax.jit
+def _checksums(leaves: list[jax.Array]) -> jax.Array:
+    """64 bits for each array, where it is: two sums over one-to-one functions of its bits and their place.
+
+    A change of one element changes both sums; any other one goes unseen with a probability of 2^-64.
+    """
+    return jnp.stack([jnp.stack([_checksum(leaf, seed) for seed in _SEEDS]) for leaf in leaves])
+
+
+def _checksum(leaf: jax.Array, seed: int) -> jax.Array:
+    bits = _bits(leaf)
+    place = jnp.uint32(seed) * jnp.ones((), jnp.uint32)
+    for axis in range(bits.ndim):
+        place = place * jnp.uint32(0x9E3779B1) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+    mixed = _mixed(bits ^ _mixed(place))
+    return jnp.sum(mixed, dtype=jnp.uint32)
+
+
+def _bits(leaf: jax.Array) -> jax.Array:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.key_data(leaf)
+    if leaf.dtype == bool:
+        return leaf.astype(jnp.uint32)
+    word = {1: jnp.uint8, 2: jnp.uint16}.get(leaf.dtype.itemsize, jnp.uint32)
+    return jax.lax.bitcast_convert_type(leaf, word).astype(jnp.uint32)
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+    """A permutation of 32 bits: the end of MurmurHash3."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

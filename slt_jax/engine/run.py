@@ -4,7 +4,9 @@ A directory that fails costs the durability of a run, not the run.
 """
 
 import contextlib
+import errno
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping
 
@@ -12,8 +14,9 @@ import jax
 import numpy as np
 
 from slt_jax.engine.checkpoint import RunStore
+from slt_jax.engine.interrupts import Interrupts
 from slt_jax.engine.loop import Engine, Inputs, Run
-from slt_jax.engine.mesh import allgather, is_main_process, place
+from slt_jax.engine.mesh import allgather, is_main_process, place, spans_processes
 from slt_jax.engine.problem import Problem
 from slt_jax.engine.progress import Progress
 from slt_jax.engine.trace import Trace
@@ -92,27 +95,32 @@ def run_to_end(
     """All steps, from where ``store`` left off if it has any; saved at most once in ``every`` seconds.
 
     ``part``: which part of something larger the run is, for the progress bar; ``nbeta``: that of all its chains, with
-    which the running estimate is shown. ``start``: where the chains begin, if not at w*. Raises FloatingPointError when
-    the loss or its gradient at w* is not finite on the first batch.
+    which the running estimate is shown. ``start``: where the chains begin, if not at w*. SIGINT and SIGTERM act after
+    the chunk that is under way and a save, if there is a ``store`` of this process alone. Raises FloatingPointError
+    when the loss or its gradient at w* is not finite on the first batch.
     """
     run = (None if store is None else restored(engine, inputs, store)) or start or engine.start(inputs)
     mesh = engine.problem.mesh
-    try:
-        with Progress(
-            engine.plan, enabled=progress and is_main_process(mesh), every=every, part=part, nbeta=nbeta
-        ) as bar:
-            for _ in engine.steps(run, inputs):
-                if bar.first_chunk and start is None:
-                    _check_center(engine, run)
-                bar.update(run)
-                if store is not None and (allgather(bar.save_due(), mesh)[0] or run.step == engine.plan.total_steps):
-                    store = _save(store, run)
-    except BaseException:
-        abandon(store)
-        raise
-    run.cost = allgather(bar.cost(run), mesh)[0]
-    if store is not None:
-        _finish(store, run)
+    bar = Progress(engine.plan, enabled=progress and is_main_process(mesh), every=every, part=part, nbeta=nbeta)
+    with Interrupts(store is not None and not spans_processes(mesh)) as interrupts:
+        try:
+            with bar:
+                for _ in engine.steps(run, inputs):
+                    if bar.first_chunk and start is None:
+                        _check_center(engine, run)
+                    bar.update(run)
+                    due = bar.save_due() or interrupts.pending is not None
+                    if store is not None and (allgather(due, mesh)[0] or run.step == engine.plan.total_steps):
+                        store = _save(store, run)
+                    if interrupts.pending is not None:
+                        store = store and _written(store, run)
+                        interrupts.deliver()
+        except BaseException:
+            abandon(store)
+            raise
+        run.cost = allgather(bar.cost(run), mesh)[0]
+        if store is not None:
+            _finish(store, run)
     return run
 
 
@@ -130,10 +138,17 @@ def _save(store: RunStore, run: Run) -> RunStore | None:
     return None
 
 
-def _finish(store: RunStore, run: Run) -> None:
-    if (why := _failure(store, store.wait)) is not None:
-        _forgo(store, run, why)
+def _written(store: RunStore, run: Run) -> RunStore | None:
+    """Wait until the save is on disk; as ``_save`` if it fails."""
+    if (why := _failure(store, store.wait)) is None:
+        return store
+    _forgo(store, run, why)
     abandon(store)
+    return None
+
+
+def _finish(store: RunStore, run: Run) -> None:
+    abandon(_written(store, run))
 
 
 def _failure(store: RunStore, action: Callable[[], None]) -> str | None:
@@ -154,7 +169,9 @@ def abandon(store: RunStore | None) -> None:
 
 
 def _forgo(store: RunStore, run: Run, why: str) -> None:
-    why = why if len(why) <= 300 else f"{why[:100]} ... {why[-200:]}"  # the system's reason comes last
+    full = os.strerror(errno.ENOSPC)
+    told = why if len(why) <= 300 else f"{why[:100]} ... {why[-200:]}"  # the system's reason mostly comes last
+    why = f"{full}: {told}" if full in why and full not in told else told
     note = f"checkpoints in {store.path} stopped at or before step {run.step} ({why}); the estimate is complete."
     run.notes.append(note)
     warnings.warn(note, RuntimeWarning, stacklevel=2)

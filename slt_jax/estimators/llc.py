@@ -177,7 +177,7 @@ def _calibrated(
     request: Request, engine: Engine, store: RunStore | None, memory: MemoryEstimate | None
 ) -> tuple[Choice, Metric]:
     """The calibration's choice; a resumed run reads that of its first start. Control variates only where they fit."""
-    note = None if store is None else store.read_note("calibration")
+    note = None if store is None else store.read_note("calibration", Choice.REQUIRED)
     if note is not None and not request.sampler.metric:
         return Choice.from_dict(note), ()  # a metric is not kept: it is measured again, a function of the key
     mesh, control = engine.problem.mesh, request.control_variate

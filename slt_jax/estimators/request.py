@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from slt_jax._checks import check_count, check_key, check_positive
-from slt_jax.engine.checkpoint import RunStore, check_directory, digest_of, first_difference
+from slt_jax._io import digest_of_json
+from slt_jax.engine.checkpoint import RunStore, check_directory, first_difference
 from slt_jax.engine.mesh import allgather, automatic, chain_mesh, check_mesh, spans_processes
 from slt_jax.engine.plan import Lengths, Schedule
 from slt_jax.engine.problem import Problem
@@ -215,10 +216,11 @@ class Notes:
         """
         identity = request.checked_identity(plan, mesh, asked, more)
         store = None if request.folder is None else RunStore(request.folder, identity, mesh)
-        return cls(store, digest_of(identity))
+        return cls(store, digest_of_json(identity))
 
-    def kept(self, name: str, decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        note = None if self.store is None else self.store.read_note(name)
+    def kept(self, name: str, fields: Collection[str], decide: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """The note of this name, with at least ``fields``: as it was written before, else what ``decide`` returns."""
+        note = None if self.store is None else self.store.read_note(name, fields)
         if note is None:
             note = decide()
             if self.store is not None:

@@ -190,7 +190,7 @@ def _filled(
         engine = Engine(request.problem(mesh, stiffest), sampler._replace(step_size=known), plan, key)
         return shared_calibration(engine, stiffest)
 
-    note = notes.kept("calibration", decide)
+    note = notes.kept("calibration", [*missing, "friction"], decide)
     for name in missing:
         axes[name] = np.array([note[name]])
     return axes, note["friction"]
@@ -205,7 +205,7 @@ def _fitted(cells: _Cells, notes: Notes) -> tuple[Engine, int, MemoryEstimate | 
         fitted.append(_fitting(cells, range(cells.number, 0, -1), saves))
         return {"cells": fitted[0][0].plan.num_chains // cells.plan.num_chains}
 
-    at_once = notes.kept("at-once", decide)["cells"]
+    at_once = notes.kept("at-once", ["cells"], decide)["cells"]
     engine, memory = fitted[0] if fitted else _fitting(cells, [at_once], saves)
     return engine, at_once, memory
 

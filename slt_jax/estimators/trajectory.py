@@ -218,7 +218,9 @@ def _filled(course: _Course, steps: list[int], notes: Notes) -> _Course:
     posterior, sampler = course.request.posterior, course.request.sampler
     if not course.request.is_open:
         return course
-    note = notes.kept("calibration", lambda: _calibrated_at_the_sharpest(course, steps))
+    note = notes.kept(
+        "calibration", ["step_size", "friction", "localization"], lambda: _calibrated_at_the_sharpest(course, steps)
+    )
     sampler = sampler._replace(step_size=note["step_size"], friction=note["friction"])
     posterior = posterior.with_numbers(nbeta=float(posterior.nbeta or 0.0), localization=note["localization"])
     return dataclasses.replace(

@@ -75,6 +75,9 @@ def run_fleet(
     Ctrl-C, or an error here, cancels jobs of this machine; jobs of a cluster continue, and the same call waits for
     them. If this process is killed, its jobs on this machine continue; the same call waits until they have ended.
 
+    The function, the cases and the jobs of a cluster are kept in the folder with pickle, and unpickling runs code: use
+    a folder that only people you trust can write to. The results are plain arrays, which ``load_result`` reads.
+
     Args:
         function: loads what the case names and returns ``estimate_llc(...)``. It is pickled; a function of a module is
             imported by the job, in the same working directory.

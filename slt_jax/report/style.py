@@ -22,7 +22,11 @@ def figure_of(size: tuple[float, float], path: str | os.PathLike | None, draw: C
         FigureCanvasAgg(figure)
         draw(figure)
         if path is not None:
-            figure.savefig(path, dpi=150)
+            try:
+                figure.savefig(path, dpi=150)
+            except OSError as error:
+                text = f"could not write {os.fspath(path)}: {error.strerror or error}"
+                raise (OSError(text) if error.errno is None else OSError(error.errno, text)) from error
     return figure
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Float64, Int
 
+from slt_jax._io import digest_of_arrays
 from slt_jax.diagnostics.bias import Bias, Moments, thermometer
 from slt_jax.diagnostics.evidence import Evidence
 from slt_jax.diagnostics.sensitivity import Slope, covariance_with_loss, degree_of, slopes, tilt_of
@@ -20,7 +21,7 @@ from slt_jax.diagnostics.verdict import Health, assess
 from slt_jax.engine.trace import Trace
 from slt_jax.results.other_data import READINGS, Reading
 from slt_jax.results.record import RunRecord
-from slt_jax.results.storage import RESULT, digest, load, write
+from slt_jax.results.storage import FORMAT, RESULT, TRACES_DIGEST, UNVERIFIED, load, write
 from slt_jax.results.text import bias_line, cost_line, estimate_text, shortened
 from slt_jax.samplers import theory_of
 from slt_jax.samplers.base import Theory
@@ -315,11 +316,10 @@ class LLCResult:
             groups["/also_sample_stats"] = xr.Dataset(also, {"data_set": np.array(names, dtype=object)})
         tree = xr.DataTree.from_dict(groups)
         tree.attrs = {
-            RESULT: 1,
+            RESULT: FORMAT,
             "settings": json.dumps(self.settings.to_json()),
             "stopped": json.dumps({str(k): v for k, v in self.stopped.items()}),
             "notes": json.dumps(list(self.notes)),
-            "sha256": digest([*saved_traces(self).values(), self.warmup_loss, *_by_data_set(self.traces.also)]),
         }
         return tree
 
@@ -350,16 +350,19 @@ def saved_traces(result: LLCResult) -> dict[str, np.ndarray]:
     return {name: getattr(result.traces, field) for name, field in SAVED.items()}
 
 
-def read_traces(sample: Any, rest: Iterable[np.ndarray], expected: str) -> dict[str, np.ndarray]:
-    """The traces of a saved group, by the names of ``Trace``; NaN for those that older files do not have.
+def read_traces(tree: "xr.DataTree", rest: Iterable[np.ndarray]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """The traces of a saved tree, by the names of ``Trace``, and the notes that reading it adds.
 
-    Raises ValueError unless they and ``rest`` have this digest.
+    Traces that older files do not have are NaN. Raises ValueError unless the traces and ``rest`` have the digest of
+    format 1, if the tree has that.
     """
+    sample, expected = tree["sample_stats"], tree.attrs.get(TRACES_DIGEST)
     saved = {name: sample[name].values for name in SAVED if name in sample}
-    if digest([*saved.values(), *rest]) != expected:
+    if expected is not None and digest_of_arrays([*saved.values(), *rest]) != expected:
         raise ValueError("its traces are not those that were saved")
     unknown = np.full_like(saved["loss_trace"], np.nan)
-    return {field: saved.get(name, unknown) for name, field in SAVED.items()}
+    traces = {field: saved.get(name, unknown) for name, field in SAVED.items()}
+    return traces, () if expected is None else (UNVERIFIED,)
 
 
 def _by_data_set(also: Any) -> list[np.ndarray]:
@@ -375,12 +378,12 @@ def _of_tree(tree: "xr.DataTree") -> LLCResult:
         group = tree["also_sample_stats"].to_dataset()
         also = np.moveaxis(np.stack([group[name].values for name in READINGS], axis=-1), 0, 2)
         names = tuple(str(name) for name in group["data_set"].values)
-    traces = read_traces(tree["sample_stats"], [warm, *_by_data_set(also)], tree.attrs["sha256"])
+    traces, told = read_traces(tree, [warm, *_by_data_set(also)])
     return LLCResult(
         traces=Trace(**traces, also=also),
         warmup_loss=warm,
         stopped={int(k): v for k, v in stopped.items()},
         settings=RunRecord.from_json(settings),
-        notes=tuple(notes),
+        notes=(*notes, *told),
         other_names=names,
     )

@@ -9,7 +9,6 @@ import numpy as np
 from slt_jax.engine.trace import Trace
 from slt_jax.results.llc import SAVED, LLCResult, read_traces, saved_traces
 from slt_jax.results.record import RunRecord
-from slt_jax.results.storage import digest
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -33,13 +32,13 @@ def stack(
         "/sample_stats": xr.Dataset({name: ((*dims, "chain", "draw"), x) for name, x in traces.items()}),
         "/warmup_sample_stats": xr.Dataset({"loss": ((*dims, "chain", "step"), warm)}),
     }
-    return groups, {"results": json.dumps(records), "sha256": digest([*traces.values(), warm])}
+    return groups, {"results": json.dumps(records)}
 
 
 def unstack(tree: "xr.DataTree", num_dims: int) -> tuple[LLCResult, ...]:
     """What ``stack`` took. Raises ValueError when the traces are not those that were saved."""
     warm = tree["warmup_sample_stats"].to_dataset()["loss"].values
-    traces = read_traces(tree["sample_stats"], [warm], tree.attrs["sha256"])
+    traces, told = read_traces(tree, [warm])
 
     def flat(values: np.ndarray) -> np.ndarray:
         return values.reshape(-1, *values.shape[num_dims:])
@@ -51,7 +50,7 @@ def unstack(tree: "xr.DataTree", num_dims: int) -> tuple[LLCResult, ...]:
             warmup_loss=warm[i],
             stopped={int(chain): step for chain, step in stopped.items()},
             settings=RunRecord.from_json(settings),
-            notes=tuple(notes),
+            notes=(*notes, *told),
         )
         for i, (settings, stopped, notes) in enumerate(json.loads(tree.attrs["results"]))
     )

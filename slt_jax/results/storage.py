@@ -1,82 +1,176 @@
-"""Trees of arrays on disk as zarr. They are written completely or not at all, and damage is detected on reading."""
+"""Trees of arrays on disk as zarr: written whole or not at all, and read back only as they were written.
 
+A saved tree holds a digest of everything in it: values, types, dimensions, names and attributes of all groups. Files of
+format 1, which have one of their traces only, are still read, and their notes say so.
+"""
+
+import contextlib
 import hashlib
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from slt_jax._io import partial_of, place_of, remove_partials
+
 if TYPE_CHECKING:
     import xarray as xr
 
-# Attributes that mark the kind of a file.
-RESULT, SWEEP, TRAJECTORY = "slt_jax_result", "slt_jax_sweep", "slt_jax_trajectory"
+RESULT, SWEEP, TRAJECTORY = "slt_jax_result", "slt_jax_sweep", "slt_jax_trajectory"  # what says what a file is
+FORMAT = 2
+UNVERIFIED = "unverified: written by an older version, whose digest covers the traces only."
 _NAMES = {RESULT: "result", SWEEP: "sweep", TRAJECTORY: "trajectory"}
+_DIGEST = "contents_sha256"
+TRACES_DIGEST = "sha256"  # of format 1
+_FIRST_FORMAT = {  # its attributes, all of them: a file with another one is newer, or was changed
+    RESULT: {RESULT, "settings", "stopped", "notes", TRACES_DIGEST},
+    SWEEP: {SWEEP, "results", TRACES_DIGEST},
+    TRAJECTORY: {TRAJECTORY, "results", TRACES_DIGEST},
+}
 
 
 def kind_of(path: Path) -> str | None:
     """``RESULT``, ``SWEEP`` or ``TRAJECTORY``; None for anything else."""
-    record = path / "zarr.json"
+    record = _readable(path) / "zarr.json"
     text = record.read_text(errors="replace") if record.is_file() else ""
     return next((kind for kind in _NAMES if f'"{kind}"' in text), None)
 
 
-def digest(arrays: Iterable[np.ndarray]) -> str:
-    """SHA-256 over types, shapes and bytes. It is needed because zarr silently fills missing chunks."""
-    sha256 = hashlib.sha256()
-    for array in arrays:
-        sha256.update(f"{array.dtype.str}{array.shape}".encode())
-        sha256.update(np.ascontiguousarray(array).tobytes())
-    return sha256.hexdigest()
-
-
 def write(tree: "xr.DataTree", path: str | os.PathLike, kind: str, *, overwrite: bool) -> Path:
-    """Write ``tree``, which has the attribute ``kind``.
+    """Write ``tree``, whose attributes name its ``kind``, and the digest of its contents.
 
-    Raises:
-        FileExistsError: the path exists and ``overwrite`` is false, or it is not a file of this kind.
-        OSError: the file cannot be written.
+    At every moment either what was there before or the new tree can be read with ``load``. The target of a symbolic
+    link is replaced, not the link. Raises FileExistsError on an existing path, and OSError.
     """
     target, what = Path(path), _NAMES[kind]
-    if target.exists() and not overwrite:
+    place = place_of(target)
+    with contextlib.suppress(OSError):
+        _recover(place)
+    if place.exists() and not overwrite:
         raise FileExistsError(f"{target} exists. Pass overwrite=True to replace it, or another path.")
-    if target.exists() and kind_of(target) != kind:
+    if place.exists() and kind_of(place) != kind:
         raise FileExistsError(f"{target} exists and is not a {what} of slt-jax, so it is kept. Give another path.")
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")  # an interrupted save leaves target unchanged
+    tree.attrs = {**tree.attrs, _DIGEST: digest_of_tree(tree)}
     try:
-        tree.to_zarr(partial, mode="w", consolidated=False)
-        shutil.rmtree(target, ignore_errors=True)
-        partial.rename(target)
+        _replace(place, lambda partial: tree.to_zarr(partial, mode="w", consolidated=False))
     except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
         raise OSError(
             f"could not write {target}: {error}. The {what} is still in memory: save it elsewhere."
         ) from error
     return target
 
 
-def load(path: str | os.PathLike, kind: str, build: "Callable[[xr.DataTree], Any]") -> Any:
-    """``build(tree)`` of a tree that ``write`` wrote.
+def _replace(place: Path, write_to: Callable[[Path], Any]) -> None:
+    """Put what ``write_to`` writes in the place of ``place``, which is set aside first and removed last."""
+    partial, aside = partial_of(place), _aside(place)
+    try:
+        write_to(partial)
+        if place.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+            place.rename(aside)
+        partial.rename(place)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            _recover(place)
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    with contextlib.suppress(OSError):
+        _remove(aside)
 
-    Raises:
-        FileNotFoundError: the path does not exist.
-        ValueError: the file is of another kind, foreign or truncated, or ``build`` raised.
+
+def _aside(place: Path) -> Path:
+    """What was saved at ``place`` before, while it is being replaced."""
+    return place.with_name(f".{place.name}.replaced")
+
+
+def _readable(path: Path) -> Path:
+    """Where what was saved at ``path`` is: set aside, if the process that was replacing it was killed in between."""
+    place = place_of(path)
+    return aside if not place.exists() and (aside := _aside(place)).exists() else path
+
+
+def _recover(place: Path) -> None:
+    """Put back what a process that was killed has set aside, and remove what such ones have left."""
+    if (aside := _aside(place)).exists():
+        if place.exists():
+            _remove(aside)
+        else:
+            aside.rename(place)
+    for path in (place, aside):
+        remove_partials(path)
+
+
+def _remove(aside: Path) -> None:
+    if aside.exists():
+        rest = aside.rename(aside.with_name(f"{aside.name}.{os.getpid()}.partial"))  # read by nobody, so it may be torn
+        shutil.rmtree(rest, ignore_errors=True)
+
+
+def load(path: str | os.PathLike, kind: str, build: "Callable[[xr.DataTree], Any]") -> Any:
+    """What ``build`` makes of a tree that ``write`` wrote.
+
+    Raises FileNotFoundError, or ValueError when the file is foreign, truncated, changed or damaged, which ``build`` may
+    say too.
     """
     import xarray as xr
 
-    source = Path(path)
-    if not source.exists():
+    found = _readable(Path(path))
+    if not found.exists():
         raise FileNotFoundError(f"no {_NAMES[kind]} at {path}.")
-    if (other := kind_of(source)) is not None and other != kind:
+    if (other := kind_of(found)) not in (None, kind):
         raise ValueError(f"{path} holds a {_NAMES[other]}, not a {_NAMES[kind]}. Read it with load_{_NAMES[other]}.")
     try:
-        tree = xr.open_datatree(path, engine="zarr", consolidated=False)
+        tree = xr.open_datatree(found, engine="zarr", consolidated=False)
         tree.load()
+        _check_digest(tree, kind)
         return build(tree)
     except Exception as error:
         raise ValueError(
-            f"{path} is not a {_NAMES[kind]} written by slt-jax, or it is truncated ({type(error).__name__}: {error})."
+            f"{path} is not a {_NAMES[kind]} written by slt-jax, or it is truncated, or it was changed or damaged "
+            f"after it was saved ({type(error).__name__}: {error}). Take a copy of it, or compute it again."
         ) from error
+
+
+def _check_digest(tree: "xr.DataTree", kind: str) -> None:
+    attributes = tree.attrs
+    if attributes.get(kind) == 1 and attributes.keys() == _FIRST_FORMAT[kind]:
+        return  # ``build`` compares the digest of the traces
+    if attributes.get(kind) not in (1, FORMAT):
+        raise ValueError(f"its format is {attributes.get(kind)!r}, and this version reads 1 and {FORMAT}")
+    if _DIGEST not in attributes:
+        raise ValueError("it has no digest of its contents")
+    if attributes[_DIGEST] != digest_of_tree(tree):
+        raise ValueError("its contents do not have the digest that was saved with them")
+
+
+def digest_of_tree(tree: "xr.DataTree") -> str:
+    """SHA-256 over all groups of a tree: names, dimensions, types, values and attributes, and no way to store them."""
+    found = hashlib.sha256()
+    for node in sorted(tree.subtree, key=lambda node: node.path):
+        dataset = node.to_dataset(inherit=False)
+        own = {name: value for name, value in node.attrs.items() if name != _DIGEST}
+        found.update(_text([node.path, own]))
+        for name in sorted(map(str, dataset.variables)):
+            variable = dataset.variables[name]
+            found.update(_text([name, name in dataset.coords, variable.dims, variable.shape, variable.attrs]))
+            found.update(_bytes(variable.values))
+    return found.hexdigest()
+
+
+def _text(value: Any) -> bytes:
+    return json.dumps(
+        value, sort_keys=True, default=lambda x: x.item() if isinstance(x, np.generic) else str(x)
+    ).encode()
+
+
+def _bytes(values: np.ndarray) -> bytes:
+    """Type and values, as they come back from a file, where strings have other types and every NaN is the same."""
+    if values.dtype.kind in "OUT":
+        return _text(values.tolist())
+    if values.dtype.kind == "f":
+        values = np.where(np.isnan(values), values.dtype.type(np.nan), values)
+    return values.dtype.newbyteorder("<").str.encode() + np.ascontiguousarray(values).tobytes()

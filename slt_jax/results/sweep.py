@@ -15,7 +15,7 @@ from slt_jax.results.llc import LLCResult
 from slt_jax.results.plateau import GridReading, read_grid
 from slt_jax.results.record import RunRecord
 from slt_jax.results.stacking import stack, unstack
-from slt_jax.results.storage import SWEEP, load, write
+from slt_jax.results.storage import FORMAT, SWEEP, load, write
 from slt_jax.results.text import estimate_text
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Sweep:
 
         groups, attrs = stack(self.results, AXES, self.shape)
         tree = xr.DataTree.from_dict({"/": self.dataset, **groups})
-        tree.attrs = {SWEEP: 1, **attrs}
+        tree.attrs = {SWEEP: FORMAT, **attrs}
         return tree
 
     def save(self, path: str | os.PathLike, *, overwrite: bool = False) -> Path:

@@ -13,7 +13,7 @@ from slt_jax.results.llc import LLCResult
 from slt_jax.results.plateau import HEATED, SETTLED
 from slt_jax.results.stacking import stack, unstack
 from slt_jax.results.stages import Stages, find_stages
-from slt_jax.results.storage import TRAJECTORY, load, write
+from slt_jax.results.storage import FORMAT, TRAJECTORY, load, write
 from slt_jax.samplers import theory_of
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class Trajectory:
         flat = [result for row in self.results.values() for result in row]
         groups, attrs = stack(flat, _DIMS, (len(self.results), len(self.steps)))
         tree = xr.DataTree.from_dict({"/": self.dataset, **groups})
-        tree.attrs = {TRAJECTORY: 1, **attrs}
+        tree.attrs = {TRAJECTORY: FORMAT, **attrs}
         return tree
 
     def save(self, path: str | os.PathLike, *, overwrite: bool = False) -> Path:

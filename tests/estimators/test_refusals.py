@@ -156,11 +156,15 @@ def test_what_the_refusal_of_a_key_says():
     refuses(TypeError, lambda: estimate(key=jax.random.key(0, impl="rbg")), "rbg", "impl='threefry2x32'")
     refuses(TypeError, lambda: estimate(key=jax.random.split(jax.random.key(0))), "shape (2,)")
     refuses(TypeError, lambda: estimate(key=1.5), "got 1.5")
-    refuses(ValueError, lambda: estimate(key=2**70), "key must fit 64 bits", 2**70, "smaller")
+    for seed in (-1, 2**32, 2**70, np.int64(-(2**31))):  # 2**32 drew what 0 draws
+        words = ("key must be at least 0 and below 2**32", f"got {seed}.", "Take a number in that range")
+        refuses(ValueError, lambda seed=seed: estimate(key=seed), *words)
 
 
 def test_a_seed_and_its_key_are_the_same():
-    np.testing.assert_array_equal(estimate(key=-5).loss_trace, estimate(key=jax.random.key(-5)).loss_trace)
+    first, last = (estimate(key=seed).loss_trace for seed in (0, 2**32 - 1))
+    np.testing.assert_array_equal(last, estimate(key=jax.random.key(2**32 - 1)).loss_trace)
+    assert not np.array_equal(first, last)
 
 
 # Data

@@ -1,0 +1,57 @@
+"""SIGINT and SIGTERM that wait until a run has been saved."""
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_TOLD = b"  saving before this run ends; a second signal ends it at once\n"
+
+
+class Interrupts:
+    """Within this block the first SIGINT or SIGTERM is noted, for the run to save and then to ``deliver`` it.
+
+    ``deliver`` does what the signal would have done: it calls the handler that was there, or ends the process. A second
+    signal is delivered at once. The handlers are put back at the end of the block, and a signal that is still pending
+    is delivered then. Outside the main thread, and for signals that are ignored, nothing changes.
+    """
+
+    def __init__(self, enabled: bool):
+        self._enabled = enabled and threading.current_thread() is threading.main_thread()
+        self._before: dict[int, Any] = {}
+        self.pending: int | None = None
+
+    def __enter__(self) -> "Interrupts":
+        for number in _SIGNALS if self._enabled else ():
+            before = signal.getsignal(number)
+            if before not in (None, signal.SIG_IGN):  # None: of a program that embeds Python, and cannot be put back
+                self._before[number] = before
+                signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *details) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        self.deliver()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.pending is not None:
+            self.pending = number
+            self.deliver(frame)
+            return
+        self.pending = number
+        os.write(2, _TOLD)
+
+    def deliver(self, frame: FrameType | None = None) -> None:
+        """What the pending signal does, if there is one. Returns where the handler that was there does."""
+        number, self.pending = self.pending, None
+        if number is None:
+            return
+        before = self._before[number]
+        if callable(before):
+            before(number, frame)
+        else:
+            signal.signal(number, before)
+            signal.raise_signal(number)
