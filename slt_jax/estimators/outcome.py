@@ -21,14 +21,14 @@ from slt_jax.results.record import GradientRecord, RunRecord
 def result_of(
     engine: Engine, run: Run, posterior: LocalPosterior, numbers: Numbers, *, chains: range | None = None,
     key: jax.Array | None = None, full_loss: float | None = None, choice: Choice | None = None,
-    memory: MemoryEstimate | None = None, other_names: tuple[str, ...] = (),
+    memory: MemoryEstimate | None = None, other_names: tuple[str, ...] = (), notes: tuple[str, ...] = (),
 ) -> LLCResult:  # fmt: skip
     """The result of a finished run, or of some of its chains.
 
     Args:
         posterior: what these chains sampled. numbers: what they were moved with.
         chains, key: consecutive ones and the key of their estimate; default all, and the engine's. full_loss: L_n(w*),
-            where the baseline is that. other_names: of the further data sets.
+            where the baseline is that. other_names: of the further data sets. notes: on what the caller gave.
     """
     plan, mesh = engine.plan, engine.problem.mesh
     chains = range(plan.num_chains) if chains is None else chains
@@ -73,7 +73,7 @@ def result_of(
         warmup_loss=run.trace.loss[rows, : plan.num_warmup],
         stopped=_stopped(run, rows, kept, draws["baseline"]),
         settings=record,
-        notes=tuple(run.notes),
+        notes=(*notes, *run.notes),
         other_names=other_names,
         theory=engine.sampler.theory,
     )

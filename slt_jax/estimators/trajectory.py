@@ -18,6 +18,7 @@ from slt_jax.calibration.probe import Probe
 from slt_jax.engine.checkpoint import RunStore
 from slt_jax.engine.keys import KeyTag
 from slt_jax.engine.loop import Engine, Inputs, Run
+from slt_jax.engine.loss_checks import check_loss
 from slt_jax.engine.memory import MemoryEstimate, estimate_memory, first_that_fits, layouts, needs_memory_check
 from slt_jax.engine.mesh import allgather, is_main_process
 from slt_jax.engine.plan import Numbers, Schedule
@@ -241,6 +242,7 @@ def _fitted(course: _Course, step: int) -> _Course:
         return estimate_memory(engine, end_temporaries(engine, num_chains), saves=request.folder is not None)
 
     engine, _ = first_that_fits(engines(), estimate)
+    check_loss(engine.problem)
     return dataclasses.replace(course, plan=engine.plan, mesh=engine.problem.mesh)
 
 
@@ -279,7 +281,7 @@ def _at_checkpoint(
             engine, inputs, store, progress=request.progress, every=request.checkpoint_seconds,
             part=f"step {step}, {name}: ", start=start,
         )  # fmt: skip
-        result = result_of(engine, run, posterior, course.numbers, full_loss=full_loss)
+        result = result_of(engine, run, posterior, course.numbers, full_loss=full_loss, notes=request.notes)
         if store is not None and is_main_process(course.mesh):
             result.save(saved)
     return result, _End(step, engine.problem.center, result.verdict in SETTLED, run)

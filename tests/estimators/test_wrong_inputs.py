@@ -1,0 +1,161 @@
+"""Inputs that gave a wrong number without a word: each is refused, or noted in the result, by its kind."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import slt_jax as slt
+from tests.small import DATA, PLAN, estimate, posterior, refuses, square
+from tests.sources import Rows
+
+# Rows against num_data
+
+TOKENS = [np.arange(300, dtype=np.int32) + i for i in range(64)]
+LAYOUTS = {
+    "a list of sequences": (TOKENS, 64, ("64 arrays", "(300,)", "at most 32 arrays", "np.stack(list)")),
+    "a dict of sequences": ({str(i): x for i, x in enumerate(TOKENS)}, 64, ("64 arrays", "np.stack")),
+    "a short list": (list(DATA[:20]), 20, ("a list of 20 equal elements", "3 rows of each", "np.stack(data)")),
+    "as many as rows": (list(np.ones((20, 20), np.float32)), 20, ("one element for each example", "np.stack(data)")),
+    "a part of a list": (list(DATA[:12]), 4000, ("a list of 12 equal elements", "np.stack(data)")),
+    "a list of pairs": ([(x, x) for x in DATA[:12]], 12, ("12 equal elements", "jax.tree.map(lambda *x: np.stack(x), *data)")),
+    "a list of batches": ([DATA[:10]] * 4, 40, ("4 batches of 10 rows", "np.concatenate(data)")),
+    "a last batch": ([DATA[:10]] * 3 + [DATA[:8]], 38, ("'3': 8", "join a list of batches with np.concatenate")),
+    "batches": (DATA.reshape(10, 4, 3), 40, ("10 rows", "10 batches of 4", "x.reshape(-1, *x.shape[2:])")),
+    "transposed": (DATA.T, 40, ("3 rows", "the length of their second axis", "transpose the data")),
+    "fewer examples than rows": (DATA, 10, ("num_data = 10", "40 rows", "not of a batch", "num_data=40")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LAYOUTS)
+def test_layouts_that_were_meant_otherwise(case):
+    data, num_data, words = LAYOUTS[case]
+    refuses(ValueError, lambda: estimate(posterior(num_data=num_data), data), *words)
+
+
+def test_a_ragged_list_is_told_in_three_lines():
+    with pytest.raises(ValueError, match="unequal length") as error:
+        estimate(data=[DATA[: i + 3] for i in range(30)])
+    assert len(str(error.value)) < 3 * 120
+
+
+def pairs(w, batch):
+    return square(w, batch[0] - batch[1])
+
+
+def test_arrays_that_belong_together_are_no_list_of_examples():
+    """Kills: (X, Y) of one shape refused, also where a coincidence makes their number that of the data."""
+    assert estimate(posterior(pairs), (DATA, 2 * DATA)).notes == ()
+    assert estimate(posterior(pairs), [DATA, 2 * DATA]).notes == ()
+    assert estimate(posterior(pairs, num_data=2), (DATA[:2], DATA[:2]), batch_size=2).notes == ()
+
+
+@pytest.mark.parametrize("host", [False, True])
+def test_a_subsample_is_noted(host):
+    data = Rows(DATA) if host else DATA
+    (note,) = estimate(posterior(num_data=60), data).notes
+    for words in ("num_data = 60", "40 rows", "sets nbeta = 14.65 and nothing else", "pass num_data=40"):
+        assert words in note
+    result = estimate(posterior(num_data=10**6, nbeta=3.0), data)
+    for words in ("1,000,000", "sets nothing in the estimate, since nbeta = 3 was given", "25,000 times the rows"):
+        assert words in result.notes[0]
+    assert f"Note: {result.notes[0]}" in str(result)
+    refuses(ValueError, lambda: estimate(posterior(num_data=10), data), "num_data = 10", "40 rows")
+
+
+def test_a_subsample_is_noted_in_sweeps_and_trajectories():
+    given = {"sampler": slt.sgld(1e-4), **PLAN}
+    target = posterior(num_data=60)
+    for cell in slt.sweep(target, DATA, nbeta=[1.0, 2.0], **given).results:
+        assert "40 rows" in cell.notes[0]
+    rows = slt.trajectory(target, {1: jnp.zeros(3)}, DATA, **given).results
+    assert "40 rows" in next(iter(rows.values()))[0].notes[0]
+
+
+# The mean over the batch
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.01])
+def test_a_sum_over_the_batch(penalty):
+    """Also where the loss is exactly 0 at w*, and beside a penalty that does not grow."""
+
+    def total(w, x):
+        return jnp.sum(square(w, x)) + penalty * jnp.sum(w**2)
+
+    words = ("adds up its batch", "same 4 rows given twice", "grew by a factor of", "Return the mean", "shape (m,)")
+    refuses(ValueError, lambda: estimate(posterior(total)), *words)
+    given = {"sampler": slt.sgld(1e-4), **PLAN}
+    refuses(ValueError, lambda: slt.sweep(posterior(total), DATA, nbeta=[1.0, 2.0], **given), *words)
+    refuses(ValueError, lambda: slt.trajectory(posterior(total), {1: jnp.zeros(3)}, DATA, **given), *words)
+
+
+def contrast(w, x):
+    scores = (x * w) @ x.T
+    return jnp.mean(jax.nn.logsumexp(scores, axis=1) - jnp.diag(scores))
+
+
+SCALARS = {
+    "mean": lambda w, x: jnp.mean(square(w, x)),
+    "mean and penalty": lambda w, x: jnp.mean(square(w, x)) + 3 + jnp.sum(w**2),
+    "negative": lambda w, x: jnp.mean(square(w, x)) - 5,
+    "contrastive": contrast,
+    "without data": lambda w, x: 0.5 * jnp.sum(w**2),
+    "noise by position": lambda w, x: jnp.mean(square(w, x + jax.random.normal(jax.random.key(0), x.shape))),
+    "its own batch size": lambda w, x: jnp.mean(square(w, x.reshape(8, 3))),
+}
+
+
+@pytest.mark.parametrize("case", SCALARS)
+def test_losses_of_one_number_that_are_right(case):
+    assert np.isfinite(estimate(posterior(SCALARS[case])).llc)
+
+
+def test_rows_taken_for_inputs_and_targets():
+    """``data=X`` for a loss that takes (X, Y): rows 0 and 1 of the batch are read as the two."""
+    words = ("does not use all rows of its batch", "pass the data as (X, Y)")
+    refuses(ValueError, lambda: estimate(posterior(lambda w, b: jnp.sum((w * b[0] - b[1]) ** 2))), *words)
+
+
+# What the caller's function raises
+
+
+def unpacks(w, batch):
+    x, y = batch
+    return square(w, x) + y
+
+
+def test_errors_of_the_loss_name_the_batch():
+    where = "loss_fn raised this when it was called with the weights and a batch of"
+    refuses(ValueError, lambda: estimate(posterior(unpacks)), f"{where} (8, 3) of float32: too many values to unpack")
+    named = {"x": DATA, "y": DATA[:, 0]}
+    refuses(
+        KeyError, lambda: estimate(posterior(lambda w, b: b["z"]), named), f"{where} x (8, 3) of float32, y (8,)", "z"
+    )
+    refuses(TypeError, lambda: estimate(posterior(lambda w, b: square(w, b[:, :2]))), where, "dot_general")
+
+
+class Odd(Exception):
+    def __init__(self, code, what):
+        super().__init__(code, what)
+
+
+def test_an_error_of_another_form_keeps_its_type_and_gets_a_note():
+    def loss(w, x):
+        raise Odd(3, "no")
+
+    with pytest.raises(Odd) as error:
+        estimate(posterior(loss))
+    assert "a batch of (8, 3) of float32." in "".join(error.value.__notes__)
+
+
+# Further data sets
+
+
+def test_further_data_of_another_structure():
+    both = ("also['a'] has the structure ((*, *)), the data have (*)", "the same structure")
+    refuses(ValueError, lambda: estimate(also={"a": (DATA, DATA)}), *both)
+    words = ("{'x': *}", "{'y': *}")
+    named = posterior(lambda w, b: square(w, b["x"]))
+    refuses(ValueError, lambda: estimate(named, {"x": DATA}, also={"a": {"y": DATA}}), *words)
+    refuses(ValueError, lambda: estimate(data=Rows(DATA), also={"a": {"y": DATA}}), "also['a']")
+    assert set(estimate(posterior(pairs), (DATA, DATA), also={"a": [DATA, DATA]}).also) == {"a"}
