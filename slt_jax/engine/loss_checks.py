@@ -42,14 +42,14 @@ def check_loss(problem: Problem) -> None:
         )
     if ab == ac and ba == bc and ab != ba:
         raise ValueError(
-            f"loss_fn does not use all rows of its batch: of {2 * _PART} rows, the last {_PART} can be replaced and its "
-            f"value stays {ab:.5g}. If it unpacks batch[0], batch[1] as inputs and targets, pass the data as (X, Y)."
+            f"loss_fn does not use all rows of its batch: of {2 * _PART} rows, the last {_PART} can be replaced, and "
+            f"its value stays {ab:.5g}. If it takes batch[0], batch[1] as inputs and targets, pass the data as (X, Y)."
         )
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _on_parts(program: LossProgram, center: PyTree, frozen: PyTree, rows: PyTree) -> Float[Array, " value"]:
-    """The mean losses near ``center`` over parts A, B and over the pairs AA, AB, AC, BA, BC of the parts in ``rows``."""
+    """Mean losses near ``center``: over the parts A and B of ``rows``, and over the pairs AA, AB, AC, BA and BC."""
     keys = jax.random.split(jax.random.key(0), len(center))
     near = tuple(
         w + _STEP * (1 + jnp.abs(w)) * jax.random.normal(k, w.shape, w.dtype) for w, k in zip(center, keys, strict=True)

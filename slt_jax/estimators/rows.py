@@ -54,7 +54,7 @@ def _check_list(n: int, data: Any, rows: int) -> None:
         return
     read = f"the data are a {type(data).__name__} of {count} equal elements, which is read as {rows:,} rows of each"
     batches = n != rows and n == count * rows
-    examples = n == count and (n != rows or count > _FEW_PARTS) or (n != rows and count > _FEW_PARTS)
+    examples = n == count != rows if count <= _FEW_PARTS else n == count or n != rows
     if batches:
         raise ValueError(
             f"{read}; with num_data = {n:,} it looks like {count} batches of {rows:,} rows. Join them: "
@@ -81,13 +81,13 @@ def _check_axes(n: int, arrays: PyTree, rows: int) -> None:
     second = seconds.pop()
     if second == n:
         raise ValueError(
-            f"the data have {rows:,} rows, and num_data = {n:,} is the length of their second axis. The first axis must "
-            "be the example: transpose the data."
+            f"the data have {rows:,} rows, and num_data = {n:,} is the length of their second axis. The first axis "
+            "must be the example: transpose the data."
         )
     if second > 1 and rows * second == n:
         raise ValueError(
-            f"the data have {rows:,} rows, and with num_data = {n:,} they look like {rows:,} batches of {second:,}. The "
-            "first axis must be the example: x.reshape(-1, *x.shape[2:])."
+            f"the data have {rows:,} rows, and with num_data = {n:,} they look like {rows:,} batches of {second:,}. "
+            "The first axis must be the example: x.reshape(-1, *x.shape[2:])."
         )
 
 

@@ -254,19 +254,11 @@ def _run_block(
         numbers = _numbers({name: float(x[i]) for name, x in values.items()}, cells.friction)
         posterior = cells.posterior.with_numbers(nbeta=numbers.nbeta, localization=numbers.localization)
         own = range(i * chains, (i + 1) * chains)
-        results.append(
-            result_of(
-                engine,
-                run,
-                posterior,
-                numbers,
-                chains=own,
-                key=keys[i],
-                full_loss=full_loss,
-                memory=memory,
-                notes=request.notes,
-            )  # fmt: skip
-        )
+        result = result_of(
+            engine, run, posterior, numbers, chains=own, key=keys[i], full_loss=full_loss, memory=memory,
+            notes=request.notes,
+        )  # fmt: skip
+        results.append(result)
     return results
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh
 
 from slt_jax.calibration.probe import Probe
@@ -27,6 +28,7 @@ from slt_jax.estimators.ends import end_temporaries
 from slt_jax.estimators.outcome import result_of
 from slt_jax.estimators.request import Notes, Request, check_no_metric, lengths_of_each
 from slt_jax.estimators.shared import shared_calibration
+from slt_jax.posterior.flax import params_like
 from slt_jax.posterior.local import LocalPosterior
 from slt_jax.posterior.tree import path_of
 from slt_jax.results.llc import LLCResult, load_result
@@ -71,7 +73,8 @@ def trajectory(
 
     Args:
         posterior: loss, data size, nbeta, localization and mask for all; its own center is not sampled.
-        centers: training step -> parameters, or a function without arguments that loads them. In any order.
+        centers: training step -> parameters (also an ``nnx.State`` or an NNX model), or a function without arguments
+            that loads them. In any order.
         parts: further estimates at each checkpoint with only a part of the weights free (refined LLCs): names that a
             decoder understands (``"layer 0"``, ``"layer 1 head 2"``), or name -> function of the posterior.
         warm_start: chains begin as far from w* as those of the checkpoint before ended, with their momenta, where those
@@ -150,8 +153,9 @@ class _Course:
     def posterior_at(self, step: int) -> LocalPosterior:
         """The posterior around the checkpoint of this step."""
         center = self.centers[step]
-        center = center() if callable(center) else center
+        center = center() if callable(center) and not isinstance(center, nnx.Module) else center
         try:
+            center = params_like(center, self.request.posterior.center)
             posterior = dataclasses.replace(self.request.posterior, center=center)
         except (TypeError, ValueError) as error:
             raise type(error)(f"the checkpoint of step {step}: {error}") from error

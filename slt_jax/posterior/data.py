@@ -68,8 +68,8 @@ class ArrayData:
         if len(named) > _MOST_LEAVES:
             raise ValueError(
                 f"the data have {len(named)} arrays, the first of shape {flat[0][1].shape}; a data set is at most "
-                f"{_MOST_LEAVES} arrays with one row per example. Make one array of equal examples with np.stack(list), "
-                "of batches with np.concatenate(list); pad examples of unequal length first."
+                f"{_MOST_LEAVES} arrays with one row per example. Make one array of equal examples with "
+                "np.stack(list), or of batches with np.concatenate(list); pad examples of unequal length first."
             )
         if len(set(sizes.values())) > 1:
             some = dict(list(sizes.items())[:6])

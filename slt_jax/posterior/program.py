@@ -172,7 +172,7 @@ def leaf_masks(mask: Mask, flat: list[tuple[Any, Any]], treedef: Any) -> list[An
     """What the mask says of each leaf, in the order of ``flat``. Raises ValueError for another tree structure."""
     if mask is None:
         return [True] * len(flat)
-    if callable(mask):
+    if callable(mask) and jax.tree.structure(mask) == jax.tree.structure(0):  # a model of booleans may be callable
         return [mask(path_of(path)) for path, _ in flat]
     structure = jax.tree.structure(mask)
     if structure != treedef:
