@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from slt_jax.calibration.choose import Choice
+from slt_jax.engine.bad_rows import joined
 from slt_jax.engine.loop import Engine, Run
 from slt_jax.engine.memory import MemoryEstimate
 from slt_jax.engine.mesh import allgather
@@ -36,8 +37,10 @@ def result_of(
     kept = slice(plan.num_warmup + plan.thinning - 1, None, plan.thinning)
     times = run.trace.time[rows, kept]
     mean_time = float(np.nanmean(times)) if np.isfinite(times).any() else 1.0
-    ends = measure_ends(engine, run, numbers, chains, mean_time, engine.key if key is None else key)
+    ends, failed = measure_ends(engine, run, numbers, chains, mean_time, engine.key if key is None else key)
     ends = allgather(ends, mesh)[0]
+    if cause := joined(run.causes, chains):
+        ends["stopped_by"] = cause
     evenly = evenly_in_time(times)
     draws = {
         name: evenly(getattr(run.trace, name)[rows, kept]) for name in Trace._fields if name not in ("time", "also")
@@ -73,7 +76,7 @@ def result_of(
         warmup_loss=run.trace.loss[rows, : plan.num_warmup],
         stopped=_stopped(run, rows, kept, draws["baseline"]),
         settings=record,
-        notes=(*notes, *run.notes),
+        notes=(*notes, *run.notes, *failed),
         other_names=other_names,
         theory=engine.sampler.theory,
     )
