@@ -274,9 +274,14 @@ class Probe:
         return self.problem.program, position, direction, self.frozen, self.blocks, *numbers
 
     def curvatures(self, position: Position) -> np.ndarray:
-        """All eigenvalues of the Hessian of nbeta L, ascending, float64; two gradients for each free weight."""
+        """All eigenvalues of the Hessian of nbeta L, ascending, float64; two gradients for each free weight.
+
+        NaN where the Hessian is not finite.
+        """
         hessian = np.asarray(_dense_hessian(*self._for_dense_hessian(position)), np.float64)
         self.gradients += 2 * len(hessian) * self.num_blocks
+        if not np.isfinite(hessian).all():
+            return np.full(len(hessian), np.nan)
         return np.linalg.eigvalsh((hessian + hessian.T) / 2)
 
     def hessian_temporaries(self) -> int:

@@ -26,9 +26,10 @@ from slt_jax.diagnostics.series import extrapolate
 def finite_chains(sample: Sample) -> Check:
     kept, stopped = sample.draws.shape[0], sample.evidence.num_stopped
     ok = kept > 0 and not stopped
-    reason = "every chain went non-finite; take a smaller step_size."
+    cause = f": {found}" if (found := sample.evidence.stopped_by) else "; take a smaller step_size."
+    reason = f"every chain went non-finite{cause}"
     if kept:
-        reason = f"{stopped} chains went non-finite and are left out; take a smaller step_size."
+        reason = f"{stopped} chains went non-finite and are left out{cause}"
     return Check(
         name="Chains that stayed finite",
         value=kept,

@@ -19,7 +19,8 @@ class Evidence:
     ``bias``: of the raw estimate. ``nbeta_slope``, ``localization_slope``: d LLC / d log nbeta, d LLC / d log
     localization. ``degree``: see ``degree_of``. ``localized_share``: 1 - mean <w - w*, nbeta grad L> / d, the share of
     the directions that the localization confines and not the loss. ``hot``: which of the chains started hot.
-    ``num_stopped``: chains that went non-finite and are not among the draws. ``num_free``: d. ``metric``: whether the
+    ``num_stopped``: chains that went non-finite and are not among the draws; ``stopped_by``: what in the data made
+    them, "" where nothing did. ``num_free``: d. ``metric``: whether the
     chains moved in a metric's coordinates. ``heat``: what ``thermometer`` gives, as an LLC. ``rise``: of the chains
     started at w*, from doubling to doubling of the run. ``tilt``: see ``tilt_of``. ``unrelaxed_bias``: what directions
     that have not relaxed yet would still add, by the curvatures at w*; ``times_longer``: the length of run that leaves
@@ -36,6 +37,7 @@ class Evidence:
     localized_share: float = math.nan
     hot: np.ndarray | None = None
     num_stopped: int = 0
+    stopped_by: str = ""
     num_free: int = 1
     metric: bool = False
     heat: Slope = UNKNOWN

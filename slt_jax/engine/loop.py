@@ -28,7 +28,7 @@ _HOST_BATCH_BYTES = 2**28
 
 @dataclass
 class Run:
-    """What the host holds: device state, and the traces so far."""
+    """What the host holds: device state, and the traces so far. ``causes``: chain -> why it went non-finite."""
 
     state: PyTree
     alive: Any
@@ -36,6 +36,7 @@ class Run:
     step: int = 0
     cost: Any = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    causes: dict[int, str] = field(default_factory=dict)
 
 
 class Inputs(NamedTuple):

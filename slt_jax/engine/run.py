@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import jax
 import numpy as np
 
+from slt_jax.engine.bad_rows import bad_rows_text, cause_of_stops
 from slt_jax.engine.checkpoint import RunStore
 from slt_jax.engine.interrupts import Interrupts
 from slt_jax.engine.loop import Engine, Inputs, Run
@@ -20,7 +21,7 @@ from slt_jax.engine.mesh import allgather, is_main_process, place, spans_process
 from slt_jax.engine.problem import Problem
 from slt_jax.engine.progress import Progress
 from slt_jax.engine.trace import Trace
-from slt_jax.posterior.data import ArrayData
+from slt_jax.posterior.data import ArrayData, Source
 from slt_jax.posterior.tree import to_host
 
 
@@ -30,7 +31,7 @@ def check_at_center(problem: Problem, loss: float, grad_norm: float) -> None:
     if not math.isfinite(grad_norm):
         raise FloatingPointError(
             f"the gradient of the loss at w* is not finite over a sample of the data, though the loss {loss:.4g} is. "
-            "Look for a square root, logarithm or norm of zero in loss_fn."
+            f"Look for a square root, logarithm or norm of zero in loss_fn.{_found(problem, by_gradient=True)}"
         )
 
 
@@ -45,6 +46,7 @@ def _check_center(engine: Engine, run: Run) -> None:
         raise FloatingPointError(
             f"the gradient of the loss at w* is not finite on the first batch of chain {chain}, though the loss "
             f"{first[chain]:.4g} is. Look for a square root, logarithm or norm of zero in loss_fn."
+            f"{_found(engine.problem, by_gradient=True)}"
         )
 
 
@@ -58,7 +60,7 @@ def full_loss_at_center(problem: Problem) -> float:
 def check_other_data(problem: Problem, others: Mapping[str, ArrayData]) -> None:
     """Raise FloatingPointError unless the loss at w* is finite on the first examples of each further data set."""
     for name, data in others.items():
-        _check_finite(problem, problem.first_loss(data), f"on the first examples of '{name}'")
+        _check_finite(problem, problem.first_loss(data), f"on the first examples of '{name}'", data)
 
 
 def check_first_loss(problem: Problem) -> None:
@@ -66,14 +68,23 @@ def check_first_loss(problem: Problem) -> None:
     _check_finite(problem, problem.first_loss(), "on the first examples")
 
 
-def _check_finite(problem: Problem, loss: float, where: str) -> None:
+def _found(problem: Problem, data: Source | None = None, *, by_gradient: bool = False) -> str:
+    """Which rows, after a space; nothing where none are found."""
+    try:
+        text = bad_rows_text(problem, data, by_gradient=by_gradient)
+    except Exception:  # the search is for a better message alone
+        return ""
+    return f" {text[:1].upper()}{text[1:]}" if text else ""
+
+
+def _check_finite(problem: Problem, loss: float, where: str, data: Source | None = None) -> None:
     if not math.isfinite(loss):
         example = problem.source.fetch(np.zeros(1, np.int64))
         whole = any(np.issubdtype(x.dtype, np.integer) for x in jax.tree.leaves(example))
         hint = " The data holds integers: are all token ids inside the model's vocabulary?" if whole else ""
         raise FloatingPointError(
             f"the loss at w* is {loss} {where}; an LLC needs a finite loss at the center. "
-            f"Check the data for NaN, and that these weights belong to this loss.{hint}"
+            f"Check the data for NaN, and that these weights belong to this loss.{hint}{_found(problem, data)}"
         )
 
 
@@ -119,9 +130,18 @@ def run_to_end(
             abandon(store)
             raise
         run.cost = allgather(bar.cost(run), mesh)[0]
+        _explain_stops(engine, run, inputs)
         if store is not None:
             _finish(store, run)
     return run
+
+
+def _explain_stops(engine: Engine, run: Run, inputs: Inputs) -> None:
+    """Look whether the data stopped the chains that went non-finite; a search that fails costs nothing but a note."""
+    try:
+        run.causes = cause_of_stops(engine, run, inputs)
+    except Exception as error:
+        run.notes.append(f"the cause of non-finite losses was not found ({type(error).__name__}: {str(error)[:200]}).")
 
 
 def _host_part(run: Run) -> dict[str, np.ndarray]:

@@ -1,6 +1,7 @@
 """Measurements when a run has ended: gradient noise and acceptance at the chains' ends, all curvatures at w*."""
 
 import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -24,12 +25,22 @@ _HESSIAN_BLOCKS = (2, 16)  # minibatches of examples that these are taken over, 
 
 def measure_ends(
     engine: Engine, run: Run, numbers: Numbers, chains: range, mean_time: float, key: jax.Array
-) -> EndRecord:
-    """What is measured at the end of an estimate whose chains are these, with their ``numbers``; nothing that the run
-    is too short to pay for.
+) -> tuple[EndRecord, tuple[str, ...]]:
+    """(what is measured at the end of an estimate whose chains are these, with their ``numbers``; notes on failures).
+
+    Nothing that the run is too short to pay for. A measurement that fails is left out: the estimate does without.
     """
-    record = _at_chains_ends(engine, run, numbers, chains, key)
-    return {**record, **_slow_directions(engine, numbers, len(chains), mean_time, key)}
+    measurements: dict[str, Callable[[], EndRecord]] = {
+        "gradient noise and acceptance": lambda: _at_chains_ends(engine, run, numbers, chains, key),
+        "the curvatures at w*": lambda: _slow_directions(engine, numbers, len(chains), mean_time, key),
+    }
+    record, notes = EndRecord(), []
+    for name, measure in measurements.items():
+        try:
+            record |= measure()
+        except Exception as error:
+            notes.append(f"measuring {name} at the end failed ({type(error).__name__}: {str(error)[:200]}).")
+    return record, tuple(notes)
 
 
 def end_temporaries(engine: Engine, num_chains: int) -> list[int]:

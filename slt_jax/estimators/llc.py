@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from slt_jax.calibration.choose import Choice, calibrate, calibration_probe
 from slt_jax.engine.checkpoint import RunStore
 from slt_jax.engine.loop import Engine
+from slt_jax.engine.loss_checks import check_loss
 from slt_jax.engine.memory import MemoryEstimate, estimate_memory, first_that_fits, layouts, needs_memory_check
 from slt_jax.engine.mesh import allgather, is_main_process
 from slt_jax.engine.plan import Numbers, Schedule
@@ -116,6 +117,7 @@ def _estimate(request: Request) -> LLCResult:
     if memory is not None:
         _show(request, engine, memory.lines())
     identity = request.checked_identity(engine.plan, mesh, _asked(request))
+    check_loss(problem)
     check_other_data(problem, request.other_data)
     full_loss = full_loss_at_center(problem) if request.baseline == "full" else None
     store = None if request.folder is None else RunStore(request.folder, identity, mesh)
@@ -138,7 +140,7 @@ def _estimate(request: Request) -> LLCResult:
     )
     return result_of(
         engine, run, posterior, numbers, full_loss=full_loss, choice=choice, memory=memory,
-        other_names=tuple(request.other_data),
+        other_names=tuple(request.other_data), notes=request.notes,
     )  # fmt: skip
 
 

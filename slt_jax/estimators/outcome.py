@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from slt_jax.calibration.choose import Choice
+from slt_jax.engine.bad_rows import joined
 from slt_jax.engine.loop import Engine, Run
 from slt_jax.engine.memory import MemoryEstimate
 from slt_jax.engine.mesh import allgather
@@ -21,14 +22,14 @@ from slt_jax.results.record import GradientRecord, RunRecord
 def result_of(
     engine: Engine, run: Run, posterior: LocalPosterior, numbers: Numbers, *, chains: range | None = None,
     key: jax.Array | None = None, full_loss: float | None = None, choice: Choice | None = None,
-    memory: MemoryEstimate | None = None, other_names: tuple[str, ...] = (),
+    memory: MemoryEstimate | None = None, other_names: tuple[str, ...] = (), notes: tuple[str, ...] = (),
 ) -> LLCResult:  # fmt: skip
     """The result of a finished run, or of some of its chains.
 
     Args:
         posterior: what these chains sampled. numbers: what they were moved with.
         chains, key: consecutive ones and the key of their estimate; default all, and the engine's. full_loss: L_n(w*),
-            where the baseline is that. other_names: of the further data sets.
+            where the baseline is that. other_names: of the further data sets. notes: on what the caller gave.
     """
     plan, mesh = engine.plan, engine.problem.mesh
     chains = range(plan.num_chains) if chains is None else chains
@@ -36,8 +37,10 @@ def result_of(
     kept = slice(plan.num_warmup + plan.thinning - 1, None, plan.thinning)
     times = run.trace.time[rows, kept]
     mean_time = float(np.nanmean(times)) if np.isfinite(times).any() else 1.0
-    ends = measure_ends(engine, run, numbers, chains, mean_time, engine.key if key is None else key)
+    ends, failed = measure_ends(engine, run, numbers, chains, mean_time, engine.key if key is None else key)
     ends = allgather(ends, mesh)[0]
+    if cause := joined(run.causes, chains):
+        ends["stopped_by"] = cause
     evenly = evenly_in_time(times)
     draws = {
         name: evenly(getattr(run.trace, name)[rows, kept]) for name in Trace._fields if name not in ("time", "also")
@@ -73,7 +76,7 @@ def result_of(
         warmup_loss=run.trace.loss[rows, : plan.num_warmup],
         stopped=_stopped(run, rows, kept, draws["baseline"]),
         settings=record,
-        notes=tuple(run.notes),
+        notes=(*notes, *run.notes, *failed),
         other_names=other_names,
         theory=engine.sampler.theory,
     )

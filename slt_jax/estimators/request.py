@@ -17,8 +17,9 @@ from slt_jax.engine.checkpoint import RunStore, check_directory, first_differenc
 from slt_jax.engine.mesh import allgather, automatic, chain_mesh, check_mesh, spans_processes
 from slt_jax.engine.plan import Lengths, Schedule
 from slt_jax.engine.problem import Problem
+from slt_jax.estimators.rows import check_rows
 from slt_jax.machine import versions
-from slt_jax.posterior.data import ArrayData, Source, as_source, check_batch_size, named_data
+from slt_jax.posterior.data import ArrayData, Source, as_source, check_batch_size, check_same_structure, named_data
 from slt_jax.posterior.local import LocalPosterior
 from slt_jax.posterior.tree import addressable
 from slt_jax.samplers.base import Sampler
@@ -33,7 +34,7 @@ _BATCH = 256  # by default, or all there are
 class Request:
     """What a caller asked for, checked; a length, ``control_variate``, ``hot`` or a mesh of None is open.
 
-    The arguments are those of ``estimate_llc``. ``other_data``: its ``also``, in memory.
+    The arguments are those of ``estimate_llc``. ``other_data``: its ``also``, in memory. ``notes``: for the result.
     """
 
     posterior: LocalPosterior
@@ -57,6 +58,7 @@ class Request:
     checkpoint_seconds: float = 60.0
     progress: bool = False
     other_data: dict[str, ArrayData] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def checked(
@@ -71,6 +73,7 @@ class Request:
         """Of the arguments as they were given. Raises TypeError and ValueError that name the argument."""
         _check_posterior(posterior)
         source, sampler = as_source(data), as_sampler(sampler)
+        notes = check_rows(posterior, data, source)
         lengths = {
             "num_chains": num_chains, "num_draws": num_draws, "num_warmup": num_warmup, "thinning": thinning,
             "budget": budget,
@@ -84,11 +87,15 @@ class Request:
         if checkpoint_dir is not None:
             check_directory(checkpoint_dir)
         check_positive("checkpoint_seconds", checkpoint_seconds, "0 saves after every chunk.", zero=True)
+        batch_size = _checked_batch(source, sampler, batch_size, micro_batches, baseline, chunk_size)
+        other_data = named_data(also)
+        for name, other in other_data.items():
+            check_same_structure(name, other, source)
         return cls(
             posterior=posterior,
             source=source,
             sampler=sampler,
-            batch_size=_checked_batch(source, sampler, batch_size, micro_batches, baseline, chunk_size),
+            batch_size=batch_size,
             key=check_key(key),
             micro_batches=int(micro_batches),
             baseline=baseline,
@@ -101,7 +108,8 @@ class Request:
             checkpoint_dir=checkpoint_dir,
             checkpoint_seconds=checkpoint_seconds,
             progress=progress,
-            other_data=named_data(also),
+            other_data=other_data,
+            notes=notes,
         )
 
     @property

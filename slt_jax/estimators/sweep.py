@@ -17,6 +17,7 @@ from slt_jax._checks import check_positive
 from slt_jax.engine.checkpoint import RunStore
 from slt_jax.engine.keys import KeyTag
 from slt_jax.engine.loop import Engine
+from slt_jax.engine.loss_checks import check_loss
 from slt_jax.engine.memory import (
     MemoryEstimate,
     estimate_memory,
@@ -115,6 +116,7 @@ def _sweep(request: Request, given: dict[str, np.ndarray | None], memory_gib: fl
     finally:
         abandon(notes.store)
     problem = engine.problem
+    check_loss(problem)
     if request.progress and is_main_process(problem.mesh):
         print(f"  {cells.number} cells of {plan.num_chains} chains, {at_once} cells at once", file=sys.stderr)
     full_loss = full_loss_at_center(problem) if request.baseline == "full" else None
@@ -252,9 +254,11 @@ def _run_block(
         numbers = _numbers({name: float(x[i]) for name, x in values.items()}, cells.friction)
         posterior = cells.posterior.with_numbers(nbeta=numbers.nbeta, localization=numbers.localization)
         own = range(i * chains, (i + 1) * chains)
-        results.append(
-            result_of(engine, run, posterior, numbers, chains=own, key=keys[i], full_loss=full_loss, memory=memory)
-        )
+        result = result_of(
+            engine, run, posterior, numbers, chains=own, key=keys[i], full_loss=full_loss, memory=memory,
+            notes=request.notes,
+        )  # fmt: skip
+        results.append(result)
     return results
 
 

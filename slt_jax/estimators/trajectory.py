@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh
 
 from slt_jax.calibration.probe import Probe
 from slt_jax.engine.checkpoint import RunStore
 from slt_jax.engine.keys import KeyTag
 from slt_jax.engine.loop import Engine, Inputs, Run
+from slt_jax.engine.loss_checks import check_loss
 from slt_jax.engine.memory import MemoryEstimate, estimate_memory, first_that_fits, layouts, needs_memory_check
 from slt_jax.engine.mesh import allgather, is_main_process
 from slt_jax.engine.plan import Numbers, Schedule
@@ -26,6 +28,7 @@ from slt_jax.estimators.ends import end_temporaries
 from slt_jax.estimators.outcome import result_of
 from slt_jax.estimators.request import Notes, Request, check_no_metric, lengths_of_each
 from slt_jax.estimators.shared import shared_calibration
+from slt_jax.posterior.flax import params_like
 from slt_jax.posterior.local import LocalPosterior
 from slt_jax.posterior.tree import path_of
 from slt_jax.results.llc import LLCResult, load_result
@@ -70,7 +73,8 @@ def trajectory(
 
     Args:
         posterior: loss, data size, nbeta, localization and mask for all; its own center is not sampled.
-        centers: training step -> parameters, or a function without arguments that loads them. In any order.
+        centers: training step -> parameters (also an ``nnx.State`` or an NNX model), or a function without arguments
+            that loads them. In any order.
         parts: further estimates at each checkpoint with only a part of the weights free (refined LLCs): names that a
             decoder understands (``"layer 0"``, ``"layer 1 head 2"``), or name -> function of the posterior.
         warm_start: chains begin as far from w* as those of the checkpoint before ended, with their momenta, where those
@@ -149,8 +153,9 @@ class _Course:
     def posterior_at(self, step: int) -> LocalPosterior:
         """The posterior around the checkpoint of this step."""
         center = self.centers[step]
-        center = center() if callable(center) else center
+        center = center() if callable(center) and not isinstance(center, nnx.Module) else center
         try:
+            center = params_like(center, self.request.posterior.center)
             posterior = dataclasses.replace(self.request.posterior, center=center)
         except (TypeError, ValueError) as error:
             raise type(error)(f"the checkpoint of step {step}: {error}") from error
@@ -243,6 +248,7 @@ def _fitted(course: _Course, step: int) -> _Course:
         return estimate_memory(engine, end_temporaries(engine, num_chains), saves=request.folder is not None)
 
     engine, _ = first_that_fits(engines(), estimate)
+    check_loss(engine.problem)
     return dataclasses.replace(course, plan=engine.plan, mesh=engine.problem.mesh)
 
 
@@ -281,7 +287,7 @@ def _at_checkpoint(
             engine, inputs, store, progress=request.progress, every=request.checkpoint_seconds,
             part=f"step {step}, {name}: ", start=start,
         )  # fmt: skip
-        result = result_of(engine, run, posterior, course.numbers, full_loss=full_loss)
+        result = result_of(engine, run, posterior, course.numbers, full_loss=full_loss, notes=request.notes)
         if store is not None and is_main_process(course.mesh):
             result.save(saved)
     return result, _End(step, engine.problem.center, result.verdict in SETTLED, run)

@@ -13,6 +13,7 @@ from slt_jax.kernels.langevin import uniform_index
 from slt_jax.posterior.tree import addressable, path_of, tree_digest
 
 MEMORY_LIMIT = 2**30  # bytes of a further data set, which is kept in memory
+_MOST_LEAVES = 32  # arrays of a data set; more are a list with an array for each example
 
 
 def draw_indices(key: Key[Array, ""], num_data: int, batch_size: int) -> Int32[Array, " {batch_size}"]:
@@ -50,7 +51,8 @@ class ArrayData:
 
     Raises:
         TypeError: a leaf that is not an array of numbers with one row per example.
-        ValueError: no leaves, no rows, leaves with different numbers of rows, or integers beyond 32 bits.
+        ValueError: no leaves, no rows, more than 32 leaves, leaves with different numbers of rows, or integers beyond
+            32 bits.
     """
 
     on_host = False
@@ -63,10 +65,18 @@ class ArrayData:
         for name, leaf in named.items():
             _check_leaf(name, leaf)
         sizes = {name: leaf.shape[0] for name, leaf in named.items()}
-        if len(set(sizes.values())) > 1:
+        if len(named) > _MOST_LEAVES:
             raise ValueError(
-                f"the data's leaves must have one row per example, but their first dimensions are {sizes}. Pass as "
-                "many rows of each."
+                f"the data have {len(named)} arrays, the first of shape {flat[0][1].shape}; a data set is at most "
+                f"{_MOST_LEAVES} arrays with one row per example. Make one array of equal examples with "
+                "np.stack(list), or of batches with np.concatenate(list); pad examples of unequal length first."
+            )
+        if len(set(sizes.values())) > 1:
+            some = dict(list(sizes.items())[:6])
+            raise ValueError(
+                f"the data's leaves must have one row per example, but their first dimensions are {some}"
+                f"{f' and {len(sizes) - 6} more' if len(sizes) > 6 else ''}. Pass as many rows of each; join a list of "
+                "batches with np.concatenate, and pad examples of unequal length."
             )
         self.num_data = int(next(iter(sizes.values())))
         if self.num_data == 0:
@@ -125,6 +135,18 @@ def named_data(also: Mapping[str, Any] | None) -> dict[str, ArrayData]:
     if not isinstance(also, Mapping) or not all(isinstance(name, str) and name for name in also):
         raise TypeError(f"also must be a dict of names and data sets, got {also!r:.60}. Write also={{'code': data}}.")
     return {name: _in_memory(as_source(data), name) for name, data in also.items()}
+
+
+def check_same_structure(name: str, other: ArrayData, source: Source) -> None:
+    """Raise ValueError unless the further data set ``name`` has its arrays under the same names as the data."""
+    own = source.fetch(np.zeros(1, np.int64)) if source.on_host else source.arrays
+    paths = [[path_of(path) for path, _ in jax.tree_util.tree_flatten_with_path(x)[0]] for x in (other.arrays, own)]
+    if paths[0] != paths[1]:
+        given, wanted = (str(jax.tree.structure(x)).removeprefix("PyTreeDef")[:200] for x in (other.arrays, own))
+        raise ValueError(
+            f"also['{name}'] has the structure {given}, the data have {wanted}. loss_fn gets batches of either: give "
+            "both the same structure."
+        )
 
 
 def _in_memory(source: Source, name: str) -> ArrayData:

@@ -3,7 +3,7 @@
 ``LocalPosterior`` takes any pair (params, loss_fn): a model that is written as such a pair needs nothing from here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import flax.linen as nn
@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.errors import InvalidRngError, ModifyScopeVariableError
 from jaxtyping import Array, Float32, Integer, PyTree
+
+from slt_jax.posterior.tree import path_of
 
 Forward = Callable[..., Any]
 Loss = Callable[[Forward, PyTree], Array]
@@ -59,9 +61,16 @@ def from_nnx(model: Model, loss: Callable[[Model, PyTree], Array]) -> tuple[PyTr
     Returns:
         ``params``: a nested dict of arrays, the model's ``nnx.Param`` variables. ``loss_fn(params, batch)``.
 
-    Raises (when ``loss_fn`` is first traced):
-        ValueError: the forward pass draws random numbers, or changes a variable such as a batch statistic.
+    Raises:
+        TypeError: not a model and a function.
+        ValueError: when ``loss_fn`` is first traced: the forward pass draws random numbers, or changes a variable such
+            as a batch statistic. Sown intermediates are dropped.
     """
+    if not isinstance(model, nnx.Module):
+        order = " They are in the wrong order." if isinstance(loss, nnx.Module) else ""
+        raise TypeError(f"from_nnx(model, loss) needs an nnx.Module first, got a {type(model).__name__}.{order}")
+    if not callable(loss):
+        raise TypeError(f"loss must be a function loss(model, batch), got a {type(loss).__name__}.")
     copy = nnx.clone(model)
     copy.eval()
     graphdef, params, rest = nnx.split(copy, nnx.Param, ...)
@@ -88,14 +97,44 @@ def from_nnx(model: Model, loss: Callable[[Model, PyTree], Array]) -> tuple[PyTr
     return nnx.to_pure_dict(params), loss_fn
 
 
+def params_like(checkpoint: Any, like: PyTree) -> PyTree:
+    """The weights of a checkpoint in the structure of ``like``: of an ``nnx.State``, an NNX model, or a pytree.
+
+    Where the names of the leaves are not those of ``like``, the weights as they are.
+
+    Raises:
+        ValueError: a state or model with running statistics, which the loss of ``like`` takes from another model.
+    """
+    if isinstance(like, nnx.State):
+        return nnx.state(checkpoint) if isinstance(checkpoint, nnx.Module) else checkpoint
+    if isinstance(checkpoint, nnx.Module):
+        checkpoint = nnx.state(checkpoint)
+    if isinstance(checkpoint, nnx.State):
+        for path, variable in nnx.to_flat_state(checkpoint):
+            if isinstance(variable, nnx.BatchStat):
+                raise ValueError(
+                    f"it holds the running statistic '{'/'.join(map(str, path))}', but the loss has those of the model "
+                    "that from_nnx was given. Make one posterior for each checkpoint, each by from_nnx."
+                )
+        checkpoint = nnx.to_pure_dict(nnx.filter_state(checkpoint, nnx.Param))
+    if jax.tree.structure(checkpoint) == jax.tree.structure(like):
+        return checkpoint
+    found = {path_of(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(checkpoint)[0]}
+    if found.keys() != {path_of(path) for path, _ in jax.tree_util.tree_flatten_with_path(like)[0]}:
+        return checkpoint
+    return jax.tree_util.tree_map_with_path(lambda path, _: found[path_of(path)], like)
+
+
 def _with_values(like: PyTree, values: PyTree) -> PyTree:
+    values = nnx.to_pure_dict(values) if isinstance(values, nnx.State) else values
     state = jax.tree.map(lambda x: x, like)
     nnx.replace_by_pure_dict(state, values)
     return state
 
 
 def _other_variables(model: nnx.Module) -> Variables:
-    state = nnx.to_flat_state(nnx.state(model, nnx.Not(nnx.Param)))
+    kept = nnx.Not(nnx.Any(nnx.Param, nnx.Intermediate))  # what is sown is read by nobody
+    state = nnx.to_flat_state(nnx.state(model, kept))
     return {path: variable.get_value() for path, variable in state}
 
 
@@ -132,9 +171,15 @@ def from_linen(module: nn.Module, variables: PyTree, loss: Loss) -> tuple[PyTree
         loss: ``loss(forward, batch)``; ``forward(*args, **kwargs)`` is ``module.apply`` without random streams.
 
     Raises:
+        TypeError: not a module and its variables.
         ValueError: ``variables`` has no ``params``; or, when ``loss_fn`` is traced, the module is still random or
             changes a frozen collection.
     """
+    if not isinstance(module, nn.Module) or not isinstance(variables, Mapping):
+        raise TypeError(
+            f"from_linen(module, variables, loss) needs an nn.Module and its variables, got a {type(module).__name__} "
+            f"and a {type(variables).__name__}."
+        )
     if "params" not in variables:
         raise ValueError(f"variables must hold the collection 'params', got {sorted(variables)}.")
     frozen = {name: value for name, value in variables.items() if name != "params"}

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from slt_jax._checks import check_count, check_positive
+from slt_jax.posterior.center import check_kind, check_state, check_ties
 from slt_jax.posterior.fingerprint import loss_digest
 from slt_jax.posterior.program import (
     LossProgram,
@@ -41,7 +42,8 @@ class LocalPosterior:
 
     Args:
         loss_fn: ``loss_fn(params, batch)`` gives one loss per example, shape ``(m,)``, or their mean, shape ``()``.
-        center: w*, the trained parameters: a pytree of floating-point arrays.
+        center: w*, the trained parameters: a pytree of floating-point arrays, each under one name. Of a Flax model
+            take ``from_nnx`` or ``from_linen``.
         num_data: n, the size of the data set (not of a batch).
         nbeta: n times the inverse temperature; default ``num_data / log(num_data)``.
         localization: gamma, the strength of the pull to ``center``, per squared unit of weight. If it is left out, the
@@ -108,6 +110,7 @@ class LocalPosterior:
     @cached_property
     def program(self) -> LossProgram:
         """The loss as a function of the free weights, without the arrays themselves."""
+        check_kind(self.center)
         flat, treedef = jax.tree_util.tree_flatten_with_path(self.center)
         if not flat:
             raise ValueError("center has no arrays. Pass the trained parameters as a pytree of floating-point arrays.")
@@ -123,6 +126,9 @@ class LocalPosterior:
                 f"the mask restricts nothing: it is true for all of {names_of(leaves)}. "
                 "Leave it out, or check the path it tests."
             )
+        free = [leaf.free for leaf in leaves]
+        check_state(self.center, free)
+        check_ties([leaf.name for leaf in leaves], [value for _, value in flat], free)
         return LossProgram(self.loss_fn, treedef, tuple(leaves), check_forward(self.forward_dtype))
 
     @property

@@ -91,10 +91,21 @@ class LossProgram:
         Raises:
             ValueError: ``loss_fn`` returned another shape.
             TypeError: it returned something that is not floating-point.
+            Whatever ``loss_fn`` raises, with the shapes of the batch before its message.
         """
-        value = self.loss_fn(self.merge(position, frozen), batch)
+        params = self.merge(position, frozen)
+        try:
+            value = self.loss_fn(params, batch)
+        except Exception as error:
+            _say_where(error, batch)
+            raise
         size = jax.tree.leaves(batch)[0].shape[0]
         shape = getattr(value, "shape", None)
+        if isinstance(value, tuple | list | dict):
+            raise ValueError(
+                f"loss_fn must return the losses alone, one per example or their mean; it returned a "
+                f"{type(value).__name__} of {len(value)}. Leave out metrics: lambda p, batch: loss_fn(p, batch)[0]."
+            )
         if shape not in ((), (size,)):
             returned = f"shape {shape}" if shape is not None else f"a {type(value).__name__}"
             raise ValueError(
@@ -109,6 +120,18 @@ class LossProgram:
     def mean_loss(self, position: Position, frozen: Frozen, batch: PyTree) -> Float[Array, ""]:
         """L_m(w), the mean over the batch."""
         return jnp.mean(self.losses(position, frozen, batch))
+
+
+def _say_where(error: Exception, batch: PyTree) -> None:
+    """Put what was being done before the message of an error in the caller's function, whose type stays."""
+    flat = jax.tree_util.tree_flatten_with_path(batch)[0]
+    shapes = [f"{'/'.join(path_of(path))} {x.shape}".strip() + f" of {x.dtype}" for path, x in flat]
+    some = ", ".join(shapes[:6]) + (f" and {len(shapes) - 6} more" if len(shapes) > 6 else "")
+    where = f"loss_fn raised this when it was called with the weights and a batch of {some}: "
+    if len(error.args) == 1 and isinstance(error.args[0], str):
+        error.args = (where + error.args[0],)
+    else:
+        error.add_note(where.removesuffix(": ") + ".")
 
 
 def can_be_lowered(program: Any, *arguments: Any) -> bool:
@@ -149,7 +172,7 @@ def leaf_masks(mask: Mask, flat: list[tuple[Any, Any]], treedef: Any) -> list[An
     """What the mask says of each leaf, in the order of ``flat``. Raises ValueError for another tree structure."""
     if mask is None:
         return [True] * len(flat)
-    if callable(mask):
+    if callable(mask) and jax.tree.structure(mask) == jax.tree.structure(0):  # a model of booleans may be callable
         return [mask(path_of(path)) for path, _ in flat]
     structure = jax.tree.structure(mask)
     if structure != treedef:

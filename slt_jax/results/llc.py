@@ -156,7 +156,8 @@ class LLCResult:
     def health(self) -> Health:
         """Convergence numbers and the verdict."""
         if not self.kept_chains.size:
-            return assess(self.llc_draws, Evidence(num_stopped=len(self.stopped)))
+            cause = self.settings.probe.get("stopped_by", "")
+            return assess(self.llc_draws, Evidence(num_stopped=len(self.stopped), stopped_by=cause))
         return assess(self.llc_draws, self._evidence)
 
     @property
@@ -180,6 +181,7 @@ class LLCResult:
             localized_share=float(1 - (virial - s.localization * away.mean(dtype=np.float64)) / s.num_free),
             hot=self._hot,
             num_stopped=len(self.stopped),
+            stopped_by=s.probe.get("stopped_by", ""),
             num_free=s.num_free,
             metric=s.metric,
             heat=self._heat,

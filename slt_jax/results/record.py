@@ -21,6 +21,7 @@ class EndRecord(TypedDict, total=False):
     ``noise``, ``noise_stderr``: trace of the covariance of nbeta grad L_m(w). ``acceptance``: Metropolis acceptance of
     one Euler-Maruyama step. ``owed``: what slow directions lack in the estimate (``relaxation.unrelaxed_bias``), and
     ``longer`` how many times as long the run has to be for them. ``gradients``, ``curvature_gradients``: spent.
+    ``stopped_by``: what in the data made chains go non-finite, where that was found.
     """
 
     noise: float
@@ -30,6 +31,7 @@ class EndRecord(TypedDict, total=False):
     longer: float
     gradients: float
     curvature_gradients: float
+    stopped_by: str
 
 
 class CostRecord(TypedDict, total=False):

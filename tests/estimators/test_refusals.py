@@ -275,7 +275,6 @@ LOSSES = {
     "per output": (lambda w, x: x * w, ValueError, "shape (8, 3)"),
     "one too few": (lambda w, x: square(w, x)[1:], ValueError, "shape (7,)"),
     "a column": (lambda w, x: square(w, x)[:, None], ValueError, "shape (8, 1)"),
-    "a pair": (lambda w, x: (square(w, x), x), ValueError, "a tuple"),
     "a float": (lambda w, x: 0.0, ValueError, "a float"),
     "nothing": (lambda w, x: None, ValueError, "a NoneType"),
     "whole numbers": (lambda w, x: (x @ w > 0).astype(jnp.int32), TypeError, "int32"),
@@ -290,6 +289,11 @@ def test_losses_of_the_wrong_shape(case, baseline):
     loss_fn, kind, found = LOSSES[case]
     remedy = "Reduce over every other axis" if kind is ValueError else "must return floating-point losses"
     refuses(kind, lambda: estimate(posterior(loss_fn), baseline=baseline), "loss_fn must return", found, remedy)
+
+
+def test_a_loss_with_metrics():
+    words = ("the losses alone", "a tuple of 2", "lambda p, batch: loss_fn(p, batch)[0]")
+    refuses(ValueError, lambda: estimate(posterior(lambda w, x: (square(w, x), {"accuracy": 1.0}))), *words)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

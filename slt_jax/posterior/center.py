@@ -1,0 +1,72 @@
+"""Is a center only weights, and each of them once? Models, training states, running statistics and ties are refused."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import PyTree
+
+from slt_jax.posterior.tree import path_of
+
+_STATE = (nnx.BatchStat, nnx.Cache)  # variables that a forward pass changes
+_COLLECTIONS = ("batch_stats", "cache", "intermediates")  # of Linen
+
+
+def check_kind(center: PyTree) -> None:
+    """Raise TypeError for a Flax NNX model, whose tied weights are leaves of their own, or a training state."""
+    if hasattr(center, "params") and hasattr(center, "opt_state"):
+        raise TypeError(
+            f"center is a {type(center).__name__}, which holds the optimizer's state too. Pass state.params."
+        )
+    nodes = jax.tree_util.tree_flatten_with_path(center, is_leaf=lambda x: isinstance(x, nnx.Module))[0]
+    for path, node in nodes:
+        if isinstance(node, nnx.Module):
+            where = f"'{'/'.join(path_of(path))}' of center" if path else "center"
+            raise TypeError(
+                f"{where} is a Flax model, {type(node).__name__}: its tied weights would be sampled twice and its "
+                "statistics as weights. Use params, loss_fn = slt_jax.from_nnx(model, loss), and center=params."
+            )
+
+
+def check_state(center: PyTree, free: Sequence[bool]) -> None:
+    """Raise ValueError where a running statistic would be sampled. ``free``: whether any entry moves, of each leaf."""
+    variables = jax.tree_util.tree_flatten_with_path(center, is_leaf=lambda x: isinstance(x, nnx.Variable))[0]
+    kinds = [kind for _, x in variables for kind in [type(x)] * len(jax.tree.leaves(x))]
+    paths = [path_of(path) for path, _ in jax.tree_util.tree_flatten_with_path(center)[0]]
+    linen = any(path[0] == "params" for path in paths if path)
+    for path, kind, moves in zip(paths, kinds, free, strict=True):
+        collection = path[0] if linen and path[0] in _COLLECTIONS else None
+        if moves and (collection or path[:1] == ("batch_stats",) or issubclass(kind, _STATE)):
+            what = f"a variable of '{path[0]}'" if not issubclass(kind, _STATE) else f"an nnx.{kind.__name__}"
+            raise ValueError(
+                f"'{'/'.join(path)}' of center is {what}, not a weight, and would be sampled. Use "
+                "slt_jax.from_nnx(model, loss) or slt_jax.from_linen(module, variables, loss), which freeze it, or "
+                "freeze it by the mask."
+            )
+
+
+def check_ties(names: Sequence[str], leaves: Sequence[Any], free: Sequence[bool]) -> None:
+    """Raise ValueError where two leaves that move are one array: the same object, or the same memory."""
+    seen: dict[Any, str] = {}
+    for name, leaf, moves in zip(names, leaves, free, strict=True):
+        for mark in _marks(leaf) if moves else ():
+            if mark in seen:
+                raise ValueError(
+                    f"'{seen[mark]}' and '{name}' of center are one array: tied weights would be sampled twice. Keep "
+                    "it under one name and use it twice in loss_fn (slt_jax.from_nnx does that for a Flax model); if "
+                    "the two are separate weights, copy one: jnp.array(x)."
+                )
+        seen |= dict.fromkeys(_marks(leaf) if moves else (), name)
+
+
+def _marks(leaf: Any) -> tuple[Any, ...]:
+    """Of the object, and of its memory where that is known."""
+    if isinstance(leaf, np.ndarray) and leaf.size:
+        return id(leaf), (leaf.__array_interface__["data"][0], leaf.nbytes)
+    if isinstance(leaf, jax.Array) and leaf.size and leaf.is_fully_addressable:
+        first = leaf.addressable_shards[0]
+        if len(leaf.addressable_shards) == 1:
+            return id(leaf), (str(first.device), first.data.unsafe_buffer_pointer())
+    return (id(leaf),)
