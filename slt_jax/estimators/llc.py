@@ -49,55 +49,72 @@ def estimate_llc(
     chunk_size: int = 512,
     checkpoint_seconds: float = 60.0,
 ) -> LLCResult:
-    """Estimate the local learning coefficient at ``posterior.center``.
+    """Estimate the local learning coefficient (LLC) at ``posterior.center``, the weights w*.
 
-    The estimate is ``nbeta (E[L_m(w)] - L_m(w*))`` over chains and draws, after ``num_warmup`` steps from w*, less the
-    bias of step size and minibatch noise where that is known. What is not given is chosen: a sampler without a step
-    size, or a posterior without a localization, starts a calibration, which spends at most 15 % of the gradients,
-    or 50 to 130 where that is more (a Kronecker metric some 230).
+    The estimate is ``nbeta (E[L_m(w)] - L_m(w*))``, a mean over chains and draws. The chains start at w* (some of them
+    hot, see ``hot``), and the first ``num_warmup`` steps are not used. Biases of step size and minibatch noise are
+    subtracted where they are known.
+
+    If the sampler has no step size or no friction, or the posterior has no localization, a calibration chooses them. It
+    takes at most 15 % of the gradients, or 50 to 130 of them if that is more (about 230 with the Kronecker metric).
 
     Args:
-        posterior: what is sampled.
+        posterior: the distribution that is sampled.
         data: a pytree of arrays with one row per example, or ``token_file(...)``, ``hf_dataset(...)``.
-        sampler: how one step moves; default ``underdamped()``, calibrated. Also any ``blackjax.SamplingAlgorithm``.
-        num_chains, num_draws, thinning: each chain keeps ``num_draws`` draws, one every ``thinning`` steps. Four chains
-            by default; with a ``budget`` below 4,000 two, and below 500 one, unless ``mesh``, ``chain_batch`` or
-            several processes say how chains are laid out.
-        num_warmup: steps before the first draw.
-        batch_size: examples in one step's minibatch, drawn with replacement, its own for each chain; default
-            ``min(256, num_data)``. As many as there are: all of them in every step, and no noise.
+        sampler: how the chains move. Default: ``underdamped()`` with a calibrated step size and friction. Any
+            ``blackjax.SamplingAlgorithm`` is accepted too.
+        num_chains: number of independent chains. Default: 4. With a ``budget`` below 4,000 it is 2, and below 500 it is
+            1, unless ``mesh`` or ``chain_batch`` is given or there are several processes.
+        num_draws: number of draws that each chain keeps.
+        num_warmup: number of steps before the first draw. Default: 40 % of the steps of a budget, otherwise as many as
+            ``num_draws``.
+        thinning: number of steps from one draw to the next. Default: 1, or at least 4 if a budget allows long chains.
+        batch_size: number of examples in the minibatch of a step, drawn with replacement, independently for each chain.
+            Default: ``min(256, num_data)``. With ``batch_size=num_data`` every step uses each example once, so there is
+            no minibatch noise.
         key: ``jax.random.key(...)`` or an integer seed.
-        mesh: devices, with an axis ``chain`` (and ``model``); default as many devices as divide ``num_chains``. With
-            several processes (``jax.distributed.initialize``) those of all; every process makes the same call on the
-            same data, which each holds whole, and gets the same result.
-        chain_batch: chains advanced together on one device; 1 uses least memory. Must divide the chains of a device.
-            Default: 1 on a CPU and for large models, else as many as fit into the device's memory.
-        checkpoint_dir: where to keep state and traces; the same call with the same directory resumes an interrupted run
-            and ends bit for bit equal to an unbroken one on the same mesh, versions and device kind. Several processes
-            need a disk that they share.
-        progress: show the memory that large models will take, what the calibration chose, the time to go, and a bar
-            with steps/s and the running estimate; on the first process.
-        micro_batches: parts in which a minibatch goes through the model, to save memory; must divide ``batch_size``.
-        baseline: ``"paired"`` subtracts L_m(w*) on the same batch at each draw (one more forward pass a draw, much less
-            variance); ``"full"`` subtracts L_n(w*) over all data, computed once.
-        budget: minibatch gradients for all of this, calibration and every chain counted; sets the lengths that are not
-            given. Default: 10,000, more for fewer than 10,000 weights; without a calibration, 500 draws a chain.
-        control_variate: take g_m(w) - g_m(w*) + grad L_n(w*) as the gradient: no minibatch noise at w*, at twice the
-            cost a step and one pass over the data. Default: where the calibration finds that it pays.
-        hot: every other chain starts at nbeta / hot and is cooled over half of the warm-up, so that the answer is met
-            from both sides; 1 for none. Default: 10 when the step size was calibrated and the warm-up allows it.
-        also: name -> data set, like ``data``. Their losses are read at every draw, on a batch of their own at w and at
-            w* (two more forward passes each): ``result.also`` has nbeta (E[L'(w)] - L'(w*)) for each, with w still from
-            the posterior of ``data``. Held in memory.
-        chunk_size: most steps in one compiled chunk, between two updates of the host. Changes no number.
-        checkpoint_seconds: least time between two saves.
+        mesh: devices, with an axis ``chain`` (and ``model``, if the weights are sharded). Default: the largest number
+            of devices that divides ``num_chains``. With several processes (``jax.distributed.initialize``) it has
+            devices of all of them. Every process must make the same call with the same complete data, and gets the same
+            result.
+        chain_batch: number of chains that move at the same time on one device. It must divide the number of chains on a
+            device; 1 needs the least memory. Default: 1 on a CPU and for large models, otherwise as many as fit into
+            the device's memory.
+        checkpoint_dir: folder for the state and the traces of the run. If the run is interrupted, the same call resumes
+            it, and the result is bit for bit that of an uninterrupted run on the same mesh, versions and kind of
+            device. Several processes need a disk that they share.
+        progress: print the predicted memory of large models, the choices of the calibration, the remaining time, and a
+            bar with steps/s and the running estimate. Only the first process prints.
+        micro_batches: number of parts in which a minibatch passes through the model, to save memory. It must divide
+            ``batch_size``.
+        baseline: how the loss at w* is computed. ``"paired"``: on the minibatch of each draw. This has much less
+            variance, and costs one more forward pass per draw. ``"full"``: once, over all data.
+        budget: total number of minibatch gradients, including calibration, warm-up and all chains. It determines the
+            lengths (``num_draws``, ``num_warmup``, ``thinning``) that are not given, and cannot be combined with
+            ``num_draws``. Default: 10,000 from 10,000 weights on, and more for fewer weights. If nothing has to be
+            calibrated, the default is 500 draws per chain instead of a budget.
+        control_variate: use g_m(w) - g_m(w*) + grad L_n(w*) as the gradient, where g_m is the gradient on a minibatch.
+            It has no noise at w*, but a step costs twice as much, and there is one pass over the data. Default: chosen
+            by the calibration.
+        hot: every other chain starts at nbeta / hot, where it spreads further, and is cooled to nbeta during the first
+            half of the warm-up. The estimate is then approached from both sides. 1 for no hot starts. Default: 10 if
+            the step size is calibrated and the warm-up is long enough, otherwise 1.
+        also: name -> data set, of the same kinds as ``data``, held in memory. For each, ``result.also[name]`` has
+            nbeta (E[L'(w)] - L'(w*)), where L' is the loss on these data and w are the same draws. It costs two more
+            forward passes per draw and data set, on minibatches of their own.
+        chunk_size: largest number of steps between two updates of the host, in one compiled program. It does not change
+            the result.
+        checkpoint_seconds: shortest time between two saves to ``checkpoint_dir``.
+
+    Returns:
+        An LLCResult: the estimate ``llc`` with its standard error ``llc_stderr``, the ``verdict``, and all traces. The
+        standard error contains the sampling noise and the uncertainty of the corrections, but no other errors; those
+        that can be detected are named by the verdict.
 
     Raises:
-        TypeError, ValueError: an argument that cannot be used; the message names it, its value, and what to do.
+        TypeError, ValueError: an argument cannot be used. The message has its name, its value, and what to do.
         FloatingPointError: the loss is not finite at w*.
-        MemoryError: the run would take more memory than there is; said before it starts.
-
-    Error: the standard error counts sampling noise and that of the corrections; ``verdict`` names other problems.
+        MemoryError: the run would not fit into memory. This is raised before the sampling starts.
 
     Source: Lau et al., arXiv:2308.12108, equation 14.
     """

@@ -32,30 +32,33 @@ _DEFAULT_NBETA: Any = None  # num_data / log(num_data)
 
 @dataclass(frozen=True, eq=False)
 class LocalPosterior:
-    """The local tempered posterior around trained weights.
+    """The posterior around trained weights w* that is sampled: loss function, w*, temperature and localization.
 
-    Target density, over the weights that the mask leaves free::
+    It is tempered (nbeta may differ from n) and local (it is concentrated around w*). Its density, as a function of the
+    weights that ``mask`` selects::
 
         p(w) proportional to exp( -nbeta L_n(w) - (localization / 2) |w - center|^2 )
 
     with ``L_n(w)`` the mean of ``loss_fn`` over the data set (nats per example).
 
     Args:
-        loss_fn: ``loss_fn(params, batch)`` gives one loss per example, shape ``(m,)``, or their mean, shape ``()``.
+        loss_fn: ``loss_fn(params, batch)`` returns one loss per example, shape ``(m,)``, or their mean, shape ``()``.
         center: w*, the trained parameters: a pytree of floating-point arrays, each under one name. Of a Flax model
             take ``from_nnx`` or ``from_linen``.
-        num_data: n, the size of the data set (not of a batch).
-        nbeta: n times the inverse temperature; default ``num_data / log(num_data)``.
-        localization: gamma, the strength of the pull to ``center``, per squared unit of weight. If it is left out, the
-            calibration of ``estimate_llc`` chooses it: large enough that a weight moves by at most a few times the
-            typical size of a weight in a flat direction, and at least a millionth of the largest curvature of nbeta L.
-        mask: which weights move. A pytree of booleans shaped like ``center`` (one per leaf, or a boolean array of the
-            leaf's shape), or a function of a leaf's path (a tuple of strings) that returns either. Default: all.
-        forward_dtype: type in which ``loss_fn`` sees the weights, e.g. ``jnp.bfloat16``. The chains themselves keep
-            the weights in float32 at least. Default: each leaf's own type.
+        num_data: n, the number of examples in the data set (not in a minibatch).
+        nbeta: n times the inverse temperature. Default: ``num_data / log(num_data)``.
+        localization: gamma, the strength of the pull towards ``center``, in units of 1 / weight^2. Default: chosen by
+            the calibration of ``estimate_llc``, so strong that in a flat direction a weight moves by at most 2.5 times
+            the typical size of a weight, and at least a millionth of the largest curvature of nbeta L.
+        mask: selects the weights that are sampled; all others stay at w*. A pytree like ``center`` with a boolean for
+            each array, or a boolean array of its shape; or a function that returns either, given the path of an array
+            (a tuple of strings). Default: all weights.
+        forward_dtype: type to which the weights are converted before they are passed to ``loss_fn``, e.g.
+            ``jnp.bfloat16``. The chains themselves keep at least float32. Default: the type of each array in
+            ``center``.
 
     Raises:
-        TypeError, ValueError: a hyperparameter, a leaf or a mask that cannot be used; the message names it.
+        TypeError, ValueError: a number, an array or the mask cannot be used. The message names it.
 
     Source: Lau, Furman, Wang, Murfet, Wei, arXiv:2308.12108.
     """
