@@ -65,13 +65,13 @@ class RunStore:
                 "mesh has devices of only one. Take a mesh of all, leave checkpoint_dir out, or start this process "
                 "without jax.distributed."
             )
-        logging.getLogger("absl").addFilter(_reported_otherwise)  # added once, however often
         try:
             self._first_does(lambda: self._open({"format": FORMAT, **identity}))
             if spans_processes(mesh):
                 self._check_shared()
             options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True, create=True)
             self._manager = ocp.CheckpointManager(self.path / "steps", options=options)
+            logging.getLogger("absl").addFilter(_reported_otherwise)
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -216,7 +216,10 @@ class RunStore:
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        try:
+            self._manager.close()
+        finally:
+            logging.getLogger("absl").removeFilter(_reported_otherwise)
 
     def _compare(self, saved: dict[str, Any], wanted: dict[str, Any], damaged: bool) -> None:
         """``damaged``: whether the manifest is not the one that was written; unharmed where it is the one wanted."""

@@ -358,7 +358,7 @@ def read_traces(tree: "xr.DataTree", rest: Iterable[np.ndarray]) -> tuple[dict[s
     Traces that older files do not have are NaN. Raises ValueError unless the traces and ``rest`` have the digest of
     format 1, if the tree has that.
     """
-    sample, expected = tree["sample_stats"], tree.attrs.get(TRACES_DIGEST)
+    sample, expected = tree["sample_stats"].to_dataset(), tree.attrs.get(TRACES_DIGEST)
     saved = {name: sample[name].values for name in SAVED if name in sample}
     if expected is not None and digest_of_arrays([*saved.values(), *rest]) != expected:
         raise ValueError("its traces are not those that were saved")
