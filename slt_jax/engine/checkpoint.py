@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from slt_jax._io import write_file
+from slt_jax._io import user_path, write_file
 from slt_jax.engine.mesh import allgather, is_main_process, spans_processes
 
 MANIFEST = "manifest.json"
@@ -46,7 +46,7 @@ class RunStore:
 
     def __init__(self, directory: str | os.PathLike, identity: dict[str, Any], mesh: Mesh | None = None):
         check_directory(directory)
-        self.path, self.mesh = Path(directory).absolute(), mesh
+        self.path, self.mesh = user_path(directory).absolute(), mesh
         if jax.process_count() > 1 and not spans_processes(mesh):
             raise ValueError(
                 f"checkpoint_dir {self.path} needs all {jax.process_count()} processes to sample together, and the "

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from slt_jax._io import user_path
+
 if TYPE_CHECKING:
     import xarray as xr
 
@@ -34,7 +36,8 @@ def digest(arrays: Iterable[np.ndarray]) -> str:
 
 def write(tree: "xr.DataTree", path: str | os.PathLike, kind: str, *, overwrite: bool) -> Path:
     """Write ``tree``, whose attributes name its ``kind``. Raises FileExistsError on an existing path, and OSError."""
-    target, what = Path(path), _NAMES[kind]
+    target, what = user_path(path), _NAMES[kind]
+    target = target.resolve() if target.is_symlink() else target  # what a link points to is replaced, not the link
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists. Pass overwrite=True to replace it, or another path.")
     if target.exists() and kind_of(target) != kind:
@@ -59,13 +62,13 @@ def load(path: str | os.PathLike, kind: str, build: "Callable[[xr.DataTree], Any
     """
     import xarray as xr
 
-    found = Path(path)
+    found = user_path(path)
     if not found.exists():
         raise FileNotFoundError(f"no {_NAMES[kind]} at {path}.")
     if (other := kind_of(found)) not in (None, kind):
         raise ValueError(f"{path} holds a {_NAMES[other]}, not a {_NAMES[kind]}. Read it with load_{_NAMES[other]}.")
     try:
-        tree = xr.open_datatree(path, engine="zarr", consolidated=False)
+        tree = xr.open_datatree(found, engine="zarr", consolidated=False)
         tree.load()
         return build(tree)
     except Exception as error:
