@@ -32,8 +32,8 @@ def _is_real(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) or jnp.issubdtype(dtype, jnp.integer)
 
 
-def check_count(name: str, value: Any, least: int, remedy: str = "") -> None:
-    """Raise TypeError or ValueError unless ``value`` is an integer >= ``least``.
+def check_count(name: str, value: Any, least: int, remedy: str = "", most: int = 2**31 - 1) -> None:
+    """Raise TypeError or ValueError unless ``value`` is an integer from ``least`` to ``most``.
 
     Args:
         name, remedy: for the message.
@@ -43,6 +43,8 @@ def check_count(name: str, value: Any, least: int, remedy: str = "") -> None:
         raise TypeError(message)
     if value < least:
         raise ValueError(message)
+    if value > most:
+        raise ValueError(f"{name} must be a whole number <= {most:,}, got {value}. {remedy}".rstrip())
 
 
 def check_key(key: Any) -> jax.Array:

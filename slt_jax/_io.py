@@ -13,6 +13,11 @@ from typing import Any
 import numpy as np
 
 
+def user_path(path: str | os.PathLike) -> Path:
+    """A path as a caller gives it, with the home directory in the place of ``~``."""
+    return Path(path).expanduser()
+
+
 def write_file(path: Path, value: str | bytes) -> Path:
     """Write ``value`` to ``path`` and return the path. An interrupted write leaves what was there before.
 

@@ -18,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from slt_jax._io import digest_of_arrays, digest_of_json, remove_all_partials, write_file
+from slt_jax._io import digest_of_arrays, digest_of_json, remove_all_partials, user_path, write_file
 from slt_jax.engine.mesh import allgather, is_main_process, spans_processes
 from slt_jax.posterior.tree import to_host
 
@@ -58,7 +58,7 @@ class RunStore:
 
     def __init__(self, directory: str | os.PathLike, identity: dict[str, Any], mesh: Mesh | None = None):
         check_directory(directory)
-        self.path, self.mesh = Path(directory).absolute(), mesh
+        self.path, self.mesh = user_path(directory).absolute(), mesh
         if jax.process_count() > 1 and not spans_processes(mesh):
             raise ValueError(
                 f"checkpoint_dir {self.path} needs all {jax.process_count()} processes to sample together, and the "
@@ -185,7 +185,7 @@ class RunStore:
         if step is None:
             return None
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        items = {"state": ocp.args.StandardRestore(target), "host": ocp.args.StandardRestore(host)}
+        items: dict[str, Any] = {"state": ocp.args.StandardRestore(target), "host": ocp.args.StandardRestore(host)}
         if (self.path / "steps" / str(step) / DIGEST).exists():  # not in saves of older versions
             items[DIGEST] = ocp.args.JsonRestore()
         try:

@@ -12,13 +12,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from slt_jax._checks import check_count, check_key, check_positive
-from slt_jax._io import digest_of_json
+from slt_jax._io import digest_of_json, user_path
 from slt_jax.engine.checkpoint import RunStore, check_directory, first_difference
 from slt_jax.engine.mesh import allgather, automatic, chain_mesh, check_mesh, spans_processes
 from slt_jax.engine.plan import Lengths, Schedule
 from slt_jax.engine.problem import Problem
 from slt_jax.estimators.rows import check_rows
-from slt_jax.machine import versions
+from slt_jax.machine import free_of_process, size_text, versions
 from slt_jax.posterior.data import ArrayData, Source, as_source, check_batch_size, check_same_structure, named_data
 from slt_jax.posterior.local import LocalPosterior
 from slt_jax.posterior.tree import addressable
@@ -27,6 +27,7 @@ from slt_jax.samplers.exact import from_blackjax
 from slt_jax.samplers.underdamped import underdamped
 
 _LEAST = {"num_chains": 1, "num_draws": 1, "num_warmup": 0, "thinning": 1, "budget": 1}
+_STEP_BYTES, _LARGE_RECORD = 44, 2**28  # of a chain's traces; bytes from which their room is looked at
 _BATCH = 256  # by default, or all there are
 
 
@@ -130,7 +131,7 @@ class Request:
 
     @property
     def folder(self) -> Path | None:
-        return None if self.checkpoint_dir is None else Path(self.checkpoint_dir)
+        return None if self.checkpoint_dir is None else user_path(self.checkpoint_dir)
 
     def given_mesh(self, num_chains: int) -> Mesh | None:
         """The caller's devices with automatic axes; raises where these chains cannot be laid out on them."""
@@ -144,11 +145,24 @@ class Request:
         return given
 
     def schedule(self, lengths: Lengths, chain_batch: int = 1, control_variate: bool = False) -> Schedule:
-        return Schedule(
+        """Raises ValueError, or MemoryError, for more steps than can be numbered, or recorded."""
+        plan = Schedule(
             **lengths._asdict(), batch_size=int(self.batch_size), micro_batches=self.micro_batches,
             baseline=self.baseline, chain_batch=chain_batch, chunk_size=self.chunk_size,
             control_variate=control_variate,
         )  # fmt: skip
+        steps, chains = plan.total_steps, plan.num_chains
+        if steps >= 2**31:
+            raise ValueError(
+                f"num_draws = {lengths.num_draws}, thinning = {lengths.thinning} and num_warmup = {lengths.num_warmup} "
+                f"are {steps:,} steps of a chain; at most {2**31 - 1:,} can be taken."
+            )
+        if (size := _STEP_BYTES * steps * chains) > _LARGE_RECORD and size > free_of_process():
+            raise MemoryError(
+                f"the record of {steps:,} steps of num_chains = {chains:,} chains takes {size_text(size)}, and "
+                f"{size_text(free_of_process())} are free. Take fewer chains or draws."
+            )
+        return plan
 
     def problem(self, mesh: Mesh, posterior: LocalPosterior | None = None) -> Problem:
         """Its posterior, or another over the same data, on these devices."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
@@ -30,6 +31,7 @@ from slt_jax.estimators.request import Notes, Request, check_no_metric, lengths_
 from slt_jax.estimators.shared import shared_calibration
 from slt_jax.posterior.flax import params_like
 from slt_jax.posterior.local import LocalPosterior
+from slt_jax.posterior.program import leaf_masks
 from slt_jax.posterior.tree import path_of
 from slt_jax.results.llc import LLCResult, load_result
 from slt_jax.results.plateau import SETTLED
@@ -76,7 +78,8 @@ def trajectory(
         centers: training step -> parameters (also an ``nnx.State`` or an NNX model), or a function without arguments
             that loads them. In any order.
         parts: further estimates at each checkpoint with only a part of the weights free (refined LLCs): names that a
-            decoder understands (``"layer 0"``, ``"layer 1 head 2"``), or name -> function of the posterior.
+            decoder understands (``"layer 0"``, ``"layer 1 head 2"``), or name -> function of the posterior, or of a
+            leaf's path as for ``mask``.
         warm_start: chains begin as far from w* as those of the checkpoint before ended, with their momenta, where those
             had settled; else at w*. The warm-up is the same; it only has less to do.
         checkpoint_dir: where to keep results and states; the same call resumes, and ends bit for bit equal.
@@ -208,7 +211,7 @@ def _parts(parts: Any) -> dict[str, Part]:
     if isinstance(parts, str):
         raise TypeError(f"parts must be a list of names, got {parts!r}. Write parts=[{parts!r}].")
     if isinstance(parts, Mapping):
-        named = dict(parts)
+        named = {name: functools.partial(_part_of, rule) for name, rule in parts.items()}
     else:
         from slt_jax.models.restrict import restricted
 
@@ -216,6 +219,20 @@ def _parts(parts: Any) -> dict[str, Part]:
     if WHOLE in named:
         raise ValueError(f"a part is called '{WHOLE}', which is the name of the whole. Give it another.")
     return {WHOLE: lambda posterior: posterior, **named}
+
+
+def _part_of(rule: Callable[[Any], Any], posterior: LocalPosterior) -> LocalPosterior:
+    """What the caller's ``rule`` makes of the posterior; or, if it is a rule for paths like a mask, its restriction."""
+    flat, treedef = jax.tree_util.tree_flatten_with_path(posterior.center)
+    try:
+        said = rule(path_of(flat[0][0]))
+    except Exception:  # a function of the posterior
+        said = None
+    if said is None or np.asarray(said).dtype != np.bool_:
+        return rule(posterior)
+    own = leaf_masks(posterior.mask, flat, treedef)
+    masks = [np.logical_and(mask, rule(path_of(path))) for (path, _), mask in zip(flat, own, strict=True)]
+    return dataclasses.replace(posterior, mask=jax.tree.unflatten(treedef, masks))
 
 
 def _filled(course: _Course, steps: list[int], notes: Notes) -> _Course:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slt_jax._checks import check_count
-from slt_jax._io import write_file
+from slt_jax._io import user_path, write_file
 from slt_jax.engine.checkpoint import first_difference
 from slt_jax.fleet.jobs import Failure, JobQueue, import_submitit, read_json, result_line
 from slt_jax.results.llc import LLCResult
@@ -104,7 +104,7 @@ def run_fleet(
         check_count("parallel", parallel, 1)
     if executor is not None and not isinstance(executor, submitit.Executor):
         raise TypeError(f"executor must be an executor of submitit or None, got {executor!r}.")
-    root = Path(folder).absolute()
+    root = user_path(folder).absolute()
     _open_folder(root, executor, function, cases)
     if executor is None:
         executor = _local_executor(root)

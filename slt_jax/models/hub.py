@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Mesh
 
+from slt_jax._io import user_path
 from slt_jax.machine import check_room
 from slt_jax.models.config import DecoderConfig
 from slt_jax.models.decoder import Decoder
@@ -31,7 +32,7 @@ def load_checkpoint(path: str | os.PathLike, *, mesh: Mesh | None = None) -> tup
     Raises:
         FileNotFoundError, ValueError: as ``load_pretrained`` and ``load_decoder``.
     """
-    folder = Path(path).absolute()
+    folder = user_path(path).absolute()
     if folder.is_dir() and "model_type" not in _read_record(folder):
         return load_decoder(folder)
     return load_pretrained(path, mesh=mesh)
@@ -79,7 +80,7 @@ def _nested(keys: tuple, value: Any) -> Any:
 
 
 def _folder_of(path: str | os.PathLike, revision: str | None) -> Path:
-    folder, name = Path(path).absolute(), os.fspath(path)
+    folder, name = user_path(path).absolute(), os.fspath(path)
     if folder.is_dir() and revision is None:
         return folder
     if folder.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
@@ -115,7 +116,7 @@ def save_decoder(path: str | os.PathLike, model: Decoder, extra: dict[str, Any] 
     Raises:
         FileExistsError: the folder exists.
     """
-    folder = Path(path).absolute()
+    folder = user_path(path).absolute()
     folder.mkdir(parents=True)
     with ocp.StandardCheckpointer() as writer:
         writer.save(folder / "params", nnx.to_pure_dict(nnx.state(model, nnx.Param)))
@@ -131,7 +132,7 @@ def load_decoder(path: str | os.PathLike) -> tuple[Decoder, dict[str, Any]]:
         FileNotFoundError: the folder has no config.json.
         ValueError: a file that is foreign, truncated or of an earlier version; the message names it.
     """
-    folder = Path(path).absolute()
+    folder = user_path(path).absolute()
     record = _read_record(folder)
     if "decoder" in record and record.get("format") != FORMAT:
         raise ValueError(

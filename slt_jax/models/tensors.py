@@ -63,6 +63,8 @@ def _check_index(index: Path, tensors: dict[str, Tensor]) -> None:
         file_names = dict(json.loads(index.read_text())["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{index} is truncated or foreign: {error!r}.") from error
+    if other := next((name for name, file in file_names.items() if not isinstance(file, str)), None):
+        raise ValueError(f"{index} is truncated or foreign: '{other}' is in {file_names[other]!r}, not in a file.")
     for file in sorted(set(file_names.values())):
         if not (index.parent / file).is_file():
             raise FileNotFoundError(f"{index} names {file}, which is not in the folder.")

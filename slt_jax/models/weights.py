@@ -16,6 +16,7 @@ from slt_jax.models.layouts import Layout, Source
 from slt_jax.models.tensors import Tensor
 
 PIECE_BYTES = 32 * 2**20
+_WRAPPERS = ("_orig_mod.", "module.")  # before every name: of torch.compile, and of DataParallel
 _FLOATS = ("F16", "BF16", "F32", "F64")
 # The axes of a parameter's array; a block's parameters have a layer axis before them.
 _AXES = {
@@ -108,6 +109,11 @@ def make_plan(config: DecoderConfig, layout: Layout, paths: list[str], tensors: 
         names = [source.name.format(i) for i in range(config.num_layers if path.startswith("blocks/") else 1)]
         missing += [name for name in names if name not in named]
         plan.parameters[path] = (source, [named[name] for name in names if name in named])
+    if missing and (wrapper := next((w for w in _WRAPPERS if all(name.startswith(w) for name in tensors)), None)):
+        raise ValueError(
+            f"{where}: every tensor's name begins with '{wrapper}', which torch puts there when a model is compiled or "
+            "wrapped. Save the model inside, or remove the prefix from the names."
+        )
     _refuse_names(f"{where}: tensors missing", missing)
     used = {tensor.name for _, matched in plan.parameters.values() for tensor in matched}
     unused = {name: tensor for name, tensor in named.items() if tensor.name not in used}

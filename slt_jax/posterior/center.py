@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 from slt_jax.posterior.tree import path_of
 
 _STATE = (nnx.BatchStat, nnx.Cache)  # variables that a forward pass changes
+_OF_TORCH = ("running_mean", "running_var")  # the last part of their names
 _COLLECTIONS = ("batch_stats", "cache", "intermediates")  # of Linen
 
 
@@ -38,8 +39,10 @@ def check_state(center: PyTree, free: Sequence[bool]) -> None:
     linen = any(path[0] == "params" for path in paths if path)
     for path, kind, moves in zip(paths, kinds, free, strict=True):
         collection = path[0] if linen and path[0] in _COLLECTIONS else None
-        if moves and (collection or path[:1] == ("batch_stats",) or issubclass(kind, _STATE)):
-            what = f"a variable of '{path[0]}'" if not issubclass(kind, _STATE) else f"an nnx.{kind.__name__}"
+        of_torch = bool(path) and path[-1].split(".")[-1] in _OF_TORCH
+        if moves and (of_torch or collection or path[:1] == ("batch_stats",) or issubclass(kind, _STATE)):
+            what = "a running statistic" if of_torch else f"a variable of '{path[0]}'"
+            what = f"an nnx.{kind.__name__}" if issubclass(kind, _STATE) else what
             raise ValueError(
                 f"'{'/'.join(path)}' of center is {what}, not a weight, and would be sampled. Use "
                 "slt_jax.from_nnx(model, loss) or slt_jax.from_linen(module, variables, loss), which freeze it, or "

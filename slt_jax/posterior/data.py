@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Int32, Integer, Key, PyTree
 
 from slt_jax.kernels.langevin import uniform_index
-from slt_jax.posterior.tree import addressable, path_of, tree_digest
+from slt_jax.posterior.tree import addressable, path_of, tree_digest, without_torch
 
 MEMORY_LIMIT = 2**30  # bytes of a further data set, which is kept in memory
 _MOST_LEAVES = 32  # arrays of a data set; more are a list with an array for each example
@@ -47,7 +47,7 @@ class ArrayData:
     """A data set in memory: a pytree of arrays with equal leading dimension. Batches are gathered on the device.
 
     Args:
-        data: one row per example in every leaf.
+        data: one row per example in every leaf; torch's tensors are converted.
 
     Raises:
         TypeError: a leaf that is not an array of numbers with one row per example.
@@ -58,6 +58,7 @@ class ArrayData:
     on_host = False
 
     def __init__(self, data: PyTree):
+        data = without_torch(data)
         flat = jax.tree_util.tree_flatten_with_path(data)[0]
         if not flat:
             raise ValueError("the data has no arrays. Pass an array or a dict of arrays, one row per example.")

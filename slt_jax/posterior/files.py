@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Int32, Integer, PyTree
 
 from slt_jax._checks import check_count
+from slt_jax._io import user_path
 from slt_jax.posterior.data import HostData
 
 SCAN_LIMIT = 2**28  # tokens; all ids of a file up to this size are checked when it is opened
@@ -21,7 +22,7 @@ class TokenFile(HostData):
     """Examples of ``seq_len`` consecutive tokens from a memory-mapped file: example i starts at token i seq_len."""
 
     def __init__(self, path: str | os.PathLike, seq_len: int, dtype: Any = None, vocab_size: int | None = None):
-        self.path = Path(path)
+        self.path = user_path(path)
         check_count("seq_len", seq_len, 2, "It is the number of tokens in one example.")
         if vocab_size is not None:
             check_count("vocab_size", vocab_size, 1)
@@ -92,7 +93,7 @@ class HFDataset(HostData):
             raise ValueError(f"columns {sorted(missing)} are not in {path}, which has {table.column_names}.")
         if not len(table):
             raise ValueError(f"{path} has no rows.")
-        self.path, self.num_data = Path(path), len(table)
+        self.path, self.num_data = user_path(path), len(table)
         self.table = table.with_format("numpy", columns=self.columns)
         self.fetch(np.zeros(1, np.int64))
 

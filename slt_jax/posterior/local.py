@@ -25,7 +25,7 @@ from slt_jax.posterior.program import (
     leaf_masks,
     names_of,
 )
-from slt_jax.posterior.tree import path_of, tree_digest
+from slt_jax.posterior.tree import path_of, tree_digest, without_torch
 
 _DEFAULT_NBETA: Any = None  # num_data / log(num_data)
 
@@ -80,10 +80,11 @@ class LocalPosterior:
             hash(self.loss_fn)
         except TypeError as error:
             raise TypeError(f"loss_fn must be hashable ({error}). Wrap it: lambda p, batch: f(p, batch).") from None
-        check_count("num_data", self.num_data, 2, "It is the size of the data set, not of the batch.")
+        check_count("num_data", self.num_data, 2, "It is the size of the data set, not of the batch.", 2**63 - 1)
         if self.nbeta is None:
             object.__setattr__(self, "nbeta", self.num_data / math.log(self.num_data))
         self._check_numbers()
+        object.__setattr__(self, "center", without_torch(self.center))
         self.program  # noqa: B018  (checks the center and the mask now, not at the first step)
 
     def with_numbers(self, *, nbeta: float, localization: float | None) -> "LocalPosterior":

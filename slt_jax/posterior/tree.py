@@ -15,6 +15,24 @@ def path_of(key_path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in key_path)
 
 
+def without_torch(tree: PyTree) -> PyTree:
+    """``tree`` with NumPy arrays in the place of torch's tensors; itself where there are none."""
+    if not any(_is_torch(leaf) for leaf in jax.tree.leaves(tree)):
+        return tree
+    return jax.tree.map(lambda x: _of_torch(x) if _is_torch(x) else x, tree)
+
+
+def _is_torch(leaf: Any) -> bool:
+    return type(leaf).__module__.split(".")[0] == "torch" and hasattr(leaf, "detach")
+
+
+def _of_torch(tensor: Any) -> np.ndarray:
+    tensor = tensor.detach().cpu()
+    if str(tensor.dtype) == "torch.bfloat16":  # NumPy has no such type of its own
+        return tensor.float().numpy().astype(jnp.bfloat16)
+    return tensor.numpy()
+
+
 def tree_digest(tree: PyTree) -> str:
     """SHA-256 over structure, types, shapes and bytes of a pytree of arrays."""
     digest = hashlib.sha256()

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from slt_jax._io import write_file
+from slt_jax._io import user_path, write_file
 from slt_jax.report.page import Page, render
 from slt_jax.report.result import result_page
 from slt_jax.report.sweep import sweep_page
@@ -35,7 +35,7 @@ def write_report(source: Any, out: str | os.PathLike, *, overwrite: bool = False
         ValueError: the source is foreign or truncated.
         TypeError: a source of another type, or ``options`` for something that is not a trajectory.
     """
-    target = Path(out)
+    target = user_path(out)
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists. Pass overwrite=True to replace it, or another path.")
     if target.exists() and not (target.is_file() and _GENERATOR in target.read_text(errors="replace")[:2000]):
@@ -48,7 +48,7 @@ def write_report(source: Any, out: str | os.PathLike, *, overwrite: bool = False
 
 
 def _loaded(path: str) -> Any:
-    kind = kind_of(Path(path))
+    kind = kind_of(user_path(path))
     return load_sweep(path) if kind == SWEEP else load_trajectory(path) if kind == TRAJECTORY else load_result(path)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slt_jax._io import partial_of, place_of, remove_partials
+from slt_jax._io import partial_of, place_of, remove_partials, user_path
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -46,7 +46,7 @@ def write(tree: "xr.DataTree", path: str | os.PathLike, kind: str, *, overwrite:
     At every moment either what was there before or the new tree can be read with ``load``. The target of a symbolic
     link is replaced, not the link. Raises FileExistsError on an existing path, and OSError.
     """
-    target, what = Path(path), _NAMES[kind]
+    target, what = user_path(path), _NAMES[kind]
     place = place_of(target)
     with contextlib.suppress(OSError):
         _recover(place)
@@ -118,7 +118,7 @@ def load(path: str | os.PathLike, kind: str, build: "Callable[[xr.DataTree], Any
     """
     import xarray as xr
 
-    found = _readable(Path(path))
+    found = _readable(user_path(path))
     if not found.exists():
         raise FileNotFoundError(f"no {_NAMES[kind]} at {path}.")
     if (other := kind_of(found)) not in (None, kind):

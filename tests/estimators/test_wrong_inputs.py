@@ -379,12 +379,12 @@ def test_a_batch_that_is_masked_out():
 
 def test_a_gradient_that_is_not_finite_on_one_row():
     def loss(w, x):
-        return jnp.sqrt(jnp.sum((w + x) ** 2, axis=-1))
+        return square(w, x) + jnp.sqrt(jnp.abs(x[:, 0]) * (1 + jnp.sum(w**2)))
 
     data = MANY.copy()
-    data[31] = 0.0
-    result = slt.estimate_llc(near(loss), data, **{**LONG, "sampler": slt.sgld(1e-30), "batch_size": 16})
-    assert "the gradient of the loss at w* is not finite on row 31 of the data" in result.health.reason
+    data[32] = 0.0
+    result = slt.estimate_llc(near(loss), data, **{**LONG, "batch_size": 16})
+    assert "the gradient of the loss at w* is not finite on row 32 of the data" in result.health.reason
 
 
 def test_a_row_of_the_first_batch_is_named():
@@ -404,3 +404,97 @@ def test_a_measurement_at_the_end_that_fails_costs_no_result(monkeypatch):
     result = slt.estimate_llc(near(), MANY, **{**LONG, "num_draws": 2000})
     assert np.isfinite(result.llc)
     assert any("the curvatures at w* at the end failed (LinAlgError: Eigenvalues" in note for note in result.notes)
+
+
+# Parts by path, counts, empty leaves, tensors, paths
+
+
+def test_parts_by_a_rule_for_paths():
+    params = {"a": jnp.ones(3), "b": jnp.ones(2)}
+
+    def loss(p, x):
+        return 0.5 * (x @ (p["a"] - 1)) ** 2 + jnp.sum((p["b"] - 1) ** 2)
+
+    target = posterior(loss, params)
+    rules = {
+        "a alone": lambda path: path[0] == "a",
+        "two entries": lambda path: np.arange(3) < 2 if path[0] == "a" else False,
+        "b": lambda posterior: dataclasses.replace(posterior, mask=lambda path: path[0] == "b"),
+    }
+    given = {"sampler": slt.sgld(1e-4), **PLAN}
+    course = slt.trajectory(target, {1: params}, DATA, parts=rules, **given)
+    assert [row[0].settings.num_free for row in course.results.values()] == [5, 3, 2, 2]
+    masked = dataclasses.replace(target, mask=lambda path: np.arange(3) > 0 if path[0] == "a" else True)
+    course = slt.trajectory(masked, {1: params}, DATA, parts={"a": rules["two entries"]}, **given)
+    assert [row[0].settings.num_free for row in course.results.values()] == [4, 1]
+
+
+@pytest.mark.parametrize("name", ["num_chains", "num_draws", "num_warmup", "thinning", "chunk_size", "budget"])
+def test_counts_that_are_too_large(name):
+    """Kills: 10^30 draws, which hung."""
+    given = {"num_draws": None} if name == "budget" else {}
+    refuses(ValueError, lambda: estimate(**{**given, name: 10**30}), f"{name} must be a whole number <= 2,147,483,647")
+
+
+def test_lengths_that_are_too_large_together():
+    refuses(ValueError, lambda: estimate(num_draws=10**6, thinning=10**6), "num_draws = 1000000", "steps of a chain")
+    refuses(ValueError, lambda: posterior(num_data=10**30), "num_data must be a whole number <=", 10**30)
+    refuses(MemoryError, lambda: estimate(num_draws=2 * 10**9), "the record of", "Take fewer chains or draws")
+
+
+def test_an_empty_leaf():
+    center = {"w": jnp.zeros(3), "none": jnp.zeros((0, 4))}
+    result = estimate(posterior(lambda p, x: square(p["w"], x), center))
+    np.testing.assert_array_equal(result.settings.num_free, 3)
+    assert np.isfinite(result.llc)
+
+
+class Tensor:
+    """What of a torch tensor is used."""
+
+    def __init__(self, array, dtype="torch.float32"):
+        self.array, self.dtype, self.shape = array, dtype, array.shape
+
+    def detach(self):
+        return self
+
+    cpu = detach
+    float = detach
+
+    def numpy(self):
+        return self.array
+
+
+Tensor.__module__ = "torch.nn.parameter"
+
+
+def test_tensors_of_torch():
+    def loss(p, batch):
+        return square(p["w"], batch[0]) * (1 + batch[1])
+
+    labels = np.arange(40) % 3
+    plain = estimate(posterior(loss, {"w": np.zeros(3, np.float32)}), (DATA, labels))
+    target = posterior(loss, {"w": Tensor(np.zeros(3, np.float32))})
+    result = estimate(target, (Tensor(DATA), Tensor(labels, "torch.int64")))
+    np.testing.assert_array_equal(result.loss_trace, plain.loss_trace)
+    half = posterior(loss, {"w": Tensor(np.zeros(3, np.float32), "torch.bfloat16")})
+    assert half.center["w"].dtype == jnp.bfloat16
+    one = np.ones(3, np.float32)
+    refuses(ValueError, lambda: posterior(center={"a": Tensor(one), "b": Tensor(one)}), "one array")
+    statistics = {"w": Tensor(one), "bn.running_mean": Tensor(np.zeros(3, np.float32))}
+    refuses(ValueError, lambda: posterior(center=statistics), "'bn.running_mean' of center is a running statistic")
+
+
+def test_the_home_directory_and_links(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = estimate(checkpoint_dir="~/run")
+    result.save("~/result")
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["result", "run"]
+    np.testing.assert_array_equal(slt.load_result("~/result").loss_trace, result.loss_trace)
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "result")
+    other = estimate(key=5)
+    other.save(link, overwrite=True)
+    assert link.is_symlink()
+    for path in (link, tmp_path / "result"):
+        np.testing.assert_array_equal(slt.load_result(path).loss_trace, other.loss_trace)

@@ -370,3 +370,17 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(tmp_path, monkey
     monkeypatch.setattr("slt_jax.models.weights.Plan.array", None)
     with pytest.raises(MemoryError, match=r"float32 takes .* MiB of this process, and 0 MiB are free"):
         load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module."])
+def test_a_checkpoint_of_a_wrapped_model(tmp_path, prefix):
+    found = {prefix + name: value for name, value in tensors_of("llama").items()}
+    with pytest.raises(ValueError, match=f"every tensor's name begins with '{prefix}'.*remove the prefix"):
+        load_pretrained(write(tmp_path / "wrapped", "llama", found))
+
+
+def test_an_index_that_names_no_files(tmp_path):
+    folder = write_sharded(tmp_path / "sharded", "llama")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": 5}}))
+    with pytest.raises(ValueError, match=r"index.json is truncated or foreign: 'a' is in 5, not in a file"):
+        load_pretrained(folder)
