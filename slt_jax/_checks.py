@@ -9,12 +9,31 @@ import jax.numpy as jnp
 import numpy as np
 
 
+def check_not_traced(caller: str, *values: Any) -> None:
+    """Raise TypeError inside ``jax.jit``, and where ``vmap`` or ``grad`` trace a leaf of ``values``."""
+    inside = isinstance(jnp.zeros(()), jax.core.Tracer)
+    if inside or any(isinstance(leaf, jax.core.Tracer) for value in values for leaf in _leaves(value)):
+        raise TypeError(
+            f"{caller} runs programs of its own and cannot be called inside jax.jit, vmap or grad. Call it outside, "
+            "on arrays and not on what these trace."
+        )
+
+
+def _leaves(value: Any) -> list:
+    try:
+        return jax.tree.leaves(value)
+    except (TypeError, ValueError):  # no pytree, for instance a dict whose keys cannot be sorted
+        return []
+
+
 def check_positive(name: str, value: Any, remedy: str, *, zero: bool = False) -> None:
     """Raise TypeError or ValueError unless ``value`` is a finite real number > 0 (with ``zero``, >= 0).
 
     Args:
         name, remedy: for the message.
     """
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(f"{name} must be a number, not one that jax.jit, vmap or grad trace. Give it outside of them.")
     message = f"{name} must be a finite number {'>=' if zero else '>'} 0, got {value!r}. {remedy}"
     kind = getattr(value, "dtype", type(value))
     scalar = isinstance(value, numbers.Real) or (hasattr(value, "dtype") and np.ndim(value) == 0)

@@ -1,6 +1,7 @@
 """A posterior and its data on the devices of a mesh: losses and gradients there, outside of any chain."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,10 @@ def _batch_loss(program: LossProgram, center, frozen, batch):
 @functools.partial(jax.jit, static_argnums=0)
 def _batch_grad(program: LossProgram, position, frozen, batch):
     return jax.grad(program.mean_loss)(position, frozen, batch)
+
+
+def _is_there(x: Any, device: jax.Device) -> bool:
+    return not isinstance(x, jax.Array) or x.devices() == {device}
 
 
 class Problem:
@@ -62,7 +67,12 @@ class Problem:
     def fetch(self, indices: np.ndarray, source: Source | None = None) -> PyTree:
         """The examples ``indices``, of the run's own data or another's, where programs with ``center`` can use them."""
         batch = (self.source if source is None else source).fetch(indices)
-        return batch if self.per_chain.is_fully_addressable else self.put(batch)
+        if not self.per_chain.is_fully_addressable:
+            return self.put(batch)
+        if not self.has_first_device:
+            return batch
+        first = self.mesh.devices.flat[0]
+        return jax.tree.map(lambda x: x if _is_there(x, first) else jax.device_put(x, first), batch)
 
     @property
     def has_first_device(self) -> bool:

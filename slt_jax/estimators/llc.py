@@ -16,6 +16,7 @@ from slt_jax.engine.memory import MemoryEstimate, estimate_memory, first_that_fi
 from slt_jax.engine.mesh import allgather, is_main_process
 from slt_jax.engine.plan import Numbers, Schedule
 from slt_jax.engine.run import abandon, check_at_center, check_other_data, full_loss_at_center, run_to_end
+from slt_jax.estimators.context import in_own_context
 from slt_jax.estimators.ends import curvature_gradients, end_temporaries
 from slt_jax.estimators.lengths import lengths_of
 from slt_jax.estimators.outcome import result_of
@@ -25,6 +26,7 @@ from slt_jax.results.llc import LLCResult
 from slt_jax.samplers.base import Metric
 
 
+@in_own_context
 def estimate_llc(
     posterior: LocalPosterior,
     data: Any,

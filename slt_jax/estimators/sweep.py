@@ -29,6 +29,7 @@ from slt_jax.engine.memory import (
 from slt_jax.engine.mesh import is_main_process
 from slt_jax.engine.plan import Numbers, Schedule
 from slt_jax.engine.run import abandon, full_loss_at_center, run_to_end
+from slt_jax.estimators.context import in_own_context
 from slt_jax.estimators.ends import end_temporaries
 from slt_jax.estimators.outcome import result_of
 from slt_jax.estimators.prior_control import prior_control
@@ -39,6 +40,7 @@ from slt_jax.results.llc import LLCResult
 from slt_jax.results.sweep import AXES, Sweep
 
 
+@in_own_context
 def sweep(
     posterior: LocalPosterior,
     data: Any,

@@ -25,6 +25,7 @@ from slt_jax.engine.memory import MemoryEstimate, estimate_memory, first_that_fi
 from slt_jax.engine.mesh import allgather, is_main_process
 from slt_jax.engine.plan import Numbers, Schedule
 from slt_jax.engine.run import abandon, check_first_loss, full_loss_at_center, restored, run_to_end
+from slt_jax.estimators.context import in_own_context
 from slt_jax.estimators.ends import end_temporaries
 from slt_jax.estimators.outcome import result_of
 from slt_jax.estimators.request import Notes, Request, check_no_metric, lengths_of_each
@@ -44,6 +45,7 @@ _SHARPNESS_BLOCKS = 2
 Part = Callable[[LocalPosterior], LocalPosterior]
 
 
+@in_own_context
 def trajectory(
     posterior: LocalPosterior,
     centers: Mapping[int, Any],

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Int32, Integer, Key, PyTree
 
 from slt_jax.kernels.langevin import uniform_index
-from slt_jax.posterior.tree import addressable, path_of, tree_digest, without_torch
+from slt_jax.posterior.tree import addressable, on_one_device, path_of, tree_digest, without_torch
 
 MEMORY_LIMIT = 2**30  # bytes of a further data set, which is kept in memory
 _MOST_LEAVES = 32  # arrays of a data set; more are a list with an array for each example
@@ -82,7 +82,7 @@ class ArrayData:
         self.num_data = int(next(iter(sizes.values())))
         if self.num_data == 0:
             raise ValueError("the data has no examples: its first dimension is 0. Pass at least one row.")
-        self.arrays = jax.tree.map(jnp.asarray, data)
+        self.arrays = jax.tree.map(lambda x: on_one_device(jnp.asarray(x)), data)
 
     def fetch(self, indices: Integer[np.ndarray, " *batch"]) -> PyTree:
         """The rows ``indices`` of every leaf, on the device: each of shape ``(*batch, ...)``."""

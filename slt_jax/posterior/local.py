@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from slt_jax._checks import check_count, check_positive
+from slt_jax._checks import check_count, check_not_traced, check_positive
 from slt_jax.posterior.center import check_kind, check_state, check_ties
 from slt_jax.posterior.fingerprint import loss_digest
 from slt_jax.posterior.program import (
@@ -76,6 +76,7 @@ class LocalPosterior:
             raise TypeError(
                 f"loss_fn must be a function loss_fn(params, batch), got {brief(self.loss_fn)}. It comes before center."
             )
+        check_not_traced("LocalPosterior", self.center)
         try:
             hash(self.loss_fn)
         except TypeError as error:

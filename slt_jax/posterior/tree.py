@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jaxtyping import PyTree
 
 
@@ -54,6 +55,15 @@ def _complete_copy(x: Any) -> np.ndarray:
     if getattr(x, "is_fully_addressable", True):
         return np.array(x)
     return multihost_utils.process_allgather(x, tiled=True)
+
+
+def on_one_device(x: jax.Array) -> jax.Array:
+    """An array that several devices of this process hold, on the first of them, and otherwise ``x`` as it is."""
+    sharding = x.sharding
+    if (len(sharding.device_set) == 1 and not isinstance(sharding, NamedSharding)) or not x.is_fully_addressable:
+        return x
+    # Given only a device, device_put keeps the type of an explicit mesh's array.
+    return jax.device_put(x, SingleDeviceSharding(x.addressable_shards[0].device))
 
 
 def addressable(tree: PyTree) -> PyTree:
