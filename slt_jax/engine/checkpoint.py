@@ -28,6 +28,7 @@ DIGEST = "sha256"  # in the manifest, in notes, and of a save
 _NOTE_FORMAT = "note_format"
 _BEGUN = ".orbax-checkpoint-tmp"  # in the name of a save that is not finished
 _SEEDS = (0x243F6A88, 0x85A308D3)
+_UNFINISHED: set[Path] = set()  # directories into which a writer of this process may still be writing
 PATIENCE = 20  # seconds until a file that another machine wrote is seen here
 
 
@@ -103,6 +104,8 @@ class RunStore:
     def _clear(self) -> None:
         """Remove what runs that were killed had begun to write."""
         remove_all_partials(self.path)
+        if self.path in _UNFINISHED:
+            return
         for begun in (self.path / "steps").glob(f"*{_BEGUN}*"):
             shutil.rmtree(begun, ignore_errors=True)
 
@@ -209,6 +212,7 @@ class RunStore:
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state), host=ocp.args.StandardSave(host), **{DIGEST: digests}
         )
+        _UNFINISHED.add(self.path)
         self._manager.save(step, args=args)
 
     def wait(self) -> None:
@@ -218,6 +222,7 @@ class RunStore:
     def close(self) -> None:
         try:
             self._manager.close()
+            _UNFINISHED.discard(self.path)
         finally:
             logging.getLogger("absl").removeFilter(_reported_otherwise)
 

@@ -106,7 +106,7 @@ def _recover(place: Path) -> None:
 
 def _remove(aside: Path) -> None:
     if aside.exists():
-        rest = aside.rename(aside.with_name(f"{aside.name}.{os.getpid()}.partial"))  # read by nobody, so it may be torn
+        rest = aside.rename(partial_of(aside))  # read by nobody, so it may be torn
         shutil.rmtree(rest, ignore_errors=True)
 
 

@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from slt_jax.engine.checkpoint import MANIFEST, RunStore
-from tests import durable
+from tests import durable, small
 from tests.durable import TOTAL, assert_equal, broken_orbax, contents, estimate, watched
 
 unbroken, interrupted, half, collected = durable.unbroken, durable.interrupted, durable.half, durable.collected
@@ -200,3 +200,36 @@ def test_the_caller_may_change_arrays_as_soon_as_save_returns(tmp_path):
     assert found[0] == 1
     np.testing.assert_array_equal(found[1]["w"], numbers)
     np.testing.assert_array_equal(found[2]["t"], numbers)
+
+
+@broken_orbax
+def test_a_full_disk_at_a_note_costs_the_note_and_not_the_run(tmp_path, monkeypatch):
+    """Kills: a run that ends because its calibration cannot be kept; a warning without the path or the reason."""
+    store = RunStore(tmp_path, {"a": 1})
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(tmp_path), "write_bytes", full)
+    note = re.escape(str(tmp_path / "calibration.json"))
+    with pytest.warns(RuntimeWarning, match=rf"{note}: No space left on device; the run goes on"):
+        store.write_note("calibration", {"step_size": 1.0})
+    store.close()
+
+
+@broken_orbax
+def test_a_failing_disk_logs_no_tracebacks(tmp_path):
+    """Kills: hundreds of lines on stderr before the one that matters. Event loops that Orbax closed say a few still."""
+    script = tmp_path / "limited.py"
+    script.write_text(textwrap.dedent(LIMITED))
+    command = [sys.executable, str(script), str(tmp_path / "run")]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert ran.returncode == 0
+    assert "ERROR:absl" not in ran.stderr
+    assert "orbax" not in ran.stderr
+
+
+def test_a_picture_that_cannot_be_written_names_its_path(tmp_path):
+    (tmp_path / "full.png").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"could not write .*full\.png: No space left on device"):
+        small.estimate().plot(tmp_path / "full.png")
