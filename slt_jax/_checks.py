@@ -7,12 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def check_not_traced(caller: str, *values: Any) -> None:
     """Raise TypeError inside ``jax.jit``, and where ``vmap`` or ``grad`` trace a leaf of ``values``."""
-    inside = isinstance(jnp.zeros(()), jax.core.Tracer)
-    if inside or any(isinstance(leaf, jax.core.Tracer) for value in values for leaf in _leaves(value)):
+    inside = isinstance(jnp.zeros(()), Tracer)
+    if inside or any(isinstance(leaf, Tracer) for value in values for leaf in _leaves(value)):
         raise TypeError(
             f"{caller} runs programs of its own and cannot be called inside jax.jit, vmap or grad. Call it outside, "
             "on arrays and not on what these trace."
@@ -32,7 +33,7 @@ def check_positive(name: str, value: Any, remedy: str, *, zero: bool = False) ->
     Args:
         name, remedy: for the message.
     """
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         raise TypeError(f"{name} must be a number, not one that jax.jit, vmap or grad trace. Give it outside of them.")
     message = f"{name} must be a finite number {'>=' if zero else '>'} 0, got {value!r}. {remedy}"
     kind = getattr(value, "dtype", type(value))

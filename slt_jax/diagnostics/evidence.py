@@ -24,7 +24,9 @@ class Evidence:
     chains moved in a metric's coordinates. ``heat``: what ``thermometer`` gives, as an LLC. ``rise``: of the chains
     started at w*, from doubling to doubling of the run. ``tilt``: see ``tilt_of``. ``unrelaxed_bias``: what directions
     that have not relaxed yet would still add, by the curvatures at w*; ``times_longer``: the length of run that leaves
-    little of it, over the length of this run; both from ``diagnostics.relaxation``.
+    little of it, over the length of this run; both from ``diagnostics.relaxation``. ``spacing``: nbeta times the
+    distance from the loss at w* to the next number of float32. ``example_spread``: nbeta times the standard deviation
+    over examples of their losses less those at w*.
     """
 
     virial: float = math.nan
@@ -45,6 +47,8 @@ class Evidence:
     tilt: Slope = UNKNOWN
     unrelaxed_bias: float = math.nan
     times_longer: float = math.nan
+    spacing: float = math.nan
+    example_spread: float = math.nan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -143,3 +143,8 @@ def rises_with_nbeta(up: Slope, down: Slope, degree: float) -> tuple[Slope, ...]
     ratio = 2 / degree if degree > 0 else 1.0
     share = 1 / (1 + (ratio * down.stderr / up.stderr) ** 2)
     return up, Slope(up.value - share * (up.value + ratio * down.value), math.sqrt(1 - share) * up.stderr)
+
+
+def spacing_of(loss: float) -> float:
+    """Distance from a loss to the next number of float32; 0 at 0, where it is the smallest number of all."""
+    return float(np.spacing(np.float32(abs(loss)))) if loss else 0.0

@@ -10,6 +10,9 @@ from slt_jax.diagnostics.limits import (
     BIAS_SHARE,
     CORRECTION_SHARE,
     DEGREE_LIMIT,
+    DITHER_NEGATIVE,
+    DITHER_SHARE,
+    DITHER_SPACINGS,
     HEAT_SIGMA,
     KINETIC_LIMIT,
     KINETIC_LIMIT_METRIC,
@@ -20,6 +23,7 @@ from slt_jax.diagnostics.limits import (
     LOWER_SIGMA,
     REGULAR_DEGREE,
     RHAT_LIMIT,
+    ROUNDING_SHARE,
     SLOPE_SHARE,
     SLOPE_SIGMA,
     SPIKE_LIMIT,
@@ -29,6 +33,36 @@ from slt_jax.diagnostics.limits import (
 from slt_jax.diagnostics.sensitivity import rises_with_nbeta
 
 _QUARTILES_OF_NORMAL = 1.349  # standard deviations from the lower to the upper
+
+
+def resolution(sample: Sample) -> Check:
+    """A difference of two means, each rounded to float32, is biased where the spacing is not small beside it.
+
+    Unless examples differ enough for their rounding errors to average out.
+    """
+    share = sample.share(sample.evidence.spacing)
+    ok = outcome(share > ROUNDING_SHARE and not _is_dithered(sample), share)
+    reason = (
+        f"at the loss of w*, neighbouring numbers of float32 are {share:.2g} of the estimate apart, and rounding "
+        "biases it. Drop constants from the loss, return one loss per example and not their mean, or lower nbeta."
+    )
+    return Check(
+        name="Resolution of float32",
+        value=share,
+        limit=ROUNDING_SHARE,
+        ok=ok,
+        meaning="Spacing of float32 at the loss of w*, in LLCs: differences of losses are rounded to it.",
+        value_text=number(share, ".2g"),
+        limit_text=f"at most {ROUNDING_SHARE:g}, unless examples differ enough to average it out",
+        fault=fault_if(ok, "not resolved in float32", reason),
+    )
+
+
+def _is_dithered(sample: Sample) -> bool:
+    spread = sample.evidence.example_spread
+    if math.isnan(spread):
+        return float((sample.draws < 0).mean()) > DITHER_NEGATIVE
+    return spread > max(DITHER_SHARE * sample.size, DITHER_SPACINGS * sample.evidence.spacing)
 
 
 def lower_loss(sample: Sample) -> Check:

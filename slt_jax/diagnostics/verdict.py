@@ -29,6 +29,7 @@ from slt_jax.diagnostics.validity import (
     lower_loss,
     nbeta_slope,
     noise_bias,
+    resolution,
     slope_at_center,
     spread_of_losses,
     step_size_bias,
@@ -40,7 +41,7 @@ Rule = Callable[[Sample], Check]
 CHECKS: tuple[Rule, ...] = (
     finite_chains, usable_draws, rhat, effective_draws, error_of_the_mean, trend, rise, hot_starts, virial,
     unrelaxed_bias, kinetic_temperature, heat_in_a_metric, acceptance, step_size_bias, noise_bias, spread_of_losses,
-    nbeta_slope, localization_slope, lower_loss, slope_at_center, degree,
+    resolution, nbeta_slope, localization_slope, lower_loss, slope_at_center, degree,
 )  # fmt: skip
 
 # A run that fails one of these has no other fault: what is left says little.
@@ -48,6 +49,7 @@ DECISIVE: tuple[Rule, ...] = (finite_chains, usable_draws)
 
 # The verdict is the first fault, in this order. Of checks in one group, which ask the same question, the first speaks.
 PRECEDENCE: tuple[tuple[Rule, ...], ...] = (
+    (resolution,),
     (lower_loss, slope_at_center),
     (unrelaxed_bias,),
     (trend, rise),

@@ -25,7 +25,7 @@ def _batch_grad(program: LossProgram, position, frozen, batch):
     return jax.grad(program.mean_loss)(position, frozen, batch)
 
 
-def _is_there(x: Any, device: jax.Device) -> bool:
+def _is_there(x: Any, device: Any) -> bool:
     return not isinstance(x, jax.Array) or x.devices() == {device}
 
 

@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 
 from slt_jax._checks import check_not_traced
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def in_own_context(call: Callable[P, R]) -> Callable[P, R]:

@@ -15,7 +15,7 @@ from jaxtyping import Float, Float64, Int
 from slt_jax._io import digest_of_arrays
 from slt_jax.diagnostics.bias import Bias, Moments, thermometer
 from slt_jax.diagnostics.evidence import Evidence
-from slt_jax.diagnostics.sensitivity import Slope, covariance_with_loss, degree_of, slopes, tilt_of
+from slt_jax.diagnostics.sensitivity import Slope, covariance_with_loss, degree_of, slopes, spacing_of, tilt_of
 from slt_jax.diagnostics.series import Rise, ess_and_rhat, rise_of, standard_error
 from slt_jax.diagnostics.verdict import Health, assess
 from slt_jax.engine.trace import Trace
@@ -189,7 +189,17 @@ class LLCResult:
             tilt=tilt_of(t.tilt[kept], s.nbeta),
             unrelaxed_bias=s.probe.get("owed", math.nan),
             times_longer=s.probe.get("longer", math.nan),
+            spacing=s.nbeta * spacing_of(self.init_loss),
+            example_spread=self._example_spread,
         )
+
+    @property
+    def _example_spread(self) -> float:
+        """nbeta times the standard deviation of L_i(w) - L_i(w*) over examples i; NaN where it is not known."""
+        if self.settings.baseline != "paired":
+            return 0.0  # the spread that was recorded is that of the losses themselves
+        variance = self.traces.gap_var[self.kept_chains].mean(dtype=np.float64)
+        return self.settings.nbeta * math.sqrt(self.settings.batch_size * variance)
 
     @property
     def llc_stderr(self) -> float:

@@ -72,6 +72,9 @@ CASES = {
         60 + 30 * (STILL - 30) / 5, {"nbeta_slope": Slope(-840.0, 30.0)}, ("Variance of nbeta L over its mean",),
         ("depends on nbeta or localization",),
     ),
+    "rounding": (
+        STILL, {"spacing": 9.0, "example_spread": 60.0}, ("Resolution of float32",), ("not resolved in float32",),
+    ),
     "slopes": (
         STILL, {"nbeta_slope": Slope(3.0, 0.2), "localization_slope": Slope(-3.0, 0.2)},
         ("Slope in log nbeta", "Slope in log localization"), ("depends on nbeta or localization",),
