@@ -9,6 +9,7 @@ import pytest
 
 import slt_jax as slt
 from scaling.known_answers import by_name
+from slt_jax._io import digest_of_json
 from slt_jax.calibration.effort import default_budget
 from slt_jax.engine import memory
 from slt_jax.engine.chunk import run_chunk
@@ -185,7 +186,7 @@ def test_control_variates_are_left_where_memory_is_short(monkeypatch):
 
 def heated(settings, label):
     """The LLC that SGLD reads with labels of noise ``label``: its second moments are linear in those a step before."""
-    nbeta, pull, batch = (settings[name] for name in ("nbeta", "localization", "batch_size"))
+    nbeta, pull, batch = settings.nbeta, settings.localization, settings.batch_size
     half, one = settings.step_size / 2, np.eye(8)
     pairs = (WIDE[:, :, None] * WIDE[:, None, :]).reshape(4000, 64)
     scatter = (nbeta**2 / batch) * (pairs.T @ pairs / 4000 - np.kron(HESSIAN, HESSIAN))
@@ -232,8 +233,9 @@ def test_an_interrupted_run_keeps_its_choice(tmp_path):
     path = tmp_path / "run" / "calibration.json"
     kept = json.loads(path.read_text())
     assert kept["step_size"] == whole.settings.step_size
+    signature = {name: kept.pop(name) for name in ("note_format", "sha256")}
     kept["lines"] = ["told by the file"]
-    path.write_text(json.dumps(kept))
+    path.write_text(json.dumps({**kept, **signature, "sha256": digest_of_json(kept)}))
     again = estimate(checkpoint_dir=tmp_path / "run")
     assert again.settings.calibration["lines"] == ["told by the file"]
     np.testing.assert_array_equal(again.loss_trace, whole.loss_trace)
