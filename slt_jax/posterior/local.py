@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,10 @@ from slt_jax.posterior.program import (
 from slt_jax.posterior.tree import path_of, tree_digest, without_torch
 
 _DEFAULT_NBETA: Any = None  # num_data / log(num_data)
+if TYPE_CHECKING:
+    _Nbeta = float  # what it is once the posterior is made
+else:
+    _Nbeta = float | None  # what may be given
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +70,7 @@ class LocalPosterior:
     loss_fn: Callable[[PyTree, PyTree], Array]
     center: PyTree
     num_data: int
-    nbeta: float = _DEFAULT_NBETA
+    nbeta: _Nbeta = _DEFAULT_NBETA
     localization: float | None = None
     mask: Mask = None
     forward_dtype: Any = None
