@@ -131,7 +131,7 @@ def load(path: str | os.PathLike, kind: str, build: "Callable[[xr.DataTree], Any
     except Exception as error:
         raise ValueError(
             f"{path} is not a {_NAMES[kind]} written by slt-jax, or it is truncated, or it was changed or damaged "
-            f"after it was saved ({type(error).__name__}: {error}). Take a copy of it, or compute it again."
+            f"after it was saved ({type(error).__name__}: {error}). Use another copy of it, or compute it again."
         ) from error
 
 
