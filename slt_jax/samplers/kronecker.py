@@ -270,7 +270,7 @@ def _into_by_vectors(root: np.ndarray, gram: np.ndarray, floor: float) -> np.nda
 
 
 @jax.jit
-def into_by_products(root: jax.Array, gram: jax.Array, floor: float) -> jax.Array:
+def into_by_products(root: jax.Array, gram: jax.Array, floor: jax.Array) -> jax.Array:
     """These cost a GPU next to nothing beside eigenvectors."""
     lower = jnp.linalg.cholesky(square_root(gram + floor * jnp.eye(len(gram), dtype=gram.dtype)))
     return jax.scipy.linalg.solve_triangular(lower, root.T, lower=True).T
