@@ -87,8 +87,8 @@ def test_an_estimate_that_would_take_too_long_is_cut_and_projected(tmp_path, mon
     args = accelerator.options(["--out", str(tmp_path / "a.json"), *TINY, "--draws=200", "--budget-seconds=50"])
     record = accelerator.Record(args)
     record.found["parts"] = {"memory": {"compile_s": 5.0}, "step": {"step_s": 0.2}}
-    cost = {"cost": {"seconds": 0.0}}
-    result = SimpleNamespace(settings=cost, stopped={}, llc_raw=float("nan"))
+    settings = SimpleNamespace(cost={"seconds": 0.0}, memory={})
+    result = SimpleNamespace(settings=settings, stopped={}, llc_raw=float("nan"))
     asked = {}
     monkeypatch.setattr(accelerator.slt, "estimate_llc", lambda *_, **options: asked.update(options) or result)
     job = SimpleNamespace(args=args, posterior=None, data=None, mesh=None)
