@@ -156,6 +156,7 @@ def started(directory, what="all"):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {k: v for k, v in os.environ.items() if not (k.startswith("SLURM") or "device_count" in v)}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     processes = []
     for rank in range(2):
         command = [sys.executable, "-W", "error", __file__, str(rank), str(port), str(directory), what]
