@@ -8,8 +8,8 @@ import pytest
 
 import slt_jax as slt
 from slt_jax.engine.trace import Trace
-from slt_jax.results.llc import SAVED, saved_traces
 from slt_jax.results.record import RunRecord
+from slt_jax.results.tree import SAVED, saved_traces
 
 DATA = np.random.default_rng(0).normal(size=(40, 3)).astype(np.float32)
 PLAN = {"num_chains": 4, "num_draws": 4, "num_warmup": 2, "batch_size": 8}
@@ -48,7 +48,7 @@ def with_traces(result, **traces):
 
 def traces_of(result):
     """All that is recorded of the chains, by its name in a saved file."""
-    return {**saved_traces(result), "warmup_loss": result.warmup_loss}
+    return {**saved_traces(result.traces), "warmup_loss": result.warmup_loss}
 
 
 def gamma_draws(llc, chains=8, draws=4000, seed=0):

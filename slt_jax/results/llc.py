@@ -1,10 +1,8 @@
 """What a run gives back: the estimate, its error, its traces, on screen and on disk."""
 
 import functools
-import json
 import math
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,31 +10,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Float64, Int
 
-from slt_jax._io import digest_of_arrays
 from slt_jax.diagnostics.bias import Bias, Moments, thermometer
 from slt_jax.diagnostics.evidence import Evidence
 from slt_jax.diagnostics.sensitivity import Slope, covariance_with_loss, degree_of, slopes, spacing_of, tilt_of
 from slt_jax.diagnostics.series import Rise, ess_and_rhat, rise_of, standard_error
 from slt_jax.diagnostics.verdict import Health, assess
 from slt_jax.engine.trace import Trace
-from slt_jax.results.other_data import READINGS, Reading
+from slt_jax.results.other_data import Reading
 from slt_jax.results.record import RunRecord
-from slt_jax.results.storage import FORMAT, RESULT, TRACES_DIGEST, UNVERIFIED, load, write
+from slt_jax.results.storage import RESULT, load, write
 from slt_jax.results.text import bias_line, cost_line, estimate_text, shortened
+from slt_jax.results.tree import fields_of, tree_of
 from slt_jax.samplers import theory_of
 from slt_jax.samplers.base import Theory
 
 if TYPE_CHECKING:
     import xarray as xr
-
-
-SAVED = {
-    "loss_trace": "loss", "baseline_trace": "baseline",
-    **{name: name for name in (
-        "gap_var", "tilt", "drift_sq", "virial", "distance_sq", "kinetic", "acceptance", "pull",
-    )},
-}  # fmt: skip
-"""Name in a saved file -> name in ``Trace``."""
 
 
 @dataclass(frozen=True)
@@ -316,24 +305,9 @@ class LLCResult:
 
         And, with further data sets, ``also_sample_stats`` (data_set, chain, draw).
         """
-        import xarray as xr  # 70 MB of memory, only when needed
-
-        sample = xr.Dataset({name: (("chain", "draw"), x) for name, x in saved_traces(self).items()})
-        warm = xr.Dataset({"loss": (("chain", "step"), self.warmup_loss)})
-        groups = {"/sample_stats": sample, "/warmup_sample_stats": warm}
-        if names := self.other_names:
-            each = np.moveaxis(self.traces.also, (2, 3), (1, 0))
-            dims = ("data_set", "chain", "draw")
-            also = {name: (dims, value) for name, value in zip(READINGS, each, strict=True)}
-            groups["/also_sample_stats"] = xr.Dataset(also, {"data_set": np.array(names, dtype=object)})
-        tree = xr.DataTree.from_dict(groups)
-        tree.attrs = {
-            RESULT: FORMAT,
-            "settings": json.dumps(self.settings.to_json()),
-            "stopped": json.dumps({str(k): v for k, v in self.stopped.items()}),
-            "notes": json.dumps(list(self.notes)),
-        }
-        return tree
+        return tree_of(
+            self.traces, self.warmup_loss, self.stopped, self.settings, notes=self.notes, other_names=self.other_names
+        )
 
     def save(self, path: str | os.PathLike, *, overwrite: bool = False) -> Path:
         """Write the traces and settings as zarr. Raises FileExistsError on an existing path, and OSError."""
@@ -354,48 +328,4 @@ class LLCResult:
 
 def load_result(path: str | os.PathLike) -> LLCResult:
     """Read what ``LLCResult.save`` wrote. Raises FileNotFoundError, or ValueError for a foreign or truncated file."""
-    return load(path, RESULT, _of_tree)
-
-
-def saved_traces(result: LLCResult) -> dict[str, np.ndarray]:
-    """The traces by their names in a saved file."""
-    return {name: getattr(result.traces, field) for name, field in SAVED.items()}
-
-
-def read_traces(tree: "xr.DataTree", rest: Iterable[np.ndarray]) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """The traces of a saved tree, by the names of ``Trace``, and the notes that reading it adds.
-
-    Traces that older files do not have are NaN. Raises ValueError unless the traces and ``rest`` have the digest of
-    format 1, if the tree has that.
-    """
-    sample, expected = tree["sample_stats"].to_dataset(), tree.attrs.get(TRACES_DIGEST)
-    saved = {name: sample[name].values for name in SAVED if name in sample}
-    if expected is not None and digest_of_arrays([*saved.values(), *rest]) != expected:
-        raise ValueError("its traces are not those that were saved")
-    unknown = np.full_like(saved["loss_trace"], np.nan)
-    traces = {field: saved.get(name, unknown) for name, field in SAVED.items()}
-    return traces, () if expected is None else (UNVERIFIED,)
-
-
-def _by_data_set(also: Any) -> list[np.ndarray]:
-    """(chain, draw, 3) of each further data set."""
-    return [] if isinstance(also, tuple) else list(np.moveaxis(also, 2, 0))
-
-
-def _of_tree(tree: "xr.DataTree") -> LLCResult:
-    settings, stopped, notes = (json.loads(tree.attrs[name]) for name in ("settings", "stopped", "notes"))
-    warm = tree["warmup_sample_stats"].to_dataset()["loss"].values
-    also, names = (), ()
-    if "also_sample_stats" in tree:
-        group = tree["also_sample_stats"].to_dataset()
-        also = np.moveaxis(np.stack([group[name].values for name in READINGS], axis=-1), 0, 2)
-        names = tuple(str(name) for name in group["data_set"].values)
-    traces, told = read_traces(tree, [warm, *_by_data_set(also)])
-    return LLCResult(
-        traces=Trace(**traces, also=also),
-        warmup_loss=warm,
-        stopped={int(k): v for k, v in stopped.items()},
-        settings=RunRecord.from_json(settings),
-        notes=(*notes, *told),
-        other_names=names,
-    )
+    return load(path, RESULT, lambda tree: LLCResult(**fields_of(tree)))

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slt_jax.engine.trace import Trace
-from slt_jax.results.llc import SAVED, LLCResult, read_traces, saved_traces
+from slt_jax.results.llc import LLCResult
 from slt_jax.results.record import RunRecord
+from slt_jax.results.tree import SAVED, read_traces, saved_traces
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -24,7 +25,7 @@ def stack(
         values = np.stack(arrays)
         return values.reshape(*shape, *values.shape[1:])
 
-    each = [saved_traces(result) for result in results]
+    each = [saved_traces(result.traces) for result in results]
     traces = {name: stacked([one[name] for one in each]) for name in SAVED}
     warm = stacked([result.warmup_loss for result in results])
     records = [[r.settings.to_json(), {str(k): v for k, v in r.stopped.items()}, list(r.notes)] for r in results]
@@ -38,7 +39,7 @@ def stack(
 def unstack(tree: "xr.DataTree", num_dims: int) -> tuple[LLCResult, ...]:
     """What ``stack`` took. Raises ValueError when the traces are not those that were saved."""
     warm = tree["warmup_sample_stats"].to_dataset()["loss"].values
-    traces, told = read_traces(tree, [warm])
+    traces, added = read_traces(tree, [warm])
 
     def flat(values: np.ndarray) -> np.ndarray:
         return values.reshape(-1, *values.shape[num_dims:])
@@ -50,7 +51,7 @@ def unstack(tree: "xr.DataTree", num_dims: int) -> tuple[LLCResult, ...]:
             warmup_loss=warm[i],
             stopped={int(chain): step for chain, step in stopped.items()},
             settings=RunRecord.from_json(settings),
-            notes=(*notes, *told),
+            notes=(*notes, *added),
         )
         for i, (settings, stopped, notes) in enumerate(json.loads(tree.attrs["results"]))
     )
