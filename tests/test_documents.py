@@ -1,5 +1,6 @@
 """The documents: tables are those of committed results, the example runs as printed, links lead somewhere."""
 
+import ast
 import json
 import re
 import subprocess
@@ -63,6 +64,26 @@ def test_rows_on_the_front_page_are_rows_of_the_evidence():
     lines = README.read_text().splitlines()
     rows = [line for line in lines[lines.index(TRUTHS) :] if line.startswith("|")][:7]
     assert [row for row in rows if row not in EVIDENCE.read_text().splitlines()] == []
+
+
+def verdicts_of(page: Path) -> set[str]:
+    """The first words that a check may give for its fault."""
+    calls = [node for node in ast.walk(ast.parse(page.read_text())) if isinstance(node, ast.Call)]
+    named = [(call, getattr(call.func, "id", "")) for call in calls if call.args]
+    words = [call.args[name == "fault_if"] for call, name in named if name in ("fault_if", "Fault")]
+    return {
+        x.value for word in words for x in ast.walk(word) if isinstance(x, ast.Constant) and isinstance(x.value, str)
+    }
+
+
+@pytest.mark.quick
+def test_all_verdicts_are_listed():
+    """Kills: a rule that gives a verdict which no page explains."""
+    found = set().union(*(verdicts_of(file) for file in (ROOT / "slt_jax/diagnostics").glob("*.py")))
+    assert {"not resolved in float32", "still rising", "still falling", "depends on nbeta or localization"} <= found
+    for name in ("features.md", "choosing-a-sampler.md"):
+        text = " ".join((ROOT / "docs" / name).read_text().split())
+        assert [verdict for verdict in sorted(found) if verdict not in text] == []
 
 
 @pytest.mark.quick

@@ -83,7 +83,7 @@ def calibrate(
         check: called with the loss and the norm of its gradient at w*, over some examples; raises if they will not do.
         limits_steps: for one estimate, whose steps may shorten; settings that are shared by many have no limit.
     """
-    sampler, problem, nbeta = engine.sampler, engine.problem, float(posterior.nbeta or 0.0)
+    sampler, problem, nbeta = engine.sampler, engine.problem, float(posterior.nbeta)
     effort, probe = effort_for(total), calibration_probe(problem, nbeta, engine.key, total)
     check(*probe.loss_and_grad_norm(probe.center))
     at_center = probe.sharpness(probe.center, effort.rounds)

@@ -142,8 +142,8 @@ def run_demo(out: Path, *, smoke: bool = False, show: bool = True) -> list[dict]
     params, loss_fn = pairs[max(pairs)]
     posterior = LocalPosterior(loss_fn, params, num_data=len(data), nbeta=30.0, localization=300.0)
     console.print(
-        f"[dim]{len(centers)} checkpoints, {size.num_chains} chains x ({size.num_warmup} + {size.num_draws}) steps "
-        "each[/dim]", soft_wrap=True,
+        f"[dim]A small transformer, at {len(centers)} steps of its training: {size.num_chains} chains each, with "
+        f"{size.num_warmup} warm-up steps and {size.num_draws} draws[/dim]", soft_wrap=True,
     )  # fmt: skip
     course = trajectory(
         posterior, centers, data, sampler=sgld(5e-4), num_chains=size.num_chains, num_draws=size.num_draws,
@@ -158,7 +158,10 @@ def run_demo(out: Path, *, smoke: bool = False, show: bool = True) -> list[dict]
     (folder / "table.json").write_text(json.dumps(rows, indent=1))
     _print_table(console, rows)
     _print_stages(console, course)
-    console.print(f"Picture: {picture}   page: {page}   {time.monotonic() - began:.0f} s", soft_wrap=True)
+    console.print(
+        f"Picture: {picture}\nReport: {page}\n"
+        f"Took {time.monotonic() - began:.0f} s.", soft_wrap=True,
+    )  # fmt: skip
     return rows
 
 

@@ -141,7 +141,7 @@ def _estimate(request: Request) -> LLCResult:
     full_loss = full_loss_at_center(problem) if request.baseline == "full" else None
     store = None if request.folder is None else RunStore(request.folder, identity, mesh)
     posterior, choice = request.posterior, None
-    sampler, nbeta = request.sampler, float(posterior.nbeta or 0.0)
+    sampler, nbeta = request.sampler, float(posterior.nbeta)
     if request.is_open:
         choice, metric = _calibrated(request, engine, store, memory)
         posterior = posterior.with_numbers(nbeta=nbeta, localization=choice.localization)

@@ -50,7 +50,7 @@ def result_of(
     passes = engine.problem.passes if plan.control_variate else 0
     record = RunRecord(
         **_lengths(plan, len(chains)),
-        nbeta=float(posterior.nbeta or 0.0),
+        nbeta=float(posterior.nbeta),
         localization=float(posterior.localization or 0.0),
         num_data=posterior.num_data,
         num_free=posterior.num_free,

@@ -131,7 +131,8 @@ def _trajectory(
             ends[name] = end
             if request.progress and is_main_process(mesh):
                 value = estimate_text(result.llc, result.llc_stderr, "±")
-                print(f"  step {step}, {name}: LLC {value}, {result.verdict}", file=sys.stderr)
+                where = f"step {step}" if len(parts) == 1 else f"step {step}, {name}"
+                print(f"  {where}: LLC {value}, {result.verdict}", file=sys.stderr)
     return Trajectory(tuple(steps), {name: tuple(row) for name, row in results.items()})
 
 
@@ -246,7 +247,7 @@ def _filled(course: _Course, steps: list[int], notes: Notes) -> _Course:
         "calibration", ["step_size", "friction", "localization"], lambda: _calibrated_at_the_sharpest(course, steps)
     )
     sampler = sampler._replace(step_size=note["step_size"], friction=note["friction"])
-    posterior = posterior.with_numbers(nbeta=float(posterior.nbeta or 0.0), localization=note["localization"])
+    posterior = posterior.with_numbers(nbeta=float(posterior.nbeta), localization=note["localization"])
     return dataclasses.replace(
         course, request=dataclasses.replace(course.request, posterior=posterior, sampler=sampler)
     )
@@ -273,7 +274,7 @@ def _fitted(course: _Course, step: int) -> _Course:
 
 def _calibrated_at_the_sharpest(course: _Course, steps: list[int]) -> dict[str, Any]:
     """The calibration's choice at the checkpoint whose loss is most sharply curved."""
-    key, nbeta = course.request.key, float(course.request.posterior.nbeta or 0.0)
+    key, nbeta = course.request.key, float(course.request.posterior.nbeta)
     sharpness = {}
     for step in steps:
         engine = course.engine(course.posterior_at(step), jax.random.fold_in(key, KeyTag.SHARPNESS))

@@ -314,6 +314,7 @@ _REMEDIES = {
     "chains disagree": "raise num_warmup and num_draws",
     "heated by minibatch noise": "use smaller step sizes or a larger batch_size",
     "not a minimum": "train further, or use larger localizations",
+    "not resolved in float32": "drop constants from the loss, or use smaller values of nbeta",
 }  # fmt: skip
 
 
