@@ -1,4 +1,4 @@
-"""How far the step size and minibatch noise move an estimate, to first order, and when that may be taken off.
+"""How far the step size and minibatch noise move an estimate, to first order, and when that may be subtracted.
 
 Every term is half a sum over directions of curvature times excess variance, so it is in units of the LLC. Derived for
 quadratics, where the laws of the discretized chains are known exactly (the samplers' docstrings give them), and good
@@ -32,7 +32,7 @@ class Bias:
     """Estimated bias of the raw estimate, in units of the LLC; NaN where unknown.
 
     ``step_size``: of the discretization. ``noise``: of minibatch gradients. ``stderr``: of their sum. ``applied``: what
-    was taken off. ``why``: how it was found, or why it was not applied.
+    was subtracted. ``why``: how it was found, or why it was not applied.
     """
 
     step_size: float
@@ -126,7 +126,7 @@ def bias_of(
         return Bias(step, noise, math.nan, 0.0, "no theory of its bias for this sampler")
     estimated = Bias(step, noise, error if math.isfinite(error) else 0.0, 0.0, why)
     if not abs(estimated.total) <= LARGEST * abs(m.raw):
-        return replace(estimated, why=f"over {LARGEST:.0%} of the raw estimate, so it is not taken off")
+        return replace(estimated, why=f"over {LARGEST:.0%} of the raw estimate, so it is not subtracted")
     return replace(estimated, applied=estimated.total)
 
 

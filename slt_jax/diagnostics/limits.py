@@ -83,7 +83,7 @@ TILT_SIGMA = 4.0
 
 # A bias that is known to first order: at this share its second order is some 2 % of the estimate. Not recorded.
 BIAS_SHARE = 0.15
-# Biases up to this share of the raw estimate are taken off, larger ones are reported only. Not recorded.
+# Biases up to this share of the raw estimate are subtracted, larger ones are reported only. Not recorded.
 CORRECTION_SHARE = 0.25
 # Distance of the kinetic temperature from what minibatch noise explains. It came with the study of in-view.
 KINETIC_LIMIT = 0.15

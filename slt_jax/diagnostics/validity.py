@@ -200,7 +200,7 @@ def noise_bias(sample: Sample) -> Check:
         value=sample.share(measured),
         limit=BIAS_SHARE,
         ok=ok,
-        meaning=f"What noisy gradients add. Up to {CORRECTION_SHARE:.0%} in all is taken off.",
+        meaning=f"What noisy gradients add. Up to {CORRECTION_SHARE:.0%} in all is subtracted.",
         value_text=number(sample.share(measured), "+.1%"),
         limit_text=f"within {BIAS_SHARE:.0%} of the LLC",
         fault=fault_if(ok, "heated by minibatch noise", reason),

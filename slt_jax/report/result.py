@@ -63,7 +63,7 @@ def _num(x: float, form: str = ".4g") -> str:
 def _estimate_section(result: LLCResult) -> Section:
     bias, kept, free = result.bias, result.kept_chains, result.settings.num_free
     around = float(result.traces.loss[kept].mean(dtype=np.float64)) if kept.size else math.nan
-    taken = f"{_num(bias.applied)} taken off" if bias.applied else "nothing taken off"
+    taken = f"{_num(bias.applied)} subtracted" if bias.applied else "nothing subtracted"
     rows = [
         ("LLC", result.estimate_text("±"), "Estimate and one standard error, which counts sampling noise only."),
         ("Raw estimate", _num(result.llc_raw), "nbeta times the rise of the loss around w*, before any correction."),

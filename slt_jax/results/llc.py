@@ -75,7 +75,7 @@ class LLCResult:
 
     @property
     def llc(self) -> float:
-        """``llc_raw`` less the bias of step size and minibatch noise, where that is small enough to be taken off."""
+        """``llc_raw`` less the bias of step size and minibatch noise, where that is small enough to be subtracted."""
         return self.llc_raw - self.bias.applied
 
     @functools.cached_property

@@ -327,7 +327,7 @@ def _why_no_plateau(layer: "xr.Dataset") -> str:
             "localization"
         )
     if settled.sum() >= _MIN_CELLS:
-        return "its settled cells disagree or are not neighbours: the LLC depends on step_size and localization here"
+        return "its usable estimates disagree or are not neighbours: the LLC depends on step_size and localization here"
     if settled.all():
         return f"its {settled.size} cells are too few to show one: use at least three along step_size or localization"
     verdicts = Counter(layer.verdict.values.astype(str)[~settled].tolist())

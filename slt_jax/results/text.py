@@ -19,8 +19,8 @@ def bias_line(raw: float, bias: Bias) -> str:
     known = [f"{name} {value:+.2g}" for name, value in terms.items() if math.isfinite(value)]
     if not known:
         return f"Raw estimate {raw:.4g}; bias unknown: {bias.why}."
-    done = f"not taken off: {bias.why}" if bias.total else "nothing to take off"
-    done = f"taken off ({bias.why})" if bias.applied else done
+    done = f"not subtracted: {bias.why}" if bias.total else "nothing to subtract"
+    done = f"subtracted ({bias.why})" if bias.applied else done
     return f"Raw estimate {raw:.4g}; bias: {', '.join(known)}; {done}."
 
 
