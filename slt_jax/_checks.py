@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+_LEAST, _MOST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+
 
 def check_not_traced(caller: str, *values: Any) -> None:
     """Raise TypeError inside ``jax.jit``, and where ``vmap`` or ``grad`` trace a leaf of ``values``."""
@@ -27,6 +29,12 @@ def _leaves(value: Any) -> list:
         return []
 
 
+def shown(value: Any) -> str:
+    """``repr(value)`` on one line, cut off after 80 characters, for a message."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def check_positive(name: str, value: Any, remedy: str, *, zero: bool = False) -> None:
     """Raise TypeError or ValueError unless ``value`` is a finite real number > 0 (with ``zero``, >= 0).
 
@@ -35,7 +43,7 @@ def check_positive(name: str, value: Any, remedy: str, *, zero: bool = False) ->
     """
     if isinstance(value, Tracer):
         raise TypeError(f"{name} must be a number, not one that jax.jit, vmap or grad trace. Give it outside of them.")
-    message = f"{name} must be a finite number {'>=' if zero else '>'} 0, got {value!r}. {remedy}"
+    message = f"{name} must be a finite number {'>=' if zero else '>'} 0, got {shown(value)}. {remedy}"
     kind = getattr(value, "dtype", type(value))
     scalar = isinstance(value, numbers.Real) or (hasattr(value, "dtype") and np.ndim(value) == 0)
     if not scalar or kind in (bool, np.bool_) or not (isinstance(value, numbers.Real) or _is_real(kind)):
@@ -46,6 +54,8 @@ def check_positive(name: str, value: Any, remedy: str, *, zero: bool = False) ->
         raise ValueError(message) from None
     if not math.isfinite(number) or number < 0 or (number == 0 and not zero):
         raise ValueError(message)
+    if number and not _LEAST <= number <= _MOST:
+        raise ValueError(f"{name} must lie in the range of float32, 1.2e-38 to 3.4e+38, got {value!r}. {remedy}")
 
 
 def _is_real(dtype: Any) -> bool:
@@ -58,7 +68,7 @@ def check_count(name: str, value: Any, least: int, remedy: str = "", most: int =
     Args:
         name, remedy: for the message.
     """
-    message = f"{name} must be a whole number >= {least}, got {value!r}. {remedy}".rstrip()
+    message = f"{name} must be a whole number >= {least}, got {shown(value)}. {remedy}".rstrip()
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(message)
     if value < least:
@@ -83,7 +93,7 @@ def check_key(key: Any) -> jax.Array:
         return jax.random.key(int(key), impl="threefry2x32")
     if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         dtype = getattr(key, "dtype", None)
-        kind = repr(key) if dtype is None else f"an array of {dtype}"
+        kind = shown(key) if dtype is None else f"an array of {dtype}"
         raise TypeError(
             f"key must be a jax.random.key(...) or a whole number, got {kind}. "
             "Old-style keys (jax.random.PRNGKey) go through jax.random.wrap_key_data(key)."

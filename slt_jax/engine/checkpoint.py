@@ -18,6 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
+from slt_jax._checks import shown
 from slt_jax._io import digest_of_arrays, digest_of_json, remove_all_partials, user_path, write_file
 from slt_jax.engine.mesh import allgather, is_main_process, spans_processes
 from slt_jax.posterior.tree import to_host
@@ -35,7 +36,7 @@ PATIENCE = 20  # seconds until a file that another machine wrote is seen here
 def check_directory(directory: Any) -> None:
     """Raise TypeError unless ``directory`` is a path."""
     if not isinstance(directory, str | os.PathLike):
-        raise TypeError(f"checkpoint_dir must be a path, got {directory!r}. Give a directory of its own.")
+        raise TypeError(f"checkpoint_dir must be a path, got {shown(directory)}. Give a directory of its own.")
 
 
 def _reported_otherwise(record: logging.LogRecord) -> bool:

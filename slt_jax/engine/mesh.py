@@ -14,6 +14,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from slt_jax._checks import shown
+
 _SHORT = 64  # bytes that `allgather` sends at once
 
 
@@ -43,7 +45,7 @@ def automatic(mesh: Any) -> Mesh:
     """The same devices with automatic axes: ``jax.make_mesh`` gives explicit ones by default."""
     if not isinstance(mesh, Mesh):
         raise TypeError(
-            f"mesh must be a jax.sharding.Mesh with an axis 'chain', got {mesh!r}. "
+            f"mesh must be a jax.sharding.Mesh with an axis 'chain', got {shown(mesh)}. "
             "Use jax.make_mesh((num_devices,), ('chain',))."
         )
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))

@@ -43,10 +43,11 @@ def _check_center(engine: Engine, run: Run) -> None:
         _check_finite(engine.problem, float(first[chain]), f"on the first batch of chain {chain}")
     if not np.isfinite(drift_sq).all():
         chain = int(np.argmin(np.isfinite(drift_sq)))
+        found = _found(engine.problem, by_gradient=True)
         raise FloatingPointError(
             f"the gradient of the loss at w* is not finite on the first batch of chain {chain}, though the loss "
-            f"{first[chain]:.4g} is. Look for a square root, logarithm or norm of zero in loss_fn."
-            f"{_found(engine.problem, by_gradient=True)}"
+            f"{first[chain]:.4g} is. Look for a square root, logarithm or norm of zero in loss_fn, and for an "
+            f"nbeta that makes nbeta times the gradient too large for float32.{found}"
         )
 
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from slt_jax._checks import check_count, check_key, check_positive
+from slt_jax._checks import check_count, check_key, check_positive, shown
 from slt_jax._io import digest_of_json, user_path
 from slt_jax.engine.checkpoint import RunStore, check_directory, first_difference
 from slt_jax.engine.mesh import allgather, automatic, chain_mesh, check_mesh, spans_processes
@@ -275,7 +275,7 @@ def as_sampler(sampler: Any) -> Sampler:
         return sampler
     if callable(getattr(sampler, "init", None)) and callable(getattr(sampler, "step", None)):
         return from_blackjax(sampler)
-    raise TypeError(f"sampler must be a Sampler, got {sampler!r}. Call its constructor: slt_jax.sgld(step_size).")
+    raise TypeError(f"sampler must be a Sampler, got {shown(sampler)}. Call its constructor: slt_jax.sgld(step_size).")
 
 
 def _check_posterior(posterior: Any) -> None:
@@ -287,8 +287,8 @@ def _check_posterior(posterior: Any) -> None:
 
 
 def _check_dynamics(control_variate: Any, hot: Any) -> None:
-    if control_variate not in (None, True, False):
-        raise TypeError(f"control_variate must be True, False or None, got {control_variate!r}.")
+    if control_variate is not None and not isinstance(control_variate, bool | np.bool_):
+        raise TypeError(f"control_variate must be True, False or None, got {shown(control_variate)}.")
     if hot is not None:
         check_positive("hot", hot, "1 starts every chain at w*, 10 every other one at a tenth of nbeta.")
         if hot < 1:
@@ -313,5 +313,5 @@ def _checked_batch(
     if batch_size % micro_batches:
         raise ValueError(f"micro_batches = {micro_batches} does not divide batch_size = {batch_size}. Take a divisor.")
     if not isinstance(baseline, str) or baseline not in ("paired", "full"):
-        raise ValueError(f"baseline must be 'paired' or 'full', got {baseline!r}. 'paired' has less variance.")
+        raise ValueError(f"baseline must be 'paired' or 'full', got {shown(baseline)}. 'paired' has less variance.")
     return batch_size

@@ -164,7 +164,7 @@ def _axis(name: str, values: Any) -> np.ndarray | None:
     if not listed:
         raise ValueError(f"{name} has no values. Give at least one, or leave it out.")
     for value in listed:
-        if name == "nbeta" and value == 0:
+        if name == "nbeta" and np.ndim(value) == 0 and value == 0:
             raise ValueError(
                 "nbeta holds 0: that control is drawn exactly, for every localization, without asking. Leave 0 out."
             )

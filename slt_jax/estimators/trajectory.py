@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from slt_jax._checks import shown
 from slt_jax.calibration.probe import Probe
 from slt_jax.engine.checkpoint import RunStore
 from slt_jax.engine.keys import KeyTag
@@ -212,7 +213,7 @@ def _brief(value: Any) -> str:
 def _parts(parts: Any) -> dict[str, Part]:
     """name -> restriction, the whole first."""
     if isinstance(parts, str):
-        raise TypeError(f"parts must be a list of names, got {parts!r}. Write parts=[{parts!r}].")
+        raise TypeError(f"parts must be a list of names, got {shown(parts)}. Write parts=[{shown(parts)}].")
     if isinstance(parts, Mapping):
         named = {name: functools.partial(_part_of, rule) for name, rule in parts.items()}
     else:

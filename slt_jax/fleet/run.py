@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from slt_jax._checks import check_count
+from slt_jax._checks import check_count, shown
 from slt_jax._io import user_path, write_file
 from slt_jax.engine.checkpoint import first_difference
 from slt_jax.fleet.jobs import Failure, JobQueue, import_submitit, read_json, result_line
@@ -97,13 +97,13 @@ def run_fleet(
     """
     submitit = import_submitit()
     if not callable(function):
-        raise TypeError(f"function must be callable with one case, got {function!r}.")
+        raise TypeError(f"function must be callable with one case, got {shown(function)}.")
     _check_cases(cases)
     check_count("retries", retries, 0, "0 runs every job once.")
     if parallel is not None:
         check_count("parallel", parallel, 1)
     if executor is not None and not isinstance(executor, submitit.Executor):
-        raise TypeError(f"executor must be an executor of submitit or None, got {executor!r}.")
+        raise TypeError(f"executor must be an executor of submitit or None, got {shown(executor)}.")
     root = user_path(folder).absolute()
     _open_folder(root, executor, function, cases)
     if executor is None:
@@ -133,7 +133,7 @@ def _run_all(jobs: JobQueue, retries: int, parallel: int | None) -> None:
 
 def _check_cases(cases: Mapping[str, Any]) -> None:
     if not isinstance(cases, Mapping) or not cases:
-        raise TypeError(f"cases must be a mapping from names to cases, with one at least, got {cases!r}.")
+        raise TypeError(f"cases must be a mapping from names to cases, with one at least, got {shown(cases)}.")
     seen: dict[str, str] = {}
     for name in cases:
         if not isinstance(name, str) or not _NAME.fullmatch(name):

@@ -12,6 +12,7 @@ from slt_jax.posterior.tree import path_of
 
 _STATE = (nnx.BatchStat, nnx.Cache)  # variables that a forward pass changes
 _OF_TORCH = ("running_mean", "running_var")  # the last part of their names
+_NORM = ("mean", "var", "scale", "bias")  # the variables of a batch normalization, by their names
 _COLLECTIONS = ("batch_stats", "cache", "intermediates")  # of Linen
 
 
@@ -47,6 +48,27 @@ def check_state(center: PyTree, free: Sequence[bool]) -> None:
                 f"'{'/'.join(path)}' of center is {what}, not a weight, and would be sampled. Use "
                 "slt_jax.from_nnx(model, loss) or slt_jax.from_linen(module, variables, loss), which freeze it, or "
                 "freeze it by the mask."
+            )
+    _check_pure_dict(center, paths, free)
+
+
+def _check_pure_dict(center: PyTree, paths: Sequence[tuple[str, ...]], free: Sequence[bool]) -> None:
+    """Refuse a batch normalization's state as a plain dict: mean and var beside scale or bias, all of one shape."""
+    shapes: dict[tuple[str, ...], dict[str, tuple[int, ...]]] = {}  # by the path of the dict and the name in it
+    moving = set()
+    for path, leaf, moves in zip(paths, jax.tree.leaves(center), free, strict=True):
+        *where, name = path[:-1] if path[-1:] == ("value",) else path or ("",)
+        if name in _NORM:
+            shapes.setdefault(tuple(where), {})[name] = np.shape(leaf)
+            moving |= {(*where, name)} if moves else set()
+    for where, found in shapes.items():
+        both, sampled = {"mean", "var"} <= found.keys(), moving & {(*where, "mean"), (*where, "var")}
+        if both and sampled and len(found) > 2 and len(set(found.values())) == 1:
+            beside = " and ".join(f"'{name}'" for name in found if name != min(sampled)[-1])
+            raise ValueError(
+                f"'{'/'.join(min(sampled))}' of center, beside {beside} of the same shape, is a statistic of a batch "
+                "normalization, not a weight, and would be sampled. Use slt_jax.from_nnx(model, loss), which freezes "
+                "it, or freeze it by the mask. If it is a weight, give it another name."
             )
 
 

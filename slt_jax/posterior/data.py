@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int32, Integer, Key, PyTree
 
+from slt_jax._checks import shown
 from slt_jax.kernels.langevin import uniform_index
 from slt_jax.posterior.tree import addressable, on_one_device, path_of, tree_digest, without_torch
 
@@ -28,7 +29,8 @@ def draw_indices(key: Key[Array, ""], num_data: int, batch_size: int) -> Int32[A
 
 def check_batch_size(batch_size: Any, num_data: int) -> None:
     """Raise TypeError or ValueError unless ``batch_size`` is an integer between 1 and the number of examples."""
-    message = f"batch_size must be between 1 and num_data = {num_data}, got {batch_size!r}. A few hundred is usual."
+    got = shown(batch_size)
+    message = f"batch_size must be between 1 and num_data = {num_data}, got {got}. A few hundred is usual."
     if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer):
         raise TypeError(message)
     if not 1 <= batch_size <= num_data:
@@ -134,7 +136,7 @@ def named_data(also: Mapping[str, Any] | None) -> dict[str, ArrayData]:
     if also is None:
         return {}
     if not isinstance(also, Mapping) or not all(isinstance(name, str) and name for name in also):
-        raise TypeError(f"also must be a dict of names and data sets, got {also!r:.60}. Write also={{'code': data}}.")
+        raise TypeError(f"also must be a dict of names and data sets, got {shown(also)}. Write also={{'code': data}}.")
     return {name: _in_memory(as_source(data), name) for name, data in also.items()}
 
 
@@ -191,7 +193,12 @@ class Prefetcher:
 
 def _check_leaf(name: str, leaf: Any) -> None:
     if not getattr(leaf, "shape", ()):
-        raise TypeError(f"data leaf '{name}' is {leaf!r}; every leaf must be an array with one row per example.")
+        raise TypeError(f"data leaf '{name}' is {shown(leaf)}; every leaf must be an array with one row per example.")
+    if isinstance(leaf, np.ma.MaskedArray):
+        raise TypeError(
+            f"data leaf '{name}' is a masked array, whose mask would be lost. Leave out the masked rows, or give "
+            "leaf.filled(0) and the mask as an array of its own for loss_fn to use."
+        )
     if isinstance(leaf, jax.Array):
         return
     dtype = np.asarray(leaf).dtype

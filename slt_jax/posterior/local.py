@@ -125,6 +125,8 @@ class LocalPosterior:
             raise ValueError("center has no arrays. Pass the trained parameters as a pytree of floating-point arrays.")
         masks = leaf_masks(self.mask, flat, treedef)
         leaves = [check_leaf("/".join(path_of(path)), leaf, m) for (path, leaf), m in zip(flat, masks, strict=True)]
+        if not any(math.prod(leaf.shape) for leaf in leaves):
+            raise ValueError(f"center has no weights: {names_of(leaves)} have no entries. Pass the trained parameters.")
         if not any(leaf.free for leaf in leaves):
             raise ValueError(
                 f"the mask leaves no weight free: all {len(leaves)} leaves are frozen. "

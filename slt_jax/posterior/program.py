@@ -1,5 +1,6 @@
 """The loss as a function of the weights that move: leaves, masks, and the loss on a batch."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32, PyTree, Shaped
 
+from slt_jax._checks import shown
 from slt_jax.posterior.tree import path_of
 
 Mask = PyTree | Callable[[tuple[str, ...]], Any] | None
@@ -157,7 +159,7 @@ def check_forward(dtype: Any) -> np.dtype | None:
         forward = None
     if forward is None or not jnp.issubdtype(forward, jnp.floating):
         raise TypeError(
-            f"forward_dtype must be a floating-point type, got {dtype!r}. jnp.bfloat16 is the usual choice."
+            f"forward_dtype must be a floating-point type, got {shown(dtype)}. jnp.bfloat16 is the usual choice."
         )
     return forward
 
@@ -173,7 +175,7 @@ def leaf_masks(mask: Mask, flat: list[tuple[Any, Any]], treedef: Any) -> list[An
     if mask is None:
         return [True] * len(flat)
     if callable(mask) and jax.tree.structure(mask) == jax.tree.structure(0):  # a model of booleans may be callable
-        return [mask(path_of(path)) for path, _ in flat]
+        return [_called(mask, path_of(path)) for path, _ in flat]
     structure = jax.tree.structure(mask)
     if structure != treedef:
         raise ValueError(
@@ -183,10 +185,23 @@ def leaf_masks(mask: Mask, flat: list[tuple[Any, Any]], treedef: Any) -> list[An
     return jax.tree.leaves(mask)
 
 
+def _called(mask: Callable[[tuple[str, ...]], Any], path: tuple[str, ...]) -> Any:
+    """What the mask's function says of a path. Raises TypeError where it cannot be called with one."""
+    try:
+        return mask(path)
+    except Exception as error:
+        raise TypeError(
+            f"the function given as mask failed for the path {path} with {type(error).__name__}: {error}. It is called "
+            "with the path of each array, a tuple of strings of any length, and returns True or False."
+        ) from error
+
+
 def check_leaf(name: str, value: Any, mask: Any) -> Leaf:
     """The leaf ``value`` with the entries that ``mask`` leaves free. Raises TypeError or ValueError."""
     if not hasattr(value, "dtype") or not hasattr(value, "shape"):
         raise TypeError(f"parameter '{name}' is {brief(value)}, not an array. Wrap a number in jnp.asarray.")
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"parameter '{name}' is a masked array. Give a plain one: value.filled(0).")
     floating = jnp.issubdtype(value.dtype, jnp.floating)
     # Without x64 a NumPy float64 leaf becomes float32 on the device.
     dtype = jax.dtypes.canonicalize_dtype(value.dtype) if floating else value.dtype
@@ -220,6 +235,8 @@ def _entries(name: str, shape: tuple[int, ...], mask: Any) -> bytes | None:
             f"the mask for '{name}' has shape {array.shape}, the parameter has {shape}. "
             "Give an array of that shape, or one boolean."
         )
+    if not math.prod(shape):
+        return b""  # no entries: nothing in it moves
     if array.all():
         return None
     if not array.ndim:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Key
 
-from slt_jax._checks import check_positive
+from slt_jax._checks import check_positive, shown
 from slt_jax.samplers.base import (
     Hyper,
     Info,
@@ -117,8 +117,8 @@ def preconditioned_sgld(
     if step_size is not None:
         check_positive("step_size", step_size, "Leave it out to have it chosen.")
         step_size = float(step_size)
-    if moments not in ("rmsprop", "adam"):
-        raise ValueError(f"moments must be 'rmsprop' or 'adam', got {moments!r}.")
+    if not isinstance(moments, str) or moments not in ("rmsprop", "adam"):
+        raise ValueError(f"moments must be 'rmsprop' or 'adam', got {shown(moments)}.")
     decay = {"rmsprop": 0.99, "adam": 0.999}[moments] if decay is None else decay
     check_positive("decay", decay, "It is below 1, e.g. 0.99.")
     if decay >= 1:

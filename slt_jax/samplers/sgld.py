@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from slt_jax._checks import check_positive
+from slt_jax._checks import check_positive, shown
 from slt_jax.diagnostics.bias import euler_step_bias, no_step_bias
 from slt_jax.diagnostics.relaxation import overdamped_relaxation
 from slt_jax.samplers.base import (
@@ -127,4 +127,4 @@ def sgld(step_size: float | None = None, *, noise: str = "euler-maruyama") -> Sa
         return Sampler("sgld", step_size, init, step, theory=EULER)
     if noise == "leimkuhler-matthews":
         return Sampler("sgld-matthews", step_size, init_matthews, step_matthews, theory=MATTHEWS)
-    raise ValueError(f"noise must be 'euler-maruyama' or 'leimkuhler-matthews', got {noise!r}.")
+    raise ValueError(f"noise must be 'euler-maruyama' or 'leimkuhler-matthews', got {shown(noise)}.")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Key
 
-from slt_jax._checks import check_positive
+from slt_jax._checks import check_positive, shown
 from slt_jax.diagnostics.bias import no_step_bias, underdamped_heating
 from slt_jax.diagnostics.relaxation import underdamped_relaxation
 from slt_jax.samplers.base import (
@@ -120,8 +120,8 @@ def underdamped(step_size: float | None = None, friction: float | None = None, *
 
     What is left out is chosen by the calibration.
     """
-    if metric not in (None, "kronecker"):
-        raise ValueError(f"metric must be 'kronecker' or None, got {metric!r}. None moves every weight alike.")
+    if metric is not None and (not isinstance(metric, str) or metric != "kronecker"):
+        raise ValueError(f"metric must be 'kronecker' or None, got {shown(metric)}. None moves every weight alike.")
     if metric and step_size is not None:
         raise ValueError(
             f"a metric is measured together with its step size, got step_size = {step_size}. Leave step_size out."

@@ -70,6 +70,14 @@ def test_running_statistics():
     variables = module.init(jax.random.key(0), DATA)
     words = ("'batch_stats/mean' of center is a variable of 'batch_stats', not a weight", "from_linen")
     refuses(ValueError, lambda: posterior(center=variables), *words)
+    plain = nnx.to_pure_dict(nnx.state(model))
+    words = ("'norm/mean' of center, beside ", "'scale'", "is a statistic of a batch normalization", "from_nnx")
+    refuses(ValueError, lambda: posterior(center=plain), *words)
+    restored = {"norm": {name: {"value": x} for name, x in plain["norm"].items()}}
+    refuses(ValueError, lambda: posterior(center=restored), "'norm/mean' of center, beside ")
+    assert posterior(center=plain, mask=lambda path: path[-1] not in ("mean", "var")).num_free == 24
+    others = {"mean": jnp.zeros(3), "var": jnp.ones(3), "weight": jnp.ones(3)}
+    assert posterior(center=others).num_free == 9  # a Gaussian's own
     frozen = posterior(center=variables, mask=lambda path: path[0] == "params")
     assert frozen.num_free == 6
     assert posterior(center=nnx.state(model, nnx.Param)).num_free == 24

@@ -92,6 +92,7 @@ class Rows(HostData):
 
 # Right uses
 
+
 def _cut(*shapes):
     """TRAINED in arrays of these shapes."""
     sizes = [int(np.prod(shape)) for shape in shapes]
@@ -154,6 +155,7 @@ def right_case(draw, plain=False):
 
 
 # Changes: of one argument by name. ``right``: whether the changed call is a right use, which must not be refused.
+
 
 def _set(case, name, value, right=False, **other):
     more, given = dict(case.more), dict(case.given)
@@ -293,7 +295,7 @@ def change_option(draw, case):
         "baseline": [*OBJECTS, "full", "paired", "PAIRED"],
         "control_variate": [*OBJECTS, False],
         "also": [*OBJECTS, {"a": None}, {"a": X}, {3: case.data}, {"": case.data}, {"a": case.data}, {"a": {}}],
-        "mesh": [*OBJECTS, jax.make_mesh((2,), ("chain",)), jax.make_mesh((2,), ("x",)), jax.make_mesh((8,), ("chain",))],
+        "mesh": [*OBJECTS, *(jax.make_mesh((n,), (axis,)) for n, axis in ((2, "chain"), (2, "x"), (8, "chain")))],
         "forward_dtype": [*OBJECTS, "float31", int, jnp.bfloat16, "bfloat16", np.float16, complex],
         "checkpoint_dir": [3, 1.5, [], object(), b"x", "/proc/no/such", "/dev/null", ""],
         "sampler": [*[x for x in OBJECTS if x is not None], slt.sgld, "sgld"],
@@ -317,17 +319,3 @@ def cases(draw):
         later, run = case.sampler, Case.run
         case.run = lambda: run(replace(case, sampler=later.make(later.value)))
     return case
-
-
-def answer(case):
-    """(truth, standard deviation of an estimate by SGLD's draws), nats, of a case whose loss is the quadratic's."""
-    n = float(case.num_data)
-    nbeta = case.more.get("nbeta")
-    nbeta = n / np.log(n) if nbeta is None else float(nbeta)
-    pull = float(case.more["localization"])
-    share = nbeta / (nbeta + pull) / 2
-    memory = (1 - STEP * (nbeta + pull) / 2) ** 2
-    plan = {**PLAN, **{k: int(case.given[k]) for k in ("num_chains", "num_draws") if case.given.get(k)}}
-    draws = plan["num_chains"] * plan["num_draws"]
-    wait = (1 + memory) / (1 - memory) if memory < 1 else np.inf
-    return case.free * share, np.sqrt(2 * case.free * share**2 * wait / draws)
