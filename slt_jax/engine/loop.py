@@ -171,6 +171,14 @@ class Engine:
         alive = place(np.ones(num, bool), problem.per_chain)
         return Run(state, alive, blank(np, shape, len(problem.also)))
 
+    def lengthened(self, run: Run) -> Run:
+        """A run of fewer steps with room for those of this engine's schedule, at the step where it is."""
+        problem = self.problem
+        trace = blank(np, (self.plan.num_chains, self.plan.total_steps), len(problem.also))
+        for new, old in zip(jax.tree.leaves(trace), jax.tree.leaves(run.trace), strict=True):
+            new[:, : run.step] = old[:, : run.step]
+        return Run(run.state, run.alive, trace, run.step, notes=list(run.notes))
+
     def _first_of_full_batch(self, center: Position, frozen: PyTree, arrays: PyTree, row: Row) -> PyTree:
         hyper = Hyper(row.nbeta, row.localization, row.step_size, row.friction)
         return self.sampler.init(center, loss_and_grad_on(self.static, frozen, arrays), hyper)

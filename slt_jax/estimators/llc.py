@@ -3,14 +3,16 @@
 import functools
 import os
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from jax.sharding import Mesh
 
+from slt_jax._io import digest_of_json
 from slt_jax.calibration.choose import Choice, calibrate, calibration_probe
 from slt_jax.engine.checkpoint import RunStore
-from slt_jax.engine.loop import Engine
+from slt_jax.engine.loop import Engine, Run
 from slt_jax.engine.loss_checks import check_loss
 from slt_jax.engine.memory import MemoryEstimate, estimate_memory, first_that_fits, layouts, needs_memory_check
 from slt_jax.engine.mesh import allgather, is_main_process
@@ -20,6 +22,7 @@ from slt_jax.estimators.context import in_own_context
 from slt_jax.estimators.ends import curvature_gradients, end_temporaries
 from slt_jax.estimators.lengths import lengths_of
 from slt_jax.estimators.outcome import result_of
+from slt_jax.estimators.precision import Rounds, first_round
 from slt_jax.estimators.request import Request
 from slt_jax.posterior.local import LocalPosterior
 from slt_jax.results.llc import LLCResult
@@ -45,6 +48,8 @@ def estimate_llc(
     micro_batches: int = 1,
     baseline: str = "paired",
     budget: int | None = None,
+    target_error: float | None = None,
+    minutes: float | None = None,
     control_variate: bool | None = None,
     hot: float | None = None,
     also: Mapping[str, Any] | None = None,
@@ -95,6 +100,11 @@ def estimate_llc(
             lengths (``num_draws``, ``num_warmup``, ``thinning``) that are not given, and cannot be combined with
             ``num_draws``. Default: 10,000 from 10,000 weights on, and more for fewer weights. If nothing has to be
             calibrated, the default is 500 draws per chain instead of a budget.
+        target_error: relative standard error at which to stop, e.g. 0.03 for 3 %. The run then goes on, up to twice as
+            long each time, until the error is that small and no check asks for more steps; with 40 % of its steps as
+            warm-up. ``budget`` and ``minutes`` are its limits; ``result.notes`` says so where one of them ended it.
+            Default of ``budget`` with it: ten times what it is without.
+        minutes: with ``target_error``, wall time of the whole call after which no further round is begun.
         control_variate: use g_m(w) - g_m(w*) + grad L_n(w*) as the gradient, where g_m is the gradient on a minibatch.
             It has no noise at w*, but a step costs twice as much, and there is one pass over the data. Default: chosen
             by the calibration.
@@ -124,13 +134,15 @@ def estimate_llc(
         posterior, data, sampler=sampler, num_chains=num_chains, num_draws=num_draws, num_warmup=num_warmup,
         thinning=thinning, batch_size=batch_size, key=key, mesh=mesh, chain_batch=chain_batch,
         checkpoint_dir=checkpoint_dir, progress=progress, micro_batches=micro_batches, baseline=baseline,
-        budget=budget, control_variate=control_variate, hot=hot, also=also, chunk_size=chunk_size,
-        checkpoint_seconds=checkpoint_seconds,
+        budget=budget, target_error=target_error, minutes=minutes, control_variate=control_variate, hot=hot,
+        also=also, chunk_size=chunk_size, checkpoint_seconds=checkpoint_seconds,
     )  # fmt: skip
     return _estimate(request)
 
 
-def _estimate(request: Request) -> LLCResult:
+def _estimate(asked: Request) -> LLCResult:
+    began = time.monotonic()
+    request = asked if asked.target_error is None else first_round(asked)
     engine, memory = _fitted(request)
     problem, mesh = engine.problem, engine.problem.mesh
     if memory is not None:
@@ -154,18 +166,23 @@ def _estimate(request: Request) -> LLCResult:
         assert sampler.step_size is not None
         assert posterior.localization is not None
         numbers = Numbers(nbeta, posterior.localization, sampler.step_size, sampler.friction)
-    run = run_to_end(
-        engine, engine.inputs(numbers), store, progress=request.progress, every=request.checkpoint_seconds, nbeta=nbeta
-    )
-    return result_of(
-        engine, run, posterior, numbers, full_loss=full_loss, choice=choice, memory=memory,
-        other_names=tuple(request.other_data), notes=request.notes,
-    )  # fmt: skip
+    inputs = engine.inputs(numbers)
+    run = run_to_end(engine, inputs, store, progress=request.progress, every=request.checkpoint_seconds, nbeta=nbeta)
+
+    def read(engine: Engine, run: Run) -> LLCResult:
+        return result_of(
+            engine, run, posterior, numbers, full_loss=full_loss, choice=choice, memory=memory,
+            other_names=tuple(request.other_data), notes=request.notes,
+        )  # fmt: skip
+
+    if asked.target_error is None:
+        return read(engine, run)
+    return Rounds(asked, began, engine, inputs, store, digest_of_json(identity), read).go_on(run)
 
 
 def _asked(request: Request) -> dict[str, Any]:
     """The numbers that the caller gave, by which a run is known again."""
-    names = ("num_chains", "num_draws", "num_warmup", "thinning", "budget", "control_variate", "hot")
+    names = ("num_chains", "num_draws", "num_warmup", "thinning", "budget", "control_variate", "hot", "target_error")
     return {name: getattr(request, name) for name in names}
 
 

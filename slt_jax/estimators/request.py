@@ -51,6 +51,8 @@ class Request:
     num_warmup: int | None = None
     thinning: int | None = None
     budget: int | None = None
+    target_error: float | None = None
+    minutes: float | None = None
     control_variate: bool | None = None
     hot: float | None = None
     mesh: Mesh | None = None
@@ -66,7 +68,8 @@ class Request:
         cls, posterior: Any, data: Any, *, sampler: Any = None, key: Any = 0, batch_size: int | None = None,
         micro_batches: int = 1, baseline: str = "paired", chunk_size: int = 512, num_chains: int | None = None,
         num_draws: int | None = None, num_warmup: int | None = None, thinning: int | None = None,
-        budget: int | None = None, control_variate: bool | None = None, hot: float | None = None,
+        budget: int | None = None, target_error: float | None = None, minutes: float | None = None,
+        control_variate: bool | None = None, hot: float | None = None,
         mesh: Mesh | None = None, chain_batch: int | None = None,
         checkpoint_dir: str | os.PathLike | None = None, checkpoint_seconds: float = 60.0, progress: bool = False,
         also: Mapping[str, Any] | None = None,
@@ -85,6 +88,7 @@ class Request:
         _check_dynamics(control_variate, hot)
         if budget is not None and num_draws is not None:
             raise ValueError(f"budget = {budget} and num_draws = {num_draws} both set the length. Give one of them.")
+        _check_target(target_error, minutes, num_draws)
         if checkpoint_dir is not None:
             check_directory(checkpoint_dir)
         check_positive("checkpoint_seconds", checkpoint_seconds, "0 saves after every chunk.", zero=True)
@@ -102,6 +106,8 @@ class Request:
             baseline=baseline,
             chunk_size=int(chunk_size),
             **lengths,
+            target_error=target_error,
+            minutes=minutes,
             control_variate=control_variate,
             hot=hot,
             mesh=mesh,
@@ -283,6 +289,23 @@ def _check_posterior(posterior: Any) -> None:
         raise TypeError(
             f"posterior must be a LocalPosterior, got a {type(posterior).__name__}. "
             "Pass slt_jax.LocalPosterior(loss_fn, center, num_data) first, then the data."
+        )
+
+
+def _check_target(target_error: Any, minutes: Any, num_draws: Any) -> None:
+    if target_error is None:
+        if minutes is not None:
+            raise ValueError(f"minutes = {shown(minutes)} is a limit for target_error. Give target_error=0.03 with it.")
+        return
+    check_positive("target_error", target_error, "It is the relative error to reach: 0.03 for 3 %.")
+    if target_error >= 1:
+        raise ValueError(f"target_error must be below 1, got {shown(target_error)}. It is a share: 0.03 for 3 %.")
+    if minutes is not None:
+        check_positive("minutes", minutes, "It is the time after which no further steps are begun.")
+    if num_draws is not None:
+        raise ValueError(
+            f"target_error = {target_error} and num_draws = {num_draws} both set the length. Give one of "
+            "them; budget or minutes limits the steps for target_error."
         )
 
 

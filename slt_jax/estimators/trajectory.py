@@ -34,7 +34,7 @@ from slt_jax.estimators.shared import shared_calibration
 from slt_jax.posterior.flax import params_like
 from slt_jax.posterior.local import LocalPosterior
 from slt_jax.posterior.program import leaf_masks
-from slt_jax.posterior.tree import path_of
+from slt_jax.posterior.tree import check_pytree, path_of
 from slt_jax.results.llc import LLCResult, load_result
 from slt_jax.results.plateau import SETTLED
 from slt_jax.results.text import estimate_text
@@ -161,6 +161,7 @@ class _Course:
         """The posterior around the checkpoint of this step."""
         center = self.centers[step]
         center = center() if callable(center) and not isinstance(center, nnx.Module) else center
+        check_pytree(f"the checkpoint of step {step}", center)
         try:
             center = params_like(center, self.request.posterior.center)
             posterior = dataclasses.replace(self.request.posterior, center=center)

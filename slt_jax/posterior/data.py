@@ -11,7 +11,7 @@ from jaxtyping import Array, Int32, Integer, Key, PyTree
 
 from slt_jax._checks import shown
 from slt_jax.kernels.langevin import uniform_index
-from slt_jax.posterior.tree import addressable, on_one_device, path_of, tree_digest, without_torch
+from slt_jax.posterior.tree import addressable, check_pytree, on_one_device, path_of, tree_digest, without_torch
 
 MEMORY_LIMIT = 2**30  # bytes of a further data set, which is kept in memory
 _MOST_LEAVES = 32  # arrays of a data set; more are a list with an array for each example
@@ -60,6 +60,7 @@ class ArrayData:
     on_host = False
 
     def __init__(self, data: PyTree):
+        check_pytree("the data", data)
         data = without_torch(data)
         flat = jax.tree_util.tree_flatten_with_path(data)[0]
         if not flat:
@@ -137,7 +138,14 @@ def named_data(also: Mapping[str, Any] | None) -> dict[str, ArrayData]:
         return {}
     if not isinstance(also, Mapping) or not all(isinstance(name, str) and name for name in also):
         raise TypeError(f"also must be a dict of names and data sets, got {shown(also)}. Write also={{'code': data}}.")
-    return {name: _in_memory(as_source(data), name) for name, data in also.items()}
+    return {name: _in_memory(_named_source(name, data), name) for name, data in also.items()}
+
+
+def _named_source(name: str, data: Any) -> Source:
+    try:
+        return as_source(data)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"also['{name}']: {error}") from error
 
 
 def check_same_structure(name: str, other: ArrayData, source: Source) -> None:

@@ -25,7 +25,7 @@ from slt_jax.posterior.program import (
     leaf_masks,
     names_of,
 )
-from slt_jax.posterior.tree import path_of, tree_digest, without_torch
+from slt_jax.posterior.tree import check_pytree, path_of, tree_digest, without_torch
 
 _DEFAULT_NBETA: Any = None  # num_data / log(num_data)
 if TYPE_CHECKING:
@@ -81,6 +81,8 @@ class LocalPosterior:
                 f"loss_fn must be a function loss_fn(params, batch), got {brief(self.loss_fn)}. It comes before center."
             )
         check_not_traced("LocalPosterior", self.center)
+        check_pytree("center", self.center)
+        check_pytree("mask", self.mask)
         try:
             hash(self.loss_fn)
         except TypeError as error:

@@ -16,6 +16,18 @@ def path_of(key_path: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in key_path)
 
 
+def check_pytree(name: str, tree: PyTree) -> None:
+    """Raise ValueError unless jax can take ``tree`` apart: a dict whose keys cannot be sorted, for instance."""
+    try:
+        jax.tree.leaves(tree)
+    except (TypeError, ValueError) as error:
+        cause = error.__cause__ or error.__context__ or error
+        raise ValueError(
+            f"{name} cannot be read as a pytree of arrays ({cause}). The keys of each dict must be of one type, "
+            "such as strings."
+        ) from error
+
+
 def without_torch(tree: PyTree) -> PyTree:
     """``tree`` with NumPy arrays in the place of torch's tensors; itself where there are none."""
     if not any(_is_torch(leaf) for leaf in jax.tree.leaves(tree)):

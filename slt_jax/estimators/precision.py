@@ -1,0 +1,206 @@
+"""An estimate that goes on until it is as precise as was asked for: the same chains, taken further."""
+
+import dataclasses
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from slt_jax.calibration.effort import default_budget
+from slt_jax.engine.checkpoint import RunStore
+from slt_jax.engine.loop import Engine, Inputs, Run
+from slt_jax.engine.mesh import allgather, is_main_process
+from slt_jax.engine.plan import Schedule
+from slt_jax.engine.run import run_to_end
+from slt_jax.estimators.request import Request
+from slt_jax.results.llc import LLCResult
+
+WANTS_MORE = ("still rising", "still falling", "chains disagree", "too few draws")  # verdicts that more steps can mend
+HOPELESS = ("diverged", "not a minimum", "not resolved in float32")  # after which more steps say nothing
+_FIRST = 4_000  # gradients of the first round, at least
+_FIRST_SHARE = 0.25  # of the default budget, for the first round
+_MOST_BUDGETS = 10.0  # default budgets for all rounds together, where no budget is given
+_GROWTH = (1.25, 2.0)  # times as many steps after a round, at least and at most
+_LEAST_GROWTH = 1.1  # that a budget or a clock has to leave for another round
+_FIRST_THINNING = 4  # a loss at w* for each draw costs a forward pass
+_ENDS = 0.06  # of the steps' gradients, for the measurements at the end of a round
+
+
+def first_round(request: Request) -> Request:
+    """The request whose budget is that of the first round."""
+    most = most_gradients(request)
+    first = min(most, max(_FIRST, int(_FIRST_SHARE * default_budget(request.posterior.num_free))))
+    thinning = _FIRST_THINNING if request.thinning is None and first >= _FIRST else request.thinning
+    return dataclasses.replace(request, budget=int(first), thinning=thinning)
+
+
+def most_gradients(request: Request) -> int:
+    """Minibatch gradients of all rounds together, at most."""
+    if request.budget is not None:
+        return request.budget
+    return int(_MOST_BUDGETS * default_budget(request.posterior.num_free))
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What decides after each round whether there is another, and how long.
+
+    Args:
+        request: as it was given. began: ``time.monotonic()`` at the start of the call.
+        read: (engine of a schedule, run) -> what the run reads so far.
+    """
+
+    request: Request
+    began: float
+    engine: Engine
+    inputs: Inputs
+    store: RunStore | None
+    identity: str
+    read: Callable[[Engine, Run], LLCResult]
+
+    def go_on(self, run: Run) -> LLCResult:
+        """The result once it is precise enough, or budget or time are used up, or more steps would not help."""
+        plan, number, earlier = self.engine.plan, 0, 0.0
+        share = plan.num_warmup / plan.total_steps
+        while True:
+            result = _with_earlier(self.read(self.engine.replanned(_split_at(plan, share)), run), earlier)
+            earlier = result.settings.spent.get("probe", 0.0)
+            draws = self._kept(number, lambda plan=plan, result=result: self._next_draws(plan, result))
+            if draws <= plan.num_draws:
+                return self._noted(result)
+            self._tell(result)
+            number += 1
+            plan = dataclasses.replace(plan, num_draws=draws)
+            engine = self.engine.replanned(plan)
+            run = self._continued(engine, run, number)
+
+    def _continued(self, engine: Engine, run: Run, number: int) -> Run:
+        store = None
+        if self.request.folder is not None:
+            identity = {"estimate": self.identity, "round": number, "num_draws": engine.plan.num_draws}
+            store = RunStore(self.request.folder / f"round-{number}", identity, engine.problem.mesh)
+        seconds = run.cost.get("seconds", 0.0)
+        longer = run_to_end(
+            engine, self.inputs, store, progress=self.request.progress, every=self.request.checkpoint_seconds,
+            nbeta=float(self.request.posterior.nbeta), start=engine.lengthened(run), part=f"round {number + 1}",
+        )  # fmt: skip
+        longer.notes = [*run.notes, *(note for note in longer.notes if note not in run.notes)]
+        longer.cost = {**longer.cost, "seconds": longer.cost.get("seconds", 0.0) + seconds}
+        return longer
+
+    def _kept(self, number: int, decide: Callable[[], int]) -> int:
+        """Draws after round ``number``: as they were decided when it was run first, if it was cut short after that."""
+        note = None if self.store is None else self.store.read_note(f"round-{number + 1}", ["num_draws"])
+        if note is not None:
+            return int(note["num_draws"])
+        draws = int(allgather(decide(), self.engine.problem.mesh)[0])
+        if self.store is not None and draws > self.engine.plan.num_draws and draws > 0:
+            self.store.write_note(f"round-{number + 1}", {"num_draws": draws})
+        return draws
+
+    def _next_draws(self, plan: Schedule, result: LLCResult) -> int:
+        """Draws of a chain in all after another round; those of now for no more."""
+        if self.reached(result) or any(flag in HOPELESS for flag in result.health.flags):
+            return plan.num_draws
+        least, most = _GROWTH
+        steps = plan.total_steps * min(max(1.05 * times_needed(result, self._target), least), most)
+        steps = min(steps, self._affordable(plan, result))
+        if steps < _LEAST_GROWTH * plan.total_steps:
+            return plan.num_draws
+        return int(steps - plan.num_warmup) // plan.thinning
+
+    def _affordable(self, plan: Schedule, result: LLCResult) -> float:
+        """Steps of a chain that budget and minutes allow in all."""
+        each = plan.step_gradients() / plan.total_steps  # gradients of a step of all chains
+        spent = sum(result.settings.spent.values())
+        steps = plan.total_steps + (most_gradients(self.request) - spent) * (1 - _ENDS) / each
+        if self.request.minutes is not None:
+            speed = result.settings.cost.get("steps_per_s") or math.nan
+            left = 60 * self.request.minutes - (time.monotonic() - self.began)
+            in_time = plan.total_steps + max(0.0, left) * (1 - _ENDS) * speed / plan.num_chains
+            steps = min(steps, in_time) if math.isfinite(in_time) else steps
+        return steps
+
+    @property
+    def _target(self) -> float:
+        assert self.request.target_error is not None
+        return self.request.target_error
+
+    def reached(self, result: LLCResult) -> bool:
+        """Whether the error is as small as asked for, and no check asks for more steps."""
+        error = relative_error(result)
+        return error <= self._target and not any(flag in WANTS_MORE for flag in result.health.flags)
+
+    def _tell(self, result: LLCResult) -> None:
+        if self.request.progress and is_main_process(self.engine.problem.mesh):
+            print(f"  {self._standing(result)}", file=sys.stderr)
+
+    def _standing(self, result: LLCResult) -> str:
+        spent, needed = sum(result.settings.spent.values()), needed_budget(result, self._target)
+        text = f"LLC {result.estimate_text('+/-')} after {spent:,.0f} gradients, {result.verdict}: the error is "
+        text += f"{relative_error(result):.1%} of it, and {self._target:.1%} was asked for. "
+        if not math.isfinite(needed):
+            return text + "How much more is needed cannot be told yet."
+        minutes = self._minutes(result, needed - spent)
+        return text + f"About {needed:,.0f} gradients in all would do{minutes}."
+
+    @staticmethod
+    def _minutes(result: LLCResult, gradients: float) -> str:
+        speed = result.settings.cost.get("steps_per_s")
+        if not speed:
+            return ""
+        seconds = max(0.0, gradients) / speed / (2 if result.settings.control_variate else 1)
+        return f", {seconds / 60:.1f} more minutes" if seconds >= 60 else f", {seconds:.0f} more seconds"
+
+    def _noted(self, result: LLCResult) -> LLCResult:
+        """With a note where it ended before it was as precise as asked for."""
+        if self.reached(result):
+            return result
+        needed, asked = needed_budget(result, self._target), f"target_error = {self._target:g} was not reached"
+        if any(flag in HOPELESS for flag in result.health.flags):
+            note = f"{asked}: more steps would not help, by the verdict."
+        else:
+            used = f"minutes = {self.request.minutes:g}" if self.request.minutes else ""
+            used = " or ".join(filter(None, [f"budget = {most_gradients(self.request):,}", used]))
+            more = (
+                f"About budget={round(needed, -2):_.0f} would do" if math.isfinite(needed) else "Give a larger budget"
+            )
+            note = f"{asked} within {used}: the error is {relative_error(result):.1%} of the LLC. {more}."
+        return dataclasses.replace(result, notes=(*result.notes, note))
+
+
+def relative_error(result: LLCResult) -> float:
+    """Standard error over the estimate; infinite where either is unknown."""
+    error = result.llc_stderr / abs(result.llc) if result.llc else math.inf
+    return error if math.isfinite(error) else math.inf
+
+
+def times_needed(result: LLCResult, target: float) -> float:
+    """How many times as long the run has to be: for the error, and for directions that have not relaxed."""
+    error, longer = relative_error(result), result.health.evidence.times_longer
+    times = (error / target) ** 2 if math.isfinite(error) else math.inf
+    if not any(flag in WANTS_MORE for flag in result.health.flags):
+        return times
+    return max(times, longer if math.isfinite(longer) else 2.0)
+
+
+def needed_budget(result: LLCResult, target: float) -> float:
+    """Gradients of all rounds, by the last of them; infinite where it cannot be told."""
+    steps = result.settings.spent.get("steps", 0.0)
+    return sum(result.settings.spent.values()) + (times_needed(result, target) - 1) * steps
+
+
+def _split_at(plan: Schedule, share: float) -> Schedule:
+    """The same steps with this share of them as warm-up, and draws at the same steps as before."""
+    moved = max(0, int(share * plan.total_steps) - plan.num_warmup) // plan.thinning
+    return dataclasses.replace(
+        plan, num_warmup=plan.num_warmup + moved * plan.thinning, num_draws=plan.num_draws - moved
+    )
+
+
+def _with_earlier(result: LLCResult, probes: float) -> LLCResult:
+    """With the gradients of the measurements after earlier rounds."""
+    gradients = {**result.settings.gradients, "probe": result.settings.spent.get("probe", 0.0) + probes}
+    settings = dataclasses.replace(result.settings, gradients=gradients)
+    return dataclasses.replace(result, settings=settings)
