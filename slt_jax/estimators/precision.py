@@ -66,7 +66,7 @@ class Rounds:
         while True:
             result = _with_earlier(self.read(self.engine.replanned(_split_at(plan, share)), run), earlier)
             earlier = result.settings.spent.get("probe", 0.0)
-            draws = self._kept(number, lambda plan=plan, result=result: self._next_draws(plan, result))
+            draws = self._kept(number, plan, result)
             if draws <= plan.num_draws:
                 return self._noted(result)
             self._tell(result)
@@ -89,14 +89,15 @@ class Rounds:
         longer.cost = {**longer.cost, "seconds": longer.cost.get("seconds", 0.0) + seconds}
         return longer
 
-    def _kept(self, number: int, decide: Callable[[], int]) -> int:
-        """Draws after round ``number``: as they were decided when it was run first, if it was cut short after that."""
-        note = None if self.store is None else self.store.read_note(f"round-{number + 1}", ["num_draws"])
+    def _kept(self, number: int, plan: Schedule, result: LLCResult) -> int:
+        """Draws of a chain after the next round; as they were decided before, where the run was cut short in it."""
+        name = f"round-{number + 1}"
+        note = None if self.store is None else self.store.read_note(name, ["num_draws"])
         if note is not None:
             return int(note["num_draws"])
-        draws = int(allgather(decide(), self.engine.problem.mesh)[0])
-        if self.store is not None and draws > self.engine.plan.num_draws and draws > 0:
-            self.store.write_note(f"round-{number + 1}", {"num_draws": draws})
+        draws = int(allgather(self._next_draws(plan, result), self.engine.problem.mesh)[0])
+        if self.store is not None and draws > plan.num_draws:
+            self.store.write_note(name, {"num_draws": draws})
         return draws
 
     def _next_draws(self, plan: Schedule, result: LLCResult) -> int:
