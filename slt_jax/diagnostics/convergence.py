@@ -10,6 +10,7 @@ from slt_jax.diagnostics.limits import (
     ERROR_SHARE,
     ERROR_SHARE_OF_FEW,
     FEW_DRAWS,
+    GOOD_ERROR,
     LEAST_DRAWS,
     LEAST_TIMES,
     MOST_TIMES,
@@ -66,7 +67,10 @@ def usable_draws(sample: Sample) -> Check:
 
 def rhat(sample: Sample) -> Check:
     ok = outcome(sample.rhat > RHAT_LIMIT, sample.rhat)
-    reason = f"R-hat {sample.rhat:.3f} is above {RHAT_LIMIT}; draw more, or raise num_warmup."
+    reason = (
+        f"R-hat {sample.rhat:.3f} is above {RHAT_LIMIT}: the chains, or the halves of a chain, differ. "
+        f"{_run_longer(sample)}."
+    )
     return Check(
         name="R-hat",
         value=sample.rhat,
@@ -109,11 +113,33 @@ def error_of_the_mean(sample: Sample) -> Check:
 
 
 def _too_few(sample: Sample) -> Fault:
-    needed = ERROR_SHARE * sample.size
-    times = max((sample.error / needed) ** 2 if needed else math.inf, FEW_DRAWS / sample.ess, LEAST_TIMES)
-    count = f"{times:.1f} times as many" if times < MOST_TIMES else "many more"
-    reason = f"{sample.ess:.0f} effective draws leave a standard error of {sample.error:.2g}; draw {count}."
-    return Fault("too few draws", reason)
+    share = sample.error / sample.size if sample.size else math.inf
+    times = max((share / GOOD_ERROR) ** 2, FEW_DRAWS / sample.ess, LEAST_TIMES)
+    reason = f"{sample.ess:.0f} effective draws leave a standard error of {sample.error:.2g}"
+    if times < MOST_TIMES:
+        more = f"{_arguments(sample, times)} would bring it to {share / math.sqrt(times):.1%}"
+        return Fault("too few draws", f"{reason}, {share:.1%} of the estimate; {more}.")
+    return Fault(
+        "too few draws", f"{reason}; over {MOST_TIMES} times as many would bring it to {GOOD_ERROR:.0%} of it."
+    )
+
+
+def _run_longer(sample: Sample, times: float = 2.0) -> str:
+    count = {2.0: "twice", 4.0: "four times"}.get(times, f"{times:.2g} times")
+    return f"Run {count} as long: {_arguments(sample, times)}"
+
+
+def _arguments(sample: Sample, times: float) -> str:
+    """Those of a run that is so many times as long."""
+    draws = f"num_draws={_rounded_up(times * sample.draws.shape[1]):_}"
+    gradients = sample.evidence.gradients
+    return f"budget={_rounded_up(times * gradients):_} (or {draws})" if math.isfinite(gradients) else draws
+
+
+def _rounded_up(value: float) -> int:
+    """With two digits."""
+    digit = 10 ** max(0, math.floor(math.log10(value)) - 1)
+    return math.ceil(value / digit) * digit
 
 
 def trend(sample: Sample) -> Check:
@@ -139,7 +165,8 @@ def _moving(sample: Sample) -> Fault:
     )
     reason = (
         f"the mean of the second half of the draws differs by {sample.trend:+.3g} from that of the first "
-        f"({sample.trend_z:+.1f} standard errors); {where}. Raise num_warmup or the budget."
+        f"({sample.trend_z:+.1f} standard errors); {where}. "
+        f"{_run_longer(sample)}."
     )
     return Fault("still rising" if sample.trend > 0 else "still falling", reason, end)
 
@@ -154,7 +181,7 @@ def rise(sample: Sample) -> Check:
     reason = (
         f"the last two doublings of the run changed the mean of the chains that started at w* by "
         f"{measured.before:+.3g} and {measured.value:+.3g}: they are still spreading into soft "
-        "directions. Raise the budget, or localization."
+        f"directions. {_run_longer(sample, 4.0)}, or raise localization."
     )
     return Check(
         name="Rise in one more doubling of the run",
@@ -175,8 +202,7 @@ def hot_starts(sample: Sample) -> Check:
     ok = outcome(apart, gap, sample.bracket_error)
     reason = (
         f"chains that started at w* give {cold:.4g}, and those that started hot give {hot:.4g}: the answer lies "
-        "between, unless the hot ones left the neighbourhood of w*. Raise the budget or num_warmup, or raise "
-        "localization."
+        f"between, unless the hot ones left the neighbourhood of w*. {_run_longer(sample)}, or raise localization."
     )
     return Check(
         name="From w*, from hot starts",
@@ -196,7 +222,7 @@ def virial(sample: Sample) -> Check:
     ok = outcome(measured < VIRIAL_LIMIT, measured)
     reason = (
         f"the chains have equilibrated in about {max(0.0, measured):.0%} of the directions (virial ratio), and what "
-        "the others would add is unknown. Raise the budget, num_warmup or localization."
+        f"the others would add is unknown. {_run_longer(sample, 4.0)}, or raise localization."
     )
     return Check(
         name="Virial ratio",
@@ -216,7 +242,9 @@ def unrelaxed_bias(sample: Sample) -> Check:
     falls = sample.trend_z < -TREND_SIGMA
     ok = None if falls else outcome(measured > UNRELAXED_SHARE * sample.size, measured)
     end = sample.mean + measured
-    remedy = f"Raise the budget {times:.2g} times" if times < MOST_TIMES else "Take a longer step_size, or leave it out"
+    remedy = "Take a longer step_size, or leave it out"
+    if times < MOST_TIMES:
+        remedy = _run_longer(sample, times)
     reason = (
         f"by the curvatures at w*, directions that have not relaxed in a run of this length would still add "
         f"{measured:.3g}: the estimate would end near {end:.4g} (extrapolated). {remedy}, or raise localization."

@@ -26,7 +26,7 @@ class Evidence:
     that have not relaxed yet would still add, by the curvatures at w*; ``times_longer``: the length of run that leaves
     little of it, over the length of this run; both from ``diagnostics.relaxation``. ``spacing``: nbeta times the
     distance from the loss at w* to the next number of float32. ``example_spread``: nbeta times the standard deviation
-    over examples of their losses less those at w*.
+    over examples of their losses less those at w*. ``gradients``: minibatch gradients that the estimate took in all.
     """
 
     virial: float = math.nan
@@ -49,6 +49,7 @@ class Evidence:
     times_longer: float = math.nan
     spacing: float = math.nan
     example_spread: float = math.nan
+    gradients: float = math.nan
 
 
 @dataclass(frozen=True, kw_only=True)

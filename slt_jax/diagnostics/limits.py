@@ -33,7 +33,9 @@ ERROR_SHARE = 0.11
 # the share below. Not recorded.
 FEW_DRAWS = 30
 ERROR_SHARE_OF_FEW = 0.02
-# "Draw so many times as many": no factor below the first, and none above the second, where the estimate of it is rough.
+# Standard error that the remedy aims at. It decides on words alone.
+GOOD_ERROR = 0.05
+# How many times as many draws: no factor below the first, and none above the second, where the estimate is rough.
 # They decide on words alone.
 LEAST_TIMES = 1.1
 MOST_TIMES = 100

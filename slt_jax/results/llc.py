@@ -180,6 +180,7 @@ class LLCResult:
             times_longer=s.probe.get("longer", math.nan),
             spacing=s.nbeta * spacing_of(self.init_loss),
             example_spread=self._example_spread,
+            gradients=sum(s.spent.values()) or math.nan,
         )
 
     @property

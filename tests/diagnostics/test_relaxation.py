@@ -177,7 +177,7 @@ def test_a_debt_is_named_with_its_end_and_remedy():
     found = health(Evidence(unrelaxed_bias=0.2 * mean, times_longer=7.5))
     assert found.verdict == "still rising"
     assert found.extrapolated == pytest.approx(1.2 * mean)
-    assert "Raise the budget 7.5 times, or raise localization" in found.reason
+    assert "Run 7.5 times as long: num_draws=30_000, or raise localization" in found.reason
     assert "longer step_size" in health(Evidence(unrelaxed_bias=0.2 * mean, times_longer=1e5)).reason
     falling = draws + np.linspace(1, -1, draws.shape[1])
     assert assess(falling, Evidence(unrelaxed_bias=0.2 * mean, times_longer=7.5)).verdict == "still falling"

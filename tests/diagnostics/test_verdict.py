@@ -90,20 +90,24 @@ def test_an_error_bar_as_large_as_the_estimate_is_too_few_draws():
 
 def test_so_many_more_draws_are_enough():
     """Kills: the ratio of the errors in place of its square; the limit of the few draws' error bars left out."""
-    few = series(np.random.default_rng(6), draws=120) + 0.45  # an error of 0.12, where 0.05 would do
-    times = float(re.search(r"draw (\S+) times as many", assess(few, Evidence()).reason).group(1))
-    assert 4 < times < 6
-    more = series(np.random.default_rng(3), draws=int(120 * times * 1.7)) + 0.45  # its own error is known to a fifth
-    assert "too few draws" not in assess(more, Evidence()).flags
-    less = series(np.random.default_rng(3), draws=int(120 * times / 2)) + 0.45
-    assert "too few draws" in assess(less, Evidence()).flags
+    few = series(np.random.default_rng(6), draws=120) + 0.9  # an error of 0.12, where 0.045 is 5 %
+    said = assess(few, Evidence(gradients=1000.0)).reason
+    found = re.search(r"budget=([\d_]+) \(or num_draws=([\d_]+)\) would bring it to 5.0%", said)
+    budget, count = (int(found[k].replace("_", "")) for k in (1, 2))
+    assert 5 < count / 120 < 11
+    assert budget / 1000 == pytest.approx(count / 120, rel=0.1)
+    many = assess(series(np.random.default_rng(3), draws=count) + 0.9, Evidence())
+    assert "too few draws" not in many.flags
+    errors = [series(np.random.default_rng(seed), draws=count) for seed in range(20)]
+    reached = np.sqrt(np.mean([x.mean() ** 2 for x in errors])) / 0.9
+    assert 0.03 < reached < 0.07  # a standard deviation of twenty is known to a sixth, the first error to a fifth
     short = assess(series(np.random.default_rng(4), draws=5, rho=0.0) + 5, Evidence())
     assert short.ess <= 20
     assert "too few draws" in short.flags
     (fault,) = [check.fault for check in short.checks if check.name == "Effective draws (ESS)"]
-    assert f"draw {30 / short.ess:.1f} times as many" in fault.reason
+    assert f"num_draws={math.ceil(5 * 30 / short.ess)} would bring it to" in fault.reason
     centered = few - few.mean()
-    assert "draw many more" in assess(centered, Evidence()).reason
+    assert "over 100 times as many would bring it to 5%" in assess(centered, Evidence()).reason
 
 
 @pytest.mark.parametrize("shape", [(0, 10), (1, 1), (4, 1), (4, 3)])

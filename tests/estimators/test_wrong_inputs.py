@@ -99,3 +99,36 @@ def test_the_home_directory_and_links(tmp_path, monkeypatch):
     assert link.is_symlink()
     for path in (link, tmp_path / "result"):
         np.testing.assert_array_equal(slt.load_result(path).loss_trace, other.loss_trace)
+
+
+@pytest.mark.usefixtures("wrong_types")
+def test_what_a_search_over_arguments_found():
+    """Each was obscure, or a number without a word: found by the search in ``tests/properties``."""
+    refuses(ValueError, lambda: posterior(nbeta=1e-300), "nbeta must lie in the range of float32", "1e-300")
+    refuses(ValueError, lambda: posterior(localization=1e300), "localization must lie in the range of float32")
+    refuses(ValueError, lambda: slt.sgld(1e300), "step_size must lie in the range of float32")
+    masked = np.ma.masked_array(DATA, DATA > 1)
+    refuses(TypeError, lambda: estimate(data=masked), "'data' is a masked array, whose mask would be lost", "filled(0)")
+    refuses(TypeError, lambda: posterior(center={"w": np.ma.ones(3)}), "parameter 'w' is a masked array")
+    refuses(TypeError, lambda: posterior(center=jnp.zeros(3), mask=lambda path: path[7]), "mask failed for the path ()")
+    words = ("center cannot be read as a pytree", "of one type")
+    refuses(ValueError, lambda: posterior(center={1: jnp.ones(2), "b": jnp.ones(1)}), *words)
+    refuses(ValueError, lambda: estimate(data={1: DATA, "b": DATA}), "the data cannot be read as a pytree")
+    refuses(ValueError, lambda: posterior(center={"w": np.zeros((0, 3), np.float32)}), "center has no weights")
+    refuses(ValueError, lambda: estimate(also={"a": None}), "also['a']: the data has no arrays")
+    refuses(TypeError, lambda: estimate(control_variate=np.zeros(3)), "control_variate must be True, False or None")
+    large = np.arange(10_000.0).reshape(100, 100)
+    with pytest.raises(TypeError, match="nbeta must be a finite number") as error:
+        posterior(nbeta=large)
+    assert len(str(error.value)) < 300
+    assert "\n" not in str(error.value)
+    values = [np.ones(2), np.ones(2)]
+    refuses(TypeError, lambda: slt.sweep(posterior(), DATA, sampler=slt.sgld(), nbeta=values), "each nbeta must be")
+
+
+def test_an_empty_leaf_on_several_devices():
+    """Kills: the measurement at the end that failed for it."""
+    center = {"w": jnp.zeros(3), "none": jnp.zeros((0, 4))}
+    result = estimate(posterior(lambda p, x: square(p["w"], x), center), num_draws=200, num_warmup=200)
+    assert result.notes == ()
+    assert "noise" in result.settings.probe
