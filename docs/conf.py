@@ -1,0 +1,70 @@
+"""Sphinx's settings: ``make docs`` builds the site into build/docs, and runs every page that has code cells."""
+
+import sys
+from importlib.metadata import version as version_of
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "_ext"))
+sys.path.insert(0, str(HERE.parent))  # pages use the problems in scaling/
+
+project = "slt-jax"
+author = "the slt-jax authors"
+copyright = "the slt-jax authors"
+release = version_of("slt-jax")
+version = ".".join(release.split(".")[:2])
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.viewcode",
+    "sphinx_copybutton",
+    "sphinx_design",
+    "repository_links",
+]
+exclude_patterns = ["_ext"]
+suppress_warnings = ["image.not_readable"] if False else []
+
+# --- pages
+myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 4
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(HERE.parent / "build/notebooks")
+nb_execution_raise_on_error = True
+nb_execution_show_tb = True
+nb_execution_timeout = 300  # seconds a cell; a page should take less than two minutes
+nb_execution_excludepatterns = ["evidence.md"]
+nb_merge_streams = True
+nb_render_markdown_format = "myst"
+copybutton_exclude = ".linenos, .gp, .go"
+
+# --- the reference
+nitpicky = True
+nitpick_ignore_regex = [("py:.*", r".*")]  # types of other packages have no page here
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 100
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_use_param = True
+napoleon_use_ivar = True
+
+# --- the theme
+html_theme = "sphinx_book_theme"
+html_title = "slt-jax"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_theme_options = {
+    "repository_url": "https://github.com/slt-jax/slt-jax",
+    "repository_branch": "main",
+    "path_to_docs": "docs",
+    "use_repository_button": True,
+    "use_source_button": True,
+    "use_download_button": False,
+    "show_toc_level": 2,
+    "show_navbar_depth": 1,
+}
+html_copy_source = True
