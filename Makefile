@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test parity lint docs clean
+.PHONY: demo test parity lint docs dist clean
 
 demo: $(VENV)/.installed
 	$(BIN)/slt-jax demo
@@ -26,6 +26,12 @@ lint: $(VENV)/.installed-test
 docs: $(VENV)/.installed-docs
 	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
 	$(BIN)/python docs/_ext/check_links.py build/docs
+
+# The wheel and the sdist of a release, in dist/.
+dist: $(VENV)/.installed
+	$(PIP) build
+	rm -rf build/lib dist
+	$(BIN)/python -m build
 
 # The install is editable: only a changed pyproject.toml asks for a new one.
 $(VENV)/.installed: pyproject.toml

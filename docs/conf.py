@@ -1,12 +1,18 @@
 """Sphinx's settings: ``make docs`` builds the site into build/docs, and runs every page that has code cells."""
 
+import os
 import sys
 from importlib.metadata import version as version_of
 from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "_ext"))
-sys.path.insert(0, str(HERE.parent))  # pages use the problems in scaling/
+
+import page_kernels  # noqa: E402
+
+BUILD = HERE.parent / "build"
+os.environ["PYTHONPATH"] = str(HERE.parent)  # of the pages' kernels: they use the problems in scaling/
+os.environ["IPYTHONDIR"] = str(page_kernels.profile(BUILD / "ipython"))
 
 project = "slt-jax"
 author = "the slt-jax authors"
@@ -25,24 +31,22 @@ extensions = [
     "repository_links",
 ]
 exclude_patterns = ["_ext"]
-suppress_warnings = ["image.not_readable"] if False else []
 
 # --- pages
 myst_enable_extensions = ["amsmath", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 4
 nb_execution_mode = "cache"
-nb_execution_cache_path = str(HERE.parent / "build/notebooks")
+nb_execution_cache_path = str(page_kernels.cache(BUILD / "notebooks", HERE.parent))
 nb_execution_raise_on_error = True
 nb_execution_show_tb = True
 nb_execution_timeout = 300  # seconds a cell; a page should take less than two minutes
-nb_execution_excludepatterns = ["evidence.md"]
 nb_merge_streams = True
 nb_render_markdown_format = "myst"
 copybutton_exclude = ".linenos, .gp, .go"
 
 # --- the reference
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r".*")]  # types of other packages have no page here
+nitpick_ignore_regex = [("py:.*", r"(?!slt_jax\.).*")]  # types of other packages have no page here
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True

@@ -72,8 +72,8 @@ def sweep(
     localization the control at nbeta = 0 is taken too, where the posterior is a Gaussian that can be drawn exactly.
 
     Args:
-        posterior, data, sampler, batch_size, key, mesh, chain_batch, micro_batches, baseline, progress, chunk_size,
-            checkpoint_seconds: as for ``estimate_llc``.
+        posterior, data, sampler, batch_size, key, mesh: as for ``estimate_llc``.
+        chain_batch, micro_batches, baseline, progress, chunk_size, checkpoint_seconds: as for ``estimate_llc``.
         nbeta, localization, step_size: the values of each axis, in any order. An axis left out has the one value of the
             posterior or the sampler; where they have none, calibration chooses it, at the largest nbeta.
         num_chains, num_draws, num_warmup, thinning: of each cell; default as many warm-up steps as go into the draws.
