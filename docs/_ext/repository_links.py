@@ -6,8 +6,10 @@ to the same file in the repository.
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from sphinx.application import Sphinx
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 REPOSITORY = "https://github.com/slt-jax/slt-jax"
 _LINK = re.compile(r"(?<!!)\[((?:[^\[\]]|\[[^\]]*\])*)\]\((\.[^)\s#]*)(#[^)\s]*)?\)")
@@ -27,17 +29,17 @@ def in_repository(text: str, folder: Path, docs: Path) -> str:
     return _LINK.sub(replaced, text)
 
 
-def _on_read(app: Sphinx, name: str, content: list[str]) -> None:
+def _on_read(app: "Sphinx", name: str, content: list[str]) -> None:
     docs = Path(app.srcdir).resolve()
     content[0] = in_repository(content[0], Path(app.env.doc2path(name)).resolve().parent, docs)
 
 
-def _on_include(app: Sphinx, relative: Path, name: str, content: list[str]) -> None:
+def _on_include(app: "Sphinx", relative: Path, name: str, content: list[str]) -> None:
     docs = Path(app.srcdir).resolve()
     content[0] = in_repository(content[0], (docs / relative).resolve().parent, docs)
 
 
-def setup(app: Sphinx) -> dict:
+def setup(app: "Sphinx") -> dict:
     app.connect("source-read", _on_read)
     app.connect("include-read", _on_include)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}
