@@ -28,6 +28,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_copybutton",
     "sphinx_design",
+    "docstrings",
     "repository_links",
 ]
 exclude_patterns = ["_ext"]
@@ -70,5 +71,6 @@ html_theme_options = {
     "use_download_button": False,
     "show_toc_level": 2,
     "show_navbar_depth": 1,
+    "navbar_persistent": [],  # the side bar has the search already
 }
 html_copy_source = True

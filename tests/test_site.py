@@ -15,6 +15,7 @@ DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS / "_ext"))
 
 from check_links import broken_links  # noqa: E402
+from docstrings import with_lists  # noqa: E402
 from page_kernels import cache  # noqa: E402
 from repository_links import in_repository  # noqa: E402
 
@@ -95,3 +96,14 @@ def test_outputs_are_of_the_present_code(tmp_path):
     (tmp_path / "slt_jax/a.py").write_text("2")
     assert cache(tmp_path / "kept", tmp_path) != first
     assert not first.exists()
+
+
+@pytest.mark.quick
+def test_fields_of_a_record_become_a_list():
+    """Kills: the fields of a record run together in one paragraph."""
+    fields = ["``llc``: mean, as ``a``. ``low``, ``high``: an interval; ``n``: a", "count."]
+    lines = ["A stage.", "", *fields, "", "``x`` is not."]
+    assert with_lists(lines) == [
+        "A stage.", "", "* ``llc``: mean, as ``a``.", "* ``low``, ``high``: an interval", "* ``n``: a count.", "",
+        "``x`` is not.", "",
+    ]  # fmt: skip
