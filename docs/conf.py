@@ -47,7 +47,10 @@ copybutton_exclude = ".linenos, .gp, .go"
 
 # --- the reference
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(?!slt_jax\.).*")]  # types of other packages have no page here
+nitpick_ignore_regex = [
+    ("py:.*", r"(?!slt_jax\.).*"),  # types of other packages have no page here
+    ("py:.*", r"slt_jax\.posterior\.flax\.Model"),  # a type variable
+]
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True

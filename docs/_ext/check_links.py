@@ -31,7 +31,8 @@ class Page(HTMLParser):
 
 def broken_links(site: Path) -> list[str]:
     """``page: link`` for every link inside the site that leads to no file, or to no place in it."""
-    pages = {path: Page(path.read_text()) for path in sorted(site.rglob("*.html"))}
+    files = (path for path in sorted(site.rglob("*.html")) if "_static" not in path.parts)  # those are the theme's
+    pages = {path: Page(path.read_text()) for path in files}
     links = [(path, link) for path, page in pages.items() for link in page.links]
     return [f"{path.relative_to(site)}: {link}" for path, link in links if _is_broken(path, link, pages)]
 
