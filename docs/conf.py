@@ -51,6 +51,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(?!slt_jax\.).*"),  # types of other packages have no page here
     ("py:.*", r"slt_jax\.posterior\.flax\.Model"),  # a type variable
 ]
+toc_object_entries_show_parents = "hide"
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
