@@ -58,7 +58,7 @@ autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 100
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
-napoleon_use_param = True
+napoleon_use_param = False  # so that several names share one description
 napoleon_use_ivar = True
 
 # --- the theme

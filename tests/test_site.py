@@ -88,12 +88,14 @@ def test_outputs_are_of_the_present_code(tmp_path):
     for package in ("slt_jax", "kernels", "scaling"):
         (tmp_path / package).mkdir()
     (tmp_path / "pyproject.toml").write_text("")
-    (tmp_path / "slt_jax/a.py").write_text("1")
+    (tmp_path / "slt_jax/a.py").write_text("a = 1")
     first = cache(tmp_path / "kept", tmp_path)
     first.mkdir(parents=True)
     assert cache(tmp_path / "kept", tmp_path) == first
+    (tmp_path / "slt_jax/a.py").write_text('"""Words."""\n\na = 1  # more words\n')
+    assert cache(tmp_path / "kept", tmp_path) == first
     assert first.is_dir()
-    (tmp_path / "slt_jax/a.py").write_text("2")
+    (tmp_path / "slt_jax/a.py").write_text("a = 2")
     assert cache(tmp_path / "kept", tmp_path) != first
     assert not first.exists()
 

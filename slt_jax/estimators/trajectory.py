@@ -96,7 +96,8 @@ def trajectory(
         a Trajectory: ``dataset`` (xarray), ``results``, ``stages``, ``plot``, ``save``.
 
     Raises:
-        TypeError, ValueError: an argument that cannot be used. FloatingPointError: the loss is not finite at some w*.
+        TypeError, ValueError: an argument that cannot be used.
+        FloatingPointError: the loss is not finite at some w*.
         MemoryError: the chains do not fit.
     """
     request = Request.checked(
