@@ -76,7 +76,7 @@ def sweep(
         chain_batch, micro_batches, baseline, progress, chunk_size, checkpoint_seconds: as for ``estimate_llc``.
         nbeta, localization, step_size: the values of each axis, in any order. An axis left out has the one value of the
             posterior or the sampler; where they have none, calibration chooses it, at the largest nbeta.
-        num_chains, num_draws, num_warmup, thinning: of each cell. By default the warm-up has as many steps as the draws.
+        num_chains, num_draws, num_warmup, thinning: of each cell. The warm-up is by default as long as the draws.
         memory_gib: GiB that the process (on a CPU) or each device may take; default all there is. As many cells are
             in the program at once as fit, and divide their number.
         checkpoint_dir: where to keep states and traces; the same call with the same directory resumes, and ends bit
