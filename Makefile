@@ -24,6 +24,7 @@ lint: $(VENV)/.installed-test
 
 # The pages in docs/, whose examples are run; what has not changed is taken from the last build. Open build/docs/index.html.
 docs: $(VENV)/.installed-docs
+	rm -rf build/docs  # outputs of the examples are kept in build/notebooks
 	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
 	$(BIN)/python docs/_ext/check_links.py build/docs
 

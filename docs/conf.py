@@ -9,6 +9,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "_ext"))
 
 import page_kernels  # noqa: E402
+from source_links import source_of as linkcode_resolve  # noqa: E402, F401
 
 BUILD = HERE.parent / "build"
 os.environ["PYTHONPATH"] = str(HERE.parent)  # of the pages' kernels: they use the problems in scaling/
@@ -25,7 +26,7 @@ extensions = [
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.mathjax",
-    "sphinx.ext.viewcode",
+    "sphinx.ext.linkcode",
     "sphinx_copybutton",
     "sphinx_design",
     "docstrings",

@@ -18,6 +18,7 @@ from check_links import broken_links  # noqa: E402
 from docstrings import with_lists  # noqa: E402
 from page_kernels import cache  # noqa: E402
 from repository_links import in_repository  # noqa: E402
+from source_links import source_of  # noqa: E402
 
 
 @pytest.mark.quick
@@ -118,3 +119,13 @@ def test_the_workflow_runs_targets_that_exist():
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert {"lint", "test", "docs", "dist"} == set(called)
     assert set(called) <= set(targets)
+
+
+@pytest.mark.quick
+def test_names_of_the_reference_lead_to_their_lines():
+    """Kills: a link to the wrapper of a decorated function, or to nothing for a property."""
+    for name, start in [("estimate_llc", "@in_own_context\ndef estimate_llc("), ("LLCResult.bias", "    @functools")]:
+        address, _, lines = (source_of("py", {"module": "slt_jax", "fullname": name}) or "").partition("#L")
+        file = ROOT / address.partition("/blob/main/")[2]
+        first, last = (int(number.lstrip("L")) for number in lines.split("-"))
+        assert "\n".join(file.read_text().splitlines()[first - 1 : last]).startswith(start)
