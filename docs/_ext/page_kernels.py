@@ -9,7 +9,6 @@ _CONFIG = """
 c = get_config()  # noqa: F821
 c.InteractiveShellApp.matplotlib = "inline"
 c.InlineBackend.figure_formats = {"retina"}
-c.InlineBackend.print_figure_kwargs = {"bbox_inches": None}
 """
 
 
