@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test parity lint clean
+.PHONY: demo test parity lint docs dist clean
 
 demo: $(VENV)/.installed
 	$(BIN)/slt-jax demo
@@ -22,6 +22,18 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# The pages in docs/, whose examples are run; what has not changed is taken from the last build. Open build/docs/index.html.
+docs: $(VENV)/.installed-docs
+	rm -rf build/docs  # outputs of the examples are kept in build/notebooks
+	$(BIN)/python -m sphinx -W --keep-going -b html docs build/docs
+	$(BIN)/python docs/_ext/check_links.py build/docs
+
+# The wheel and the sdist of a release, in dist/.
+dist: $(VENV)/.installed
+	$(PIP) build
+	rm -rf build/lib dist
+	$(BIN)/python -m build
+
 # The install is editable: only a changed pyproject.toml asks for a new one.
 $(VENV)/.installed: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -31,6 +43,11 @@ $(VENV)/.installed: pyproject.toml
 $(VENV)/.installed-test: pyproject.toml
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) --editable '.[test]'
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-docs: pyproject.toml
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) --editable '.[docs]'
 	@touch $@ $(VENV)/.installed
 
 clean:

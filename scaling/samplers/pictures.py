@@ -1,4 +1,4 @@
-"""The pictures of docs/choosing-a-sampler.md: ``python -m scaling.samplers.pictures`` (two minutes on two cores)."""
+"""Pictures of docs/concepts: ``python -m scaling.samplers.pictures`` (two minutes on two cores)."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ import numpy as np
 
 import slt_jax as slt
 
-DOCS = Path(__file__).parents[2] / "docs"
+IMAGES = Path(__file__).parents[2] / "docs/images"
 CURVATURE = np.geomspace(1.0, 100.0, 20, dtype=np.float32)
 COLORS = {"sgld": "#0072B2", "leimkuhler-matthews": "#009E73", "sghmc": "#CC79A7", "underdamped": "#D55E00"}
 
@@ -59,7 +59,7 @@ def bias_over_step_size() -> None:
         axis.set_title("minibatches without noise at w*" if noise == 0 else "noisy minibatches", fontsize=10)
     axes[0].set_ylabel("estimate / truth")
     axes[0].legend(frameon=False, fontsize=8, title="filled: corrected, hollow: raw", title_fontsize=8)
-    figure.savefig(DOCS / "sampler-bias.png", dpi=150)
+    figure.savefig(IMAGES / "sampler-bias.png", dpi=150)
 
 
 def mixing() -> None:
@@ -82,7 +82,7 @@ def mixing() -> None:
     axis.set(xscale="log", xlabel="steps of one chain", ylabel="estimate / truth", ylim=(0.4, 1.1))
     axis.legend(frameon=False)
     axis.set_title(f"condition number 100,000: sqrt is {math.sqrt(1e5):.0f}", fontsize=10)
-    figure.savefig(DOCS / "sampler-mixing.png", dpi=150)
+    figure.savefig(IMAGES / "sampler-mixing.png", dpi=150)
 
 
 def main() -> None:

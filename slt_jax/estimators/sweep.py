@@ -72,11 +72,11 @@ def sweep(
     localization the control at nbeta = 0 is taken too, where the posterior is a Gaussian that can be drawn exactly.
 
     Args:
-        posterior, data, sampler, batch_size, key, mesh, chain_batch, micro_batches, baseline, progress, chunk_size,
-            checkpoint_seconds: as for ``estimate_llc``.
+        posterior, data, sampler, batch_size, key, mesh: as for ``estimate_llc``.
+        chain_batch, micro_batches, baseline, progress, chunk_size, checkpoint_seconds: as for ``estimate_llc``.
         nbeta, localization, step_size: the values of each axis, in any order. An axis left out has the one value of the
             posterior or the sampler; where they have none, calibration chooses it, at the largest nbeta.
-        num_chains, num_draws, num_warmup, thinning: of each cell; default as many warm-up steps as go into the draws.
+        num_chains, num_draws, num_warmup, thinning: of each cell. The warm-up is by default as long as the draws.
         memory_gib: GiB that the process (on a CPU) or each device may take; default all there is. As many cells are
             in the program at once as fit, and divide their number.
         checkpoint_dir: where to keep states and traces; the same call with the same directory resumes, and ends bit
@@ -87,7 +87,8 @@ def sweep(
         ``cell(...)``, ``plot``, ``save``.
 
     Raises:
-        TypeError, ValueError: an argument that cannot be used. FloatingPointError: the loss is not finite at w*.
+        TypeError, ValueError: an argument that cannot be used.
+        FloatingPointError: the loss is not finite at w*.
         MemoryError: not even one cell fits.
     """
     request = Request.checked(

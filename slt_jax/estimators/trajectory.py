@@ -86,16 +86,19 @@ def trajectory(
         warm_start: chains begin as far from w* as those of the checkpoint before ended, with their momenta, where those
             had settled; else at w*. The warm-up is the same; it only has less to do.
         checkpoint_dir: where to keep results and states; the same call resumes, and ends bit for bit equal.
-        sampler, num_chains, num_draws, num_warmup, thinning, batch_size, key, mesh, chain_batch, micro_batches,
-            baseline, progress, chunk_size, checkpoint_seconds: as for ``sweep``. The key of a checkpoint is
-            ``fold_in(key, step)``, that of its part number k (from 1) ``fold_in(fold_in(key, step), k)``; without a
-            warm start the result then equals that of ``estimate_llc``.
+        data: as for ``estimate_llc``.
+        key: as for ``estimate_llc``. The key of a checkpoint is ``fold_in(key, step)``, that of its part number k
+            (from 1) ``fold_in(fold_in(key, step), k)``; without a warm start the result then equals that of
+            ``estimate_llc``.
+        sampler, num_chains, num_draws, num_warmup, thinning, batch_size, mesh: as for ``sweep``.
+        chain_batch, micro_batches, baseline, progress, chunk_size, checkpoint_seconds: as for ``sweep``.
 
     Returns:
         a Trajectory: ``dataset`` (xarray), ``results``, ``stages``, ``plot``, ``save``.
 
     Raises:
-        TypeError, ValueError: an argument that cannot be used. FloatingPointError: the loss is not finite at some w*.
+        TypeError, ValueError: an argument that cannot be used.
+        FloatingPointError: the loss is not finite at some w*.
         MemoryError: the chains do not fit.
     """
     request = Request.checked(

@@ -157,7 +157,7 @@ class LocalPosterior:
         )
 
     def log_density(self, data: PyTree) -> Callable[[Position], Float[Array, ""]]:
-        """The function position -> -nbeta L_n(w) - (localization / 2) |w - w*|^2, for BlackJAX's algorithms.
+        """The function ``position -> -nbeta L_n(w) - (localization / 2) |w - w*|^2``, for BlackJAX's algorithms.
 
         Args:
             data: the complete data set, one row per example in every leaf.

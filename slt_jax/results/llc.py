@@ -204,14 +204,17 @@ class LLCResult:
 
     @property
     def ess(self) -> float:
+        """Effective sample size: the number of independent draws that those of all chains are worth."""
         return self.health.ess
 
     @property
     def rhat(self) -> float:
+        """R-hat: near 1 if the chains, and the halves of each, agree."""
         return self.health.rhat
 
     @property
     def verdict(self) -> str:
+        """The first fault that was found, or "converged"; ``health.reason`` says more."""
         return self.health.verdict
 
     @property

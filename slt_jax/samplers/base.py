@@ -93,7 +93,7 @@ class Theory:
             adds to the LLC, before anything absorbs it.
         step_bias: (step_size, friction, <nbeta grad L, P G>) -> what the step size adds to the LLC on a quadratic, to
             first order. None: no theory, so no correction.
-        covariance_corrects: the covariance of the loss with |G|^2 carries ``step_bias`` beyond quadratics.
+        covariance_corrects: the covariance of the loss with ``|G|^2`` carries ``step_bias`` beyond quadratics.
         second_order: the step adds nothing to first order, so that an excess of the kinetic temperature is noise.
         virial_excess: (step_size, mean G'PG) -> by how much <w - w*, G> exceeds the number of weights in equilibrium.
         relaxation: (curvature, step_size, friction) -> share of its distance from the mean that a chain loses in one
