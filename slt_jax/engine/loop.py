@@ -28,7 +28,10 @@ _HOST_BATCH_BYTES = 2**28
 
 @dataclass
 class Run:
-    """What the host holds: device state, and the traces so far. ``causes``: chain -> why it went non-finite."""
+    """What the host holds: device state, and the traces so far. ``causes``: chain -> why it went non-finite.
+
+    ``cost``: speed and peak memory. ``interrupted``: whether it was ended before its last step.
+    """
 
     state: PyTree
     alive: Any
@@ -37,6 +40,7 @@ class Run:
     cost: Any = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     causes: dict[int, str] = field(default_factory=dict)
+    interrupted: bool = False
 
 
 class Inputs(NamedTuple):

@@ -28,11 +28,13 @@ _NUMBERS = ("llc", "llc_stderr", "llc_raw", "rhat", "ess", "init_loss", "trend",
 class Trajectory:
     """The LLC at each of many checkpoints, with one setting for all.
 
-    ``steps``: of training, increasing. ``results``: by part, ``"all"`` the whole, one for each step.
+    ``steps``: of training, increasing. ``results``: by part, ``"all"`` the whole, one for each step. ``interrupted``:
+    the number of checkpoints that were asked for, where Ctrl-C ended the call before it had them; else 0.
     """
 
     steps: tuple[int, ...]
     results: dict[str, tuple[LLCResult, ...]]
+    interrupted: int = 0
 
     @property
     def losses(self) -> list[float]:
@@ -106,6 +108,8 @@ class Trajectory:
         whole, stages = self.results[WHOLE], self.stages_of(WHOLE, drift)
         numbers = ", ".join(f"{name} {value:.3g}" for name, value in self.setting.items() if value is not None)
         lines = [f"LLC at {len(whole)} checkpoints, steps {self.steps[0]:,} to {self.steps[-1]:,}, all with {numbers}."]
+        if self.interrupted:
+            lines.append(f"Interrupted after {len(self.steps)} of {self.interrupted} checkpoints.")
         if bad := self.unserved():
             steps = ", ".join(f"{step:,} ({verdict})" for step, verdict in bad.items())
             lines.append(f"The setting is not right for {steps}: take a shorter step_size for all.")
@@ -118,6 +122,7 @@ class Trajectory:
         """All numbers, for JSON."""
         return {
             "steps": list(self.steps),
+            "interrupted": self.interrupted,
             "results": {name: [r.to_dict() for r in row] for name, row in self.results.items()},
             "stages": None if self.stages is None else self.stages.to_dict(),
         }
@@ -150,7 +155,7 @@ class Trajectory:
         flat = [result for row in self.results.values() for result in row]
         groups, attrs = stack(flat, _DIMS, (len(self.results), len(self.steps)))
         tree = xr.DataTree.from_dict({"/": self.dataset, **groups})
-        tree.attrs = {TRAJECTORY: FORMAT, **attrs}
+        tree.attrs = {TRAJECTORY: FORMAT, **attrs, **({"interrupted": self.interrupted} if self.interrupted else {})}
         return tree
 
     def save(self, path: str | os.PathLike, *, overwrite: bool = False) -> Path:
@@ -167,4 +172,4 @@ def _of_tree(tree: "xr.DataTree") -> Trajectory:
     steps = tuple(tree.to_dataset()["training_step"].values.tolist())
     flat, parts = unstack(tree, len(_DIMS)), [str(name) for name in tree.to_dataset()["part"].values.tolist()]
     rows = {name: flat[i * len(steps) : (i + 1) * len(steps)] for i, name in enumerate(parts)}
-    return Trajectory(steps, rows)
+    return Trajectory(steps, rows, interrupted=int(tree.attrs.get("interrupted", 0)))
