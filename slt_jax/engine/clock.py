@@ -17,16 +17,16 @@ class Clock:
     """Seconds of a call in its parts, which add up to the whole; what JAX compiles in any of them is a part of its own.
 
     A part is entered by its name, and lasts until the next one. To be used as a context: in it, JAX reports what this
-    thread compiles.
+    thread compiles. ``began``: when the call did, by ``time.perf_counter``; default now.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, began: float | None = None) -> None:
         self._thread = threading.get_ident()
-        self.restart()
+        self.restart(began)
 
-    def restart(self) -> None:
+    def restart(self, began: float | None = None) -> None:
         """From zero."""
-        self._began = self._entered = time.perf_counter()
+        self._began = self._entered = time.perf_counter() if began is None else began
         self._part, self._parts = "preparation", {}
         self._spans: list[tuple[float, float]] = []  # of the compilations in this part; none lies in another
 
@@ -56,12 +56,12 @@ class Clock:
         names = dict.fromkeys([*self._parts, *new])
         return {name: self._parts.get(name, 0.0) + new.get(name, 0.0) for name in names}
 
-    def _hear(self, event: str, duration: float, **details) -> None:
+    def _hear(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         """A function that is traced inside another is reported first, and then again in the other's time."""
         if event not in _COMPILING or threading.get_ident() != self._thread:
             return
         end = time.perf_counter()
-        start = max(end - duration, self._entered)
+        start = max(end - duration_secs, self._entered)
         while self._spans and self._spans[-1][0] >= start:
             self._spans.pop()
         self._spans.append((start, end))

@@ -1,8 +1,7 @@
 """How far a run is: speed, time to go, and the running estimate."""
 
-import math
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -90,14 +89,14 @@ class Progress:
         plan = self._plan
         phase = "warm-up" if run.step <= plan.num_warmup else "drawing"
         text = f"{self.part}{phase}, {run.step / plan.total_steps:.0%}"
-        if (speed := self.speed) is not None:
-            text += f", {speed:,.4g} steps/s"
+        if (left := self.left) is not None and run.step < plan.total_steps:
+            text += f", about {span(left)} to go"
         if phase == "drawing" and plan.baseline == "paired" and self._nbeta is not None:
             gap = (run.trace.loss - run.trace.baseline)[:, plan.num_warmup : run.step]
             if np.isfinite(gap).any():
                 text += f", LLC {self._nbeta * np.nanmean(gap):.4g}"
-        if (left := self.left) is not None and run.step < plan.total_steps:
-            text += f", about {span(left)} to go"
+        if (speed := self.speed) is not None:
+            text += f", {speed:,.4g} steps/s"
         return text
 
 

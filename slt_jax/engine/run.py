@@ -20,7 +20,7 @@ from slt_jax.engine.bad_rows import bad_rows_text, cause_of_stops
 from slt_jax.engine.checkpoint import RunStore
 from slt_jax.engine.interrupts import SIGNALS, Interrupts
 from slt_jax.engine.loop import Engine, Inputs, Run
-from slt_jax.engine.mesh import allgather, is_main_process, place, spans_processes
+from slt_jax.engine.mesh import allgather, place, spans_processes
 from slt_jax.engine.plan import Schedule
 from slt_jax.engine.problem import Problem
 from slt_jax.engine.progress import Progress, peak_memory, span

@@ -5,7 +5,7 @@ import contextvars
 import html
 import sys
 import threading
-from typing import Any, Protocol
+from typing import Any
 
 from slt_jax.engine.clock import Clock
 from slt_jax.engine.progress import Progress, span
@@ -17,12 +17,13 @@ _SILENCE = 4.0  # seconds after which a log has another line, or a fiftieth of t
 class Screen:
     """Shows what a call is doing, for how long already, and how far it is. Also its ``clock``.
 
-    A context: what it shows is renewed by a thread of its own, also while a program is compiled.
+    A context: what it shows is renewed by a thread of its own, also while a program is compiled. ``began``: when the
+    call did.
     """
 
-    def __init__(self, *, enabled: bool):
-        self.clock = Clock()
-        self._view: _View | None = _view() if enabled else None
+    def __init__(self, *, enabled: bool, began: float | None = None):
+        self.clock = Clock(began)
+        self._view = _view() if enabled else None
         self._text, self._progress = "checking the loss and the data", None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=contextvars.copy_context().run, args=(self._tick,), daemon=True)
@@ -84,17 +85,6 @@ def _in_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 
 
-class _View(Protocol):
-    def open(self) -> None: ...
-    def say(self, lines: list[str]) -> None: ...
-    def draw(self, text: str, seconds: float, share: float | None, new: bool) -> None: ...
-    def close(self, text: str) -> None: ...
-
-
-def _view() -> _View:
-    return _Notebook() if _in_notebook() else _Terminal() if _in_terminal() else _Log()
-
-
 class _Log:
     """Lines on stderr: what begins, and now and then how far it is."""
 
@@ -116,7 +106,7 @@ class _Log:
         pass
 
 
-class _Terminal:
+class _Terminal(_Log):
     """The last line of the terminal, by rich, which moves it below what else is printed."""
 
     def __init__(self) -> None:
@@ -146,7 +136,7 @@ class _Terminal:
         self._live.stop()
 
 
-class _Notebook:
+class _Notebook(_Log):
     """An output of the cell that is renewed in place. It needs IPython alone, no widgets."""
 
     def __init__(self) -> None:
@@ -175,3 +165,7 @@ class _Notebook:
         if page != self._shown:
             self._shown = page
             self._handle.update({"text/plain": plain, "text/html": page}, raw=True)
+
+
+def _view() -> _Log:
+    return _Notebook() if _in_notebook() else _Terminal() if _in_terminal() else _Log()

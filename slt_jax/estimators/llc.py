@@ -2,6 +2,7 @@
 
 import functools
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -137,6 +138,7 @@ def estimate_llc(
 
     Source: Lau et al., arXiv:2308.12108, equation 14.
     """
+    began = time.perf_counter()
     request = Request.checked(
         posterior, data, sampler=sampler, num_chains=num_chains, num_draws=num_draws, num_warmup=num_warmup,
         thinning=thinning, batch_size=batch_size, key=key, mesh=mesh, chain_batch=chain_batch,
@@ -144,7 +146,7 @@ def estimate_llc(
         budget=budget, control_variate=control_variate, hot=hot, also=also, callback=callback, chunk_size=chunk_size,
         checkpoint_seconds=checkpoint_seconds,
     )  # fmt: skip
-    with request.screen() as screen:
+    with request.screen(began) as screen:
         return _estimate(request, screen)
 
 
@@ -176,9 +178,7 @@ def _estimate(request: Request, screen: Screen) -> LLCResult:
     names = tuple(request.other_data)
 
     def partial(run: Run) -> LLCResult:
-        return partial_result(
-            engine, run, posterior, numbers, full_loss=full_loss, choice=choice, other_names=names
-        )
+        return partial_result(engine, run, posterior, numbers, full_loss=full_loss, choice=choice, other_names=names)
 
     run = run_to_end(
         engine, engine.inputs(numbers), store, screen, every=request.checkpoint_seconds, nbeta=nbeta, partial=True,
@@ -191,9 +191,7 @@ def _estimate(request: Request, screen: Screen) -> LLCResult:
     )  # fmt: skip
 
 
-def _on_chunk(
-    request: Request, engine: Engine, partial: Callable[[Run], LLCResult]
-) -> Callable[[Run], None] | None:
+def _on_chunk(request: Request, engine: Engine, partial: Callable[[Run], LLCResult]) -> Callable[[Run], None] | None:
     """What calls the caller's ``callback``: from the first draw on, about once a second, and after the last step."""
     callback, plan = request.callback, engine.plan
     if callback is None or not is_main_process(engine.problem.mesh):

@@ -139,10 +139,10 @@ class Request:
     def folder(self) -> Path | None:
         return None if self.checkpoint_dir is None else user_path(self.checkpoint_dir)
 
-    def screen(self) -> Screen:
-        """Where this process shows what the call is doing."""
+    def screen(self, began: float | None = None) -> Screen:
+        """Where this process shows what the call, which ``began`` then, is doing."""
         own = jax.process_count() == 1 or (self.mesh is not None and not spans_processes(self.mesh))
-        return Screen(enabled=shows_progress(self.progress) and (own or jax.process_index() == 0))
+        return Screen(enabled=shows_progress(self.progress) and (own or jax.process_index() == 0), began=began)
 
     def given_mesh(self, num_chains: int) -> Mesh | None:
         """The caller's devices with automatic axes; raises where these chains cannot be laid out on them."""

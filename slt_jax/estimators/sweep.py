@@ -106,9 +106,7 @@ def sweep(
         return _sweep(request, screen, given, memory_gib)
 
 
-def _sweep(
-    request: Request, screen: Screen, given: dict[str, np.ndarray | None], memory_gib: float | None
-) -> Sweep:
+def _sweep(request: Request, screen: Screen, given: dict[str, np.ndarray | None], memory_gib: float | None) -> Sweep:
     plan = request.schedule(lengths_of_each(request))
     mesh = request.mesh_of_one(plan.num_chains)
     grid = {name: None if values is None else values.tolist() for name, values in given.items()}

@@ -333,9 +333,7 @@ def _at_checkpoint(
         inputs = engine.inputs(course.numbers)
         start = _carried(course, name, engine, inputs, last) if last is not None and last.settled else None
         part = f"step {step}, {name}: "
-        run = run_to_end(
-            engine, inputs, store, course.screen, every=request.checkpoint_seconds, part=part, start=start
-        )
+        run = run_to_end(engine, inputs, store, course.screen, every=request.checkpoint_seconds, part=part, start=start)
         course.screen.phase(f"{part}final checks", "final checks")
         clock = course.screen.clock
         result = result_of(engine, run, posterior, course.numbers, clock, full_loss=full_loss, notes=request.notes)

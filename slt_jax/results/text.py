@@ -57,6 +57,10 @@ def interrupted_line(settings: RunRecord) -> str:
     )
 
 
+MARK = "*"
+MARKED = f"{MARK} not converged"  # what the mark means, below a table or in a picture
+
+
 def marked(estimate: str, verdict: str) -> str:
-    """An estimate as it stands in a text or a table: marked with its verdict unless that is "converged"."""
-    return estimate if verdict == "converged" else f"{estimate} [{verdict}]"
+    """An estimate as it stands in a text, a table or a picture: with a mark unless its verdict is "converged"."""
+    return estimate if verdict == "converged" else f"{estimate}{MARK}"

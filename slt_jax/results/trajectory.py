@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from slt_jax.results.card import card, sparkline, tone_color
 from slt_jax.results.llc import LLCResult
 from slt_jax.results.plateau import HEATED, SETTLED
 from slt_jax.results.stacking import stack, unstack
@@ -103,6 +104,26 @@ class Trajectory:
     def __str__(self) -> str:
         return self.summary()
 
+    def __repr__(self) -> str:
+        return f"<Trajectory: {self._size_text()}>"
+
+    def _size_text(self) -> str:
+        whole = self.results[WHOLE]
+        converged = sum(result.verdict == "converged" for result in whole)
+        parts = f", and {len(self.results) - 1} parts" if len(self.results) > 1 else ""
+        asked = f" (of {self.interrupted}: interrupted)" if self.interrupted else ""
+        return (
+            f"{len(whole)} checkpoints{asked}, steps {self.steps[0]:,} to {self.steps[-1]:,}{parts}; {converged} of "
+            f"{len(whole)} converged"
+        )
+
+    def _repr_html_(self) -> str:
+        whole = self.results[WHOLE]
+        curve = np.array([[result.llc for result in whole]])
+        picture = sparkline(curve, "the LLC from checkpoint to checkpoint")
+        tone = "converged" if all(r.verdict == "converged" for r in whole) else SETTLED[-1]
+        return card("LLC over training", self._size_text(), self.summary().splitlines(), picture, tone_color(tone))
+
     def summary(self, drift: float | None = None) -> str:
         """What ``print`` says, with ``stages_of("all", drift)``."""
         whole, stages = self.results[WHOLE], self.stages_of(WHOLE, drift)
@@ -130,9 +151,9 @@ class Trajectory:
     def plot(
         self, path: str | os.PathLike | None = None, *, unit: str = "nats per example", drift: float | None = None
     ):
-        """LLC and loss over training with the boundaries of ``stages_of("all", drift)``. Returns the figure.
+        """LLC and loss over training with the boundaries of ``stages_of("all", drift)``; written to ``path`` if given.
 
-        Written to ``path`` if given.
+        Returns the figure, which a notebook shows.
         """
         from slt_jax.report.training import plot_training
 
@@ -149,7 +170,10 @@ class Trajectory:
         return write_report(self, path, overwrite=overwrite, unit=unit, drift=drift)
 
     def to_xarray(self) -> "xr.DataTree":
-        """DataTree: ``/`` is ``dataset``; ``sample_stats`` and ``warmup_sample_stats`` hold all traces."""
+        """DataTree: ``/`` is ``dataset``; ``sample_stats`` and ``warmup_sample_stats`` hold all traces.
+
+        ``posterior`` has the LLC at each draw, for ArviZ.
+        """
         import xarray as xr
 
         flat = [result for row in self.results.values() for result in row]
