@@ -47,7 +47,7 @@ def sweep_page(sweep: Sweep, path: str | None) -> Page:
         citation_section(sweep.settings, False),
         loading_section("sweep", path),
     )
-    converged = sum(result.verdict == "converged" for result in sweep.results)
+    converged = int((data["verdict"] == "converged").sum())
     text = [f"{converged} of {len(rows)} cells have converged."]
     if line := interrupted_line(sweep.settings):
         text.append(line)

@@ -6,10 +6,13 @@ from slt_jax.diagnostics.bias import Bias
 from slt_jax.results.record import CostRecord, RunRecord
 
 
+_UNKNOWN = "unknown"
+
+
 def estimate_text(llc: float, stderr: float, sign: str) -> str:
     """An estimate and its standard error, e.g. ``12.3 +/- 0.5``; ``sign`` is what stands between them."""
     if math.isnan(llc):
-        return "unknown"
+        return _UNKNOWN
     return f"{llc:.4g} " + ("without an error bar" if math.isnan(stderr) else f"{sign} {stderr:.2g}")
 
 
@@ -63,4 +66,4 @@ MARKED = f"{MARK} not converged"  # what the mark means, below a table or in a p
 
 def marked(estimate: str, verdict: str) -> str:
     """An estimate as it stands in a text, a table or a picture: with a mark unless its verdict is "converged"."""
-    return estimate if verdict == "converged" else f"{estimate}{MARK}"
+    return estimate if verdict == "converged" or estimate == _UNKNOWN else f"{estimate}{MARK}"
