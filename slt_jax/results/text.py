@@ -5,7 +5,6 @@ import math
 from slt_jax.diagnostics.bias import Bias
 from slt_jax.results.record import CostRecord, RunRecord
 
-
 _UNKNOWN = "unknown"
 
 
