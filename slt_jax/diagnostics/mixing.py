@@ -15,17 +15,17 @@ def ess_of_mean(draws: Float[np.ndarray, "chain draw"]) -> float:
     """Effective sample size of the mean; NaN with fewer than 4 draws a chain, or where one is NaN."""
     if draws.shape[1] < 4 or np.isnan(draws).any():
         return math.nan
-    halves = _halves(draws)
+    halves = _halves(draws).astype(float)
     chains, count = halves.shape
     covariance = _autocovariance(halves)
-    within = np.mean(covariance[:, 0]) * count / (count - 1.0)
+    within = float(np.mean(covariance[:, 0])) * count / (count - 1.0)
     total = within * (count - 1.0) / count
     if chains > 1:
-        total += np.var(halves.mean(axis=1), axis=None, ddof=1)
+        total += float(np.var(halves.mean(axis=1), axis=None, ddof=1))
     size = chains * count
     with np.errstate(divide="ignore", invalid="ignore"):  # chains that stand still
         time = _autocorrelation_time(covariance, within, total)
-    return size / max(time, 1 / np.log10(size))
+    return size / max(time, 1 / float(np.log10(size)))
 
 
 def rank_rhat(draws: Float[np.ndarray, "chain draw"]) -> float:
@@ -82,7 +82,7 @@ def _autocorrelation_time(covariance: np.ndarray, within: float, total: float) -
             rho[t + 1] = rho[t + 2] = (rho[t - 1] + rho[t]) / 2.0
     if np.isnan(rho).any():
         return math.nan
-    return -1.0 + 2.0 * np.sum(rho[: last + 1]) + np.sum(rho[last + 1 : last + 2])
+    return float(-1.0 + 2.0 * np.sum(rho[: last + 1]) + np.sum(rho[last + 1 : last + 2]))
 
 
 def _normal_scores(values: np.ndarray) -> np.ndarray:
@@ -95,7 +95,8 @@ def _normal_scores(values: np.ndarray) -> np.ndarray:
 
 
 def _rhat(values: np.ndarray) -> float:
+    values = values.astype(float)
     count = values.shape[1]
     between = count * np.var(np.mean(values, axis=1), axis=None, ddof=1)
     within = np.mean(np.var(values, axis=1, ddof=1))
-    return np.sqrt((between / within + count - 1) / count)
+    return float(np.sqrt((between / within + count - 1) / count))

@@ -44,15 +44,15 @@ def sparkline(lines: Float[np.ndarray, "line point"], what: str, level: float | 
     low, high = float(np.min(shown)), float(np.quantile(shown, 0.995))
     across = np.linspace(1, _WIDTH - 1, points.shape[1])
 
-    def up(value: np.ndarray | float) -> np.ndarray | np.floating:
-        return np.clip(_HEIGHT - 2 - (_HEIGHT - 4) * (np.asarray(value) - low) / ((high - low) or 1.0), 1, _HEIGHT - 1)
+    def up(values: np.ndarray) -> np.ndarray:
+        return np.clip(_HEIGHT - 2 - (_HEIGHT - 4) * (values - low) / ((high - low) or 1.0), 1, _HEIGHT - 1)
 
     drawn = ""
     for k, line in enumerate(points):
         path = " ".join(f"{x:.0f},{y:.1f}" for x, y in zip(across, up(line), strict=True) if np.isfinite(y))
         drawn += f'<polyline points="{path}" fill="none" stroke="{_COLORS[k % len(_COLORS)]}" stroke-opacity=".7"/>'
     if level is not None:
-        y = float(up(level))
+        (y,) = up(np.array([level]))
         drawn += f'<line x1="0" x2="{_WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="currentColor" stroke-dasharray="4 3"/>'
     return (
         f'<svg role="img" aria-label="{html.escape(what)}" width="{_WIDTH}" height="{_HEIGHT}" '

@@ -31,7 +31,7 @@ def test_the_numbers_are_those_of_arviz_to_the_last_bit():
     from arviz_stats.base.array import array_stats
 
     with np.errstate(divide="ignore", invalid="ignore"):
-        for name, draws in cases():
+        for name, draws in [*cases(), *((f"{name}, float32", draws.astype(np.float32)) for name, draws in cases())]:
             expected = float(array_stats.ess(draws, 0, 1, method="mean"))
             np.testing.assert_equal(float(mixing.ess_of_mean(draws)), expected, err_msg=f"ESS of {name}")
             expected = float(array_stats.rhat(draws, 0, 1, method="rank"))
