@@ -40,7 +40,7 @@ def whole_call(case: str, folder: Path, baseline: str) -> dict[str, Any]:
     result = bench.run(work, baseline=baseline, key=1)
     wall, cpu = time.perf_counter() - begin, time.process_time() - cpu
     peak = peak_mb()  # before the diagnostics, which load BlackJAX
-    steps, sampling = work.num_chains * (work.num_warmup + work.num_draws), result.settings.cost["seconds"]
+    steps, sampling = work.num_chains * (work.num_warmup + work.num_draws), result.settings.cost["parts"]["sampling"]
     return {
         "steps": steps, "wall_s": wall, "cpu_s": cpu, "first_call_s": first, "sampling_s": sampling,
         "steps_per_s_call": steps / wall, "steps_per_s": steps / sampling, "baseline": baseline,

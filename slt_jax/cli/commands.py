@@ -1,6 +1,6 @@
-"""The command line: ``slt-jax demo | llc | sweep | trajectory | report``.
+"""The command line: ``slt-jax demo | llc | sweep | trajectory | report``, and ``slt-jax --version``.
 
-Exit codes: 0 success; 2 unusable input; 3 no chain stayed finite; 130 interrupted.
+Exit codes: 0 success; 2 unusable input; 3 no chain stayed finite; 130 interrupted (with the result so far, if any).
 """
 
 import json
@@ -12,8 +12,10 @@ from typing import Any
 
 import tyro
 
+from slt_jax._checks import check_count, check_positive
 from slt_jax.cli.options import Command, Course, Demo, Llc, Report, Sampling, SweepGrid
 from slt_jax.cli.program_cache import keep_programs
+from slt_jax.machine import versions
 
 _INTERRUPTED = 130
 
@@ -30,9 +32,12 @@ def run() -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
+    if (sys.argv[1:] if argv is None else argv)[:1] == ["--version"]:
+        print(", ".join(f"{name} {version}" for name, version in versions().items()))
+        return 0
     command = tyro.cli(
         Command, args=argv, prog="slt-jax",
-        description="Local learning coefficients of neural networks, with error bars.",
+        description="Local learning coefficients of neural networks, with error bars. --version prints the version.",
         config=(tyro.conf.FlagCreatePairsOff,),
     )  # fmt: skip
     _use_all_cores()
@@ -40,12 +45,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _COMMANDS[type(command)](command)
     except KeyboardInterrupt:
-        resume = " The same command resumes it." if getattr(command, "checkpoint_dir", None) else ""
-        print(f"interrupted.{resume}", file=sys.stderr)
-        return _INTERRUPTED
+        return _interrupted(command)
     except (ValueError, TypeError, FloatingPointError, ImportError, OSError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _interrupted(command: Any) -> int:
+    resume = " The same command resumes it." if getattr(command, "checkpoint_dir", None) else ""
+    print(f"interrupted.{resume}", file=sys.stderr)
+    return _INTERRUPTED
 
 
 def _use_all_cores() -> None:
@@ -70,9 +79,11 @@ def _demo(command: Demo) -> int:
 def _llc(command: Llc) -> int:
     import slt_jax as slt
     from slt_jax.cli import language
+    from slt_jax.estimators.request import Request
     from slt_jax.models.restrict import restricted
 
     _check_outputs(command)
+    _check_numbers(command)
     _check_heads(command)
     case = language.open_case(
         command.checkpoint, **_input_options(command), nbeta=command.nbeta, localization=command.localization,
@@ -80,6 +91,7 @@ def _llc(command: Llc) -> int:
     )  # fmt: skip
     options = {**_estimator_options(command, command.step_size), "also": case.also}
     posterior = case.posterior if command.only is None else restricted(case.posterior, command.only)
+    Request.checked(posterior, case.data, **options)
     if not command.quiet:
         print(*language.plan_of(case, posterior, options), sep="\n", file=sys.stderr)
     if command.heads:
@@ -87,7 +99,9 @@ def _llc(command: Llc) -> int:
     result = slt.estimate_llc(
         posterior, case.data, checkpoint_dir=command.checkpoint_dir, progress=not command.quiet, **options
     )
-    _output(command, result)
+    _output(command, result, interrupted=result.interrupted)
+    if result.interrupted:
+        return _interrupted(command)
     return 3 if result.verdict == "diverged" and not len(result.kept_chains) else 0
 
 
@@ -110,6 +124,18 @@ def _check_outputs(command: Any) -> None:
             raise PermissionError(f"{path.absolute().parent} is not a folder that can be written to.")
 
 
+def _check_numbers(command: Sampling) -> None:
+    """Raise TypeError or ValueError for a number that no run can have. Called before a checkpoint is read."""
+    least = {"chains": 1, "draws": 1, "warmup": 0, "thinning": 1, "batch_size": 1, "micro_batches": 1, "seq_len": 2}
+    for name, smallest in least.items():
+        if (value := getattr(command, name)) is not None:
+            check_count(f"--{name.replace('_', '-')}", value, smallest)
+    for name in ("nbeta", "localization", "step_size"):
+        given = getattr(command, name)
+        for value in given if isinstance(given, tuple) else () if given is None else (given,):
+            check_positive(f"--{name.replace('_', '-')}", value, "Leave it out for the default.")
+
+
 def _estimator_options(command: Sampling, step_size: float | None) -> dict[str, Any]:
     """The arguments that all estimators share."""
     import slt_jax as slt
@@ -122,9 +148,14 @@ def _estimator_options(command: Sampling, step_size: float | None) -> dict[str, 
     }  # fmt: skip
 
 
-def _output(command: Any, result: Any) -> None:
-    """Print a result, a sweep or a trajectory; save and plot it if asked to."""
+def _output(command: Any, result: Any, *, interrupted: bool) -> None:
+    """Print a result, a sweep or a trajectory; save and plot it if asked to.
+
+    One that was interrupted, and can be resumed, is not written: the same command will write all of it.
+    """
     print(json.dumps(result.to_dict(), indent=1) if command.json else result)
+    if interrupted and command.checkpoint_dir is not None:
+        return
     if command.out is not None:
         result.save(command.out)
     if command.plot is not None:
@@ -134,42 +165,50 @@ def _output(command: Any, result: Any) -> None:
 def _sweep(command: SweepGrid) -> int:
     import slt_jax as slt
     from slt_jax.cli import language
+    from slt_jax.estimators.request import Request
     from slt_jax.models.restrict import restricted
-    from slt_jax.results.sweep import table_of
 
     _check_outputs(command)
+    _check_numbers(command)
     case = language.open_case(command.checkpoint, **_input_options(command))
     posterior = case.posterior if command.only is None else restricted(case.posterior, command.only)
     options = _estimator_options(command, None)
     axes = {name: getattr(command, name) or None for name in ("nbeta", "localization", "step_size")}
+    Request.checked(posterior, case.data, **options)
     if not command.quiet:
         print(*language.plan_of(case, posterior, options)[:2], sep="\n", file=sys.stderr)
     result = slt.sweep(
         posterior, case.data, **axes, **options, memory_gib=command.memory_gib, progress=not command.quiet,
         checkpoint_dir=command.checkpoint_dir,
     )  # fmt: skip
-    if not command.json:
-        print(*table_of(result), "", sep="\n")
-    _output(command, result)
+    interrupted = any(cell.interrupted for cell in result.results)
+    _output(command, result, interrupted=interrupted)
+    if interrupted:
+        return _interrupted(command)
     return 3 if result.dataset.diverged.values.all() else 0
 
 
 def _trajectory(command: Course) -> int:
     import slt_jax as slt
     from slt_jax.cli import language
+    from slt_jax.estimators.request import Request
 
     _check_outputs(command)
+    _check_numbers(command)
     case, centers = language.open_course(
         command.checkpoints, **_input_options(command), nbeta=command.nbeta, localization=command.localization
     )
     options = _estimator_options(command, command.step_size)
+    Request.checked(case.posterior, case.data, **options)
     if not command.quiet:
         print(*language.plan_of(case, case.posterior, options)[:2], sep="\n", file=sys.stderr)
     result = slt.trajectory(
         case.posterior, centers, case.data, parts=command.parts, warm_start=not command.cold, **options,
         progress=not command.quiet, checkpoint_dir=command.checkpoint_dir,
     )  # fmt: skip
-    _output(command, result)
+    _output(command, result, interrupted=bool(result.interrupted))
+    if result.interrupted:
+        return _interrupted(command)
     return 3 if all(not len(r.kept_chains) for r in result.results["all"]) else 0
 
 
@@ -199,15 +238,19 @@ def _heads(command: Llc, case: Any, options: dict[str, Any]) -> int:
     from slt_jax.report.heatmaps import plot_heads
 
     def report(name: str, result: Any) -> None:
+        if result.interrupted:
+            raise KeyboardInterrupt
         if not command.quiet:
-            print(f"{name}: {result.llc:.4g}, {result.verdict}", file=sys.stderr)
+            print(f"{name}: {result.estimate_text('±')}, {result.verdict}", file=sys.stderr)
         if command.out is not None:
             result.save(command.out / f"{name.replace(' ', '-')}.zarr")
 
     if command.out is not None:
         command.out.mkdir()
     names = head_names(case.posterior.center)
-    results = language.refined(case.posterior, case.data, names, on_result=report, **options)
+    results = language.refined(
+        case.posterior, case.data, names, on_result=report, progress=False if command.quiet else None, **options
+    )
     if command.json:
         print(json.dumps({name: result.to_dict() for name, result in results.items()}, indent=1))
     else:

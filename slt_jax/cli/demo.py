@@ -28,6 +28,7 @@ from slt_jax.posterior.flax import from_nnx
 from slt_jax.posterior.local import LocalPosterior
 from slt_jax.report.write import write_report
 from slt_jax.results.llc import LLCResult
+from slt_jax.results.text import MARKED, marked
 from slt_jax.results.trajectory import Trajectory
 from slt_jax.samplers.sgld import sgld
 
@@ -62,7 +63,7 @@ def source_bytes(num_files: int, seq_len: int) -> Int32[np.ndarray, "example {se
     return text[: len(text) // seq_len * seq_len].reshape(-1, seq_len).astype(np.int32)
 
 
-def known_truth(num_draws: int) -> tuple[LLCResult, float]:
+def known_truth(num_draws: int, show: bool) -> tuple[LLCResult, float]:
     """(estimate, exact value) for a full-rank deep linear network 4 -> 6 -> 3 at its teacher.
 
     The teacher has rank 3, so that the learning coefficient is 3 (4 + 3 - 3) / 2 = 6 with multiplicity 1 (Aoyagi,
@@ -84,7 +85,7 @@ def known_truth(num_draws: int) -> tuple[LLCResult, float]:
     posterior = LocalPosterior(loss_fn, weights, num_data=n, localization=1.0)
     result = estimate_llc(
         posterior, (x, y), sampler=sgld(2e-6), num_chains=4, num_draws=num_draws, num_warmup=4 * num_draws,
-        thinning=32, batch_size=200, key=1,
+        thinning=32, batch_size=200, key=1, progress=show,
     )  # fmt: skip
     return result, 6.0
 
@@ -128,9 +129,10 @@ def run_demo(out: Path, *, smoke: bool = False, show: bool = True) -> list[dict]
     size, console, began = SMOKE if smoke else FULL, Console(), time.monotonic()
     folder = out / "smoke" if smoke else out
     folder.mkdir(parents=True, exist_ok=True)
-    result, truth = known_truth(size.truth_draws)
+    result, truth = known_truth(size.truth_draws, show)
     console.print(
-        f"Known truth: full-rank deep linear network 4-6-3: LLC {result.llc:.2f} ± {result.llc_stderr:.2f}, exact "
+        f"Known truth: full-rank deep linear network 4-6-3: LLC "
+        f"{marked(f'{result.llc:.2f} ± {result.llc_stderr:.2f}', result.verdict)}, exact "
         f"value {truth:g} ({result.verdict})",
         soft_wrap=True,
     )
@@ -182,9 +184,10 @@ def _print_table(console: Console, rows: list[dict]) -> None:
         table.add_column(name, justify="left" if name == "verdict" else "right")
     number = lambda x, form: format(math.nan if x is None else x, form)  # noqa: E731
     for r in rows:
-        llc = f"{number(r['llc'], '.2f')} ± {number(r['llc_stderr'], '.2f')}"
+        llc = marked(f"{number(r['llc'], '.2f')} ± {number(r['llc_stderr'], '.2f')}", r["verdict"])
         table.add_row(
             str(r["step"]), f"{r['loss']:.3f}", llc, number(r["rhat"], ".3f"), number(r["ess"], ".0f"), r["verdict"]
         )
+    table.caption = MARKED if any(r["verdict"] != "converged" for r in rows) else None
     console.print(table)
     sys.stdout.flush()

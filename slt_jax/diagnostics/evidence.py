@@ -1,7 +1,7 @@
 """What the verdict rests on: the draws, the numbers computed from them, and what was measured beside them."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -37,7 +37,7 @@ class Evidence:
     localization_slope: Slope = UNKNOWN
     degree: Slope = UNKNOWN
     localized_share: float = math.nan
-    hot: np.ndarray | None = None
+    hot: np.ndarray | None = field(default=None, repr=False)
     num_stopped: int = 0
     stopped_by: str = ""
     num_free: int = 1
@@ -62,7 +62,7 @@ class Sample:
     ``bracket_error``: of their difference.
     """
 
-    draws: np.ndarray
+    draws: np.ndarray = field(repr=False)
     evidence: Evidence
     mean: float
     error: float

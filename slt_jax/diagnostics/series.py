@@ -1,12 +1,12 @@
 """Numbers of draws in their order: effective sample size, R-hat, standard error, trend, rise since the start."""
 
-import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+
+from slt_jax.diagnostics.mixing import ess_of_mean, rank_rhat
 
 
 class Rise(NamedTuple):
@@ -40,25 +40,16 @@ def ess_and_rhat(draws: Float[np.ndarray, "chain draw"]) -> tuple[float, float]:
     around = draws - draws.mean()
     if (spread := around.std()) == 0:
         return math.nan, math.nan
-    ess, rhat = (float(x) for x in _ess_and_rhat()(around / spread))  # ArviZ takes a range below 1e-15 for none
+    ess, rhat = (float(x) for x in _ess_and_rhat(around / spread))  # a range below 1e-15 is none to ArviZ
     return min(max(ess, 1.0), float(draws.size)), rhat
 
 
-@functools.cache
-def _ess_and_rhat() -> Callable[[np.ndarray], tuple[Any, Any]]:
-    # Its import takes a second, and brings pandas where that is installed.
-    from arviz_stats.base.array import array_stats
-
-    def both(draws: np.ndarray) -> tuple[Any, Any]:
-        chains = draws
-        if len(draws) == 1:
-            half = draws.shape[1] // 2
-            chains = np.concatenate([draws[:, :half], draws[:, -half:]])
-        with np.errstate(divide="ignore", invalid="ignore"):  # chains that stand still
-            rhat = array_stats.rhat(chains, 0, 1, method="rank") if chains.shape[1] >= 4 else math.nan
-            return array_stats.ess(draws, 0, 1, method="mean"), rhat
-
-    return both
+def _ess_and_rhat(draws: np.ndarray) -> tuple[float, float]:
+    chains = draws
+    if len(draws) == 1:
+        half = draws.shape[1] // 2
+        chains = np.concatenate([draws[:, :half], draws[:, -half:]])
+    return ess_of_mean(draws), rank_rhat(chains)
 
 
 def standard_error(draws: np.ndarray, ess: float) -> float:

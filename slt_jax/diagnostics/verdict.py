@@ -87,6 +87,10 @@ class Health:
     flags: tuple[str, ...] = ()
     checks: tuple[Check, ...] = ()
 
+    def __repr__(self) -> str:
+        failed = f"{sum(check.ok is False for check in self.checks)} of {len(self.checks)} checks failed"
+        return f"<Health: {self.verdict}; R-hat {self.rhat:.3f}, ESS {self.ess:,.0f}; {failed}>"
+
     @property
     def virial(self) -> float:
         return self.evidence.virial

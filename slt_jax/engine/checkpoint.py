@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from slt_jax._checks import shown
@@ -59,6 +58,8 @@ class RunStore:
     """
 
     def __init__(self, directory: str | os.PathLike, identity: dict[str, Any], mesh: Mesh | None = None):
+        import orbax.checkpoint as ocp  # its import takes a third of a second, only where something is saved
+
         check_directory(directory)
         self.path, self.mesh = user_path(directory).absolute(), mesh
         if jax.process_count() > 1 and not spans_processes(mesh):
@@ -185,6 +186,8 @@ class RunStore:
 
     def restore(self, state: Any, host: dict[str, np.ndarray]) -> tuple[int, Any, dict[str, np.ndarray]] | None:
         """(step, state, host arrays) of the newest complete save, laid out like the arguments; None without one."""
+        import orbax.checkpoint as ocp
+
         step = self._first_does(self._manager.latest_step)
         if step is None:
             return None
@@ -207,6 +210,8 @@ class RunStore:
 
     def save(self, step: int, state: Any, host: dict[str, np.ndarray]) -> None:
         """Write in the background. The arguments may be changed or donated as soon as this returns."""
+        import orbax.checkpoint as ocp
+
         digests = ocp.args.JsonSave(_digests(step, state, host))
         # On CPU Orbax may read the very buffers that the next chunk overwrites: hand it copies.
         state, host = jax.tree.map(jnp.copy, state), {k: v.copy() for k, v in host.items()}

@@ -43,16 +43,16 @@ class Static(NamedTuple):
 class Window(NamedTuple):
     """Which steps a chunk takes, and what depends on their numbers. ``offset``: of the first one in ``batches``.
 
-    ``tilt_every``: draws from one measurement of the slope at w* to the next.
+    ``tilt_every``: draws from one measurement of the slope at w* to the next. Scalars of int32, ``hot`` of float32.
     """
 
-    start: jax.Array
-    count: jax.Array
-    offset: jax.Array
-    num_warmup: jax.Array
-    thinning: jax.Array
-    tilt_every: jax.Array
-    hot: jax.Array
+    start: Any
+    count: Any
+    offset: Any
+    num_warmup: Any
+    thinning: Any
+    tilt_every: Any
+    hot: Any
 
 
 class Row(NamedTuple):

@@ -28,7 +28,10 @@ _HOST_BATCH_BYTES = 2**28
 
 @dataclass
 class Run:
-    """What the host holds: device state, and the traces so far. ``causes``: chain -> why it went non-finite."""
+    """What the host holds: device state, and the traces so far. ``causes``: chain -> why it went non-finite.
+
+    ``cost``: speed and peak memory. ``interrupted``: whether it was ended before its last step.
+    """
 
     state: PyTree
     alive: Any
@@ -37,6 +40,7 @@ class Run:
     cost: Any = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     causes: dict[int, str] = field(default_factory=dict)
+    interrupted: bool = False
 
 
 class Inputs(NamedTuple):
@@ -302,8 +306,8 @@ class Engine:
         return Shared(p.center, p.frozen, p.arrays, metric, center_grad, p.also)
 
     def _window(self, inputs: Inputs, start: int, count: int, offset: int = 0) -> Window:
-        return Window(
-            start=jnp.int32(start), count=jnp.int32(count), offset=jnp.int32(offset),
-            num_warmup=jnp.int32(self.plan.num_warmup), thinning=jnp.int32(self.plan.thinning),
-            tilt_every=jnp.int32(self.slope.every), hot=jnp.float32(inputs.hot),
+        return Window(  # of NumPy: an array of JAX for each is a third of what a chunk costs the host
+            start=np.int32(start), count=np.int32(count), offset=np.int32(offset),
+            num_warmup=np.int32(self.plan.num_warmup), thinning=np.int32(self.plan.thinning),
+            tilt_every=np.int32(self.slope.every), hot=np.float32(inputs.hot),
         )  # fmt: skip

@@ -1,91 +1,103 @@
-"""What a person sees while the chains run: one line with speed and the running estimate."""
+"""How far a run is: speed, time to go, and the running estimate."""
 
 import time
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
 
 from slt_jax.engine.plan import Schedule
 from slt_jax.machine import peak_of_process
 
-_WORTH_SHOWING = 60  # seconds
+_LONG_CHUNK = 0.1  # seconds, from which the time of a chunk is that of its steps
+_RECENT = 10.0  # seconds, over which the speed is taken
+
+
+class _Mark(NamedTuple):
+    """Where a run was at a time. ``work``: in steps of the warm-up."""
+
+    at: float
+    step: int
+    work: float
 
 
 class Progress:
-    """A progress bar over the steps of a run, and the clock that says when a save is due.
+    """Speed and time to go of a run, renewed after each chunk.
 
-    ``part``: which part of something larger the run is. ``nbeta``: that of all chains; without it no running estimate
-    is shown.
+    ``part``: which part of something larger the run is. ``nbeta``: that of all chains; without it there is no running
+    estimate. ``full``: steps of the longest chunk. ``num_also``: further data sets.
+
+    The time to go is taken from the chunks of the last seconds. The first, which compiles, and short ones, most of
+    whose time may be their start, do not count. A draw takes longer than another step, by its further forward passes;
+    a gradient counts for three.
     """
 
-    def __init__(self, plan: Schedule, *, enabled: bool, every: float, part: str = "", nbeta: float | None = None):
-        self._plan, self._every, self._part, self._nbeta = plan, every, part, nbeta
-        self._saved = self._began = self._started = time.monotonic()
-        self._first: int | None = None
-        self._enabled, self._announced = enabled, False
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
-        console = Console(stderr=True)
-        self._bar = RichProgress(
-            *columns,
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-            disable=not (enabled and (console.is_terminal or console.is_jupyter)),  # a log needs no bars
-            transient=True,
-        )
-        self._task = self._bar.add_task(f"{part}compiling", total=plan.total_steps, note="")
-
-    def __enter__(self) -> "Progress":
-        self._bar.__enter__()
-        return self
-
-    def __exit__(self, *details) -> None:
-        self._bar.__exit__(*details)
+    def __init__(self, plan: Schedule, *, full: int, part: str = "", nbeta: float | None = None, num_also: int = 0):
+        self._plan, self._full, self.part, self._nbeta = plan, full, part, nbeta
+        passes = (plan.baseline == "paired" and not plan.control_variate) + 2 * num_also
+        self._of_draw = 1 + passes / (3 * (2 if plan.control_variate else 1) * plan.thinning)
+        self._first: _Mark | None = None
+        self._last: _Mark | None = None
+        self._marks: list[_Mark] = []
+        self.text = f"{part}compiling"
+        self.share = 0.0
 
     @property
     def first_chunk(self) -> bool:
         """Whether ``update`` has not been called yet."""
         return self._first is None
 
-    def cost(self, run) -> dict[str, Any]:
-        """What it took: seconds with compilation, steps/s of all chains after the first chunk, peak memory in MiB."""
-        memory, where = peak_memory()
-        return {"seconds": time.monotonic() - self._started, "steps_per_s": self._speed(run), where: memory}
-
-    def _speed(self, run) -> float | None:
-        if self._first is None or run.step == self._first:
+    @property
+    def speed(self) -> float | None:
+        """Steps/s of all chains, after the first chunk."""
+        first, last = self._first, self._last
+        if first is None or last is None or last.step == first.step:
             return None
-        return (run.step - self._first) * self._plan.num_chains / (time.monotonic() - self._began)
+        return (last.step - first.step) * self._plan.num_chains / (last.at - first.at)
+
+    @property
+    def left(self) -> float | None:
+        """Seconds to go; None as long as that cannot be said."""
+        if len(self._marks) < 2:
+            return None
+        begin, end = self._marks[0], self._marks[-1]
+        rate = (end.work - begin.work) / max(end.at - begin.at, 1e-9)
+        return (self._work(self._plan.total_steps) - end.work) / rate
+
+    def _work(self, step: int) -> float:
+        warm = min(step, self._plan.num_warmup)
+        return warm + (step - warm) * self._of_draw
 
     def update(self, run) -> None:
-        """Show where ``run`` is. Speed is counted after the first chunk, which compiles."""
+        """Take note of where ``run`` is."""
+        now = _Mark(time.perf_counter(), run.step, self._work(run.step))
         if self._first is None:
-            self._first, self._began = run.step, time.monotonic()
-        plan, speed = self._plan, self._speed(run)
+            self._first = now
+        elif self._last is not None:
+            self._take_speed(self._last, now)
+        self._last = now
+        self.text, self.share = self._text(run), run.step / self._plan.total_steps
+
+    def _take_speed(self, before: _Mark, now: _Mark) -> None:
+        if now.step - before.step < self._full and now.at - before.at < _LONG_CHUNK:
+            return
+        self._marks = [*(self._marks or [before]), now]
+        recent = [mark for mark in self._marks if mark.at > now.at - _RECENT]
+        self._marks = recent if len(recent) > 1 else self._marks[-2:]
+
+    def _text(self, run) -> str:
+        plan = self._plan
         phase = "warm-up" if run.step <= plan.num_warmup else "drawing"
-        note = "" if speed is None else f"{speed:,.1f} steps/s"
+        text = f"{self.part}{phase}, {run.step / plan.total_steps:.0%}"
+        if (left := self.left) is not None and run.step < plan.total_steps:
+            text += f", about {span(left)} to go"
         if phase == "drawing" and plan.baseline == "paired" and self._nbeta is not None:
             gap = (run.trace.loss - run.trace.baseline)[:, plan.num_warmup : run.step]
             if np.isfinite(gap).any():
-                note += f", LLC {self._nbeta * np.nanmean(gap):.4g}"
-        if speed is not None and not self._announced:
-            self._announced = True
-            each = plan.num_chains / speed
-            if self._enabled and (left := (plan.total_steps - run.step) * each) > _WORTH_SHOWING:
-                line = f"  {each:.2g} s a step of all chains: about {span(left)} to go"
-                self._bar.console.print(line, highlight=False, soft_wrap=True)
-        self._bar.update(self._task, completed=run.step, description=f"{self._part}{phase}", note=note)
-
-    def save_due(self) -> bool:
-        """Whether ``every`` seconds have passed since the last time this said so."""
-        due = time.monotonic() - self._saved >= self._every
-        if due:
-            self._saved = time.monotonic()
-        return due
+                text += f", LLC {self._nbeta * np.nanmean(gap):.4g}"
+        if (speed := self.speed) is not None:
+            text += f", {speed:,.4g} steps/s"
+        return text
 
 
 def span(seconds: float) -> str:

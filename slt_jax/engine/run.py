@@ -4,9 +4,12 @@ A directory that fails costs the durability of a run, not the run.
 """
 
 import contextlib
+import dataclasses
 import errno
 import math
 import os
+import signal
+import time
 import warnings
 from collections.abc import Callable, Mapping
 
@@ -15,11 +18,13 @@ import numpy as np
 
 from slt_jax.engine.bad_rows import bad_rows_text, cause_of_stops
 from slt_jax.engine.checkpoint import RunStore
-from slt_jax.engine.interrupts import Interrupts
+from slt_jax.engine.interrupts import SIGNALS, Interrupts
 from slt_jax.engine.loop import Engine, Inputs, Run
-from slt_jax.engine.mesh import allgather, is_main_process, place, spans_processes
+from slt_jax.engine.mesh import allgather, place, spans_processes
+from slt_jax.engine.plan import Schedule
 from slt_jax.engine.problem import Problem
-from slt_jax.engine.progress import Progress
+from slt_jax.engine.progress import Progress, peak_memory, span
+from slt_jax.engine.screen import Screen
 from slt_jax.engine.trace import Trace
 from slt_jax.posterior.data import ArrayData, Source
 from slt_jax.posterior.tree import to_host
@@ -101,40 +106,89 @@ def restored(engine: Engine, inputs: Inputs, store: RunStore) -> Run | None:
 
 
 def run_to_end(
-    engine: Engine, inputs: Inputs, store: RunStore | None, *, progress: bool, every: float, part: str = "",
-    nbeta: float | None = None, start: Run | None = None,
+    engine: Engine, inputs: Inputs, store: RunStore | None, screen: Screen, *, every: float, part: str = "",
+    nbeta: float | None = None, start: Run | None = None, partial: bool = False,
+    on_chunk: Callable[[Run], None] | None = None,
 ) -> Run:  # fmt: skip
     """All steps, from where ``store`` left off if it has any; saved at most once in ``every`` seconds.
 
-    ``part``: which part of something larger the run is, for the progress bar; ``nbeta``: that of all its chains, with
-    which the running estimate is shown. ``start``: where the chains begin, if not at w*. SIGINT and SIGTERM act after
-    the chunk that is under way and a save, if there is a ``store`` of this process alone. Raises FloatingPointError
-    when the loss or its gradient at w* is not finite on the first batch.
+    ``part``: which part of something larger the run is, for the screen; ``nbeta``: that of all its chains, with which
+    the running estimate is shown. ``start``: where the chains begin, if not at w*. ``on_chunk``: called after each
+    chunk. SIGINT and SIGTERM act after the chunk that is under way and a save, if there is a ``store`` of this process
+    alone. With ``partial``, Ctrl-C after the first draw ends the run, which is returned with ``interrupted`` set.
+    Raises FloatingPointError when the loss or its gradient at w* is not finite on the first batch.
     """
+    screen.phase(f"{part}compiling the steps", "sampling")
     run = (None if store is None else restored(engine, inputs, store)) or start or engine.start(inputs)
-    mesh = engine.problem.mesh
-    bar = Progress(engine.plan, enabled=progress and is_main_process(mesh), every=every, part=part, nbeta=nbeta)
-    with Interrupts(store is not None and not spans_processes(mesh)) as interrupts:
+    mesh, plan = engine.problem.mesh, engine.plan
+    progress = Progress(plan, full=engine.static.length, part=part, nbeta=nbeta, num_also=len(engine.problem.also))
+    saves, alone = Timer(every), not spans_processes(mesh)
+    with _interrupts(plan, run, saves=store is not None and alone, partial=partial and alone) as interrupts:
         try:
-            with bar:
-                for _ in engine.steps(run, inputs):
-                    if bar.first_chunk and start is None:
-                        _check_center(engine, run)
-                    bar.update(run)
-                    due = bar.save_due() or interrupts.pending is not None
-                    if store is not None and (allgather(due, mesh)[0] or run.step == engine.plan.total_steps):
-                        store = _save(store, run)
-                    if interrupts.pending is not None:
-                        store = store and _written(store, run)
-                        interrupts.deliver()
+            for _ in engine.steps(run, inputs):
+                if progress.first_chunk and start is None:
+                    _check_center(engine, run)
+                announce = progress.left is None
+                progress.update(run)
+                screen.follow(progress)
+                if announce and progress.left is not None and not part:
+                    screen.say(_announcement(plan, progress.left))
+                if on_chunk is not None:
+                    on_chunk(run)
+                due = saves.due() or interrupts.pending is not None
+                if store is not None and (allgather(due, mesh)[0] or run.step == plan.total_steps):
+                    store = _save(store, run)
+                if interrupts.pending is not None:
+                    store = store and _written(store, run)
+                    if partial and interrupts.is_keyboard and draws_of(plan, run):
+                        interrupts.dismiss()
+                        run.interrupted = run.step < plan.total_steps
+                        break
+                    interrupts.deliver()
         except BaseException:
             abandon(store)
             raise
-        run.cost = allgather(bar.cost(run), mesh)[0]
+        memory, where = peak_memory()
+        run.cost = {"steps_per_s": progress.speed, where: memory}
         _explain_stops(engine, run, inputs)
         if store is not None:
             _finish(store, run)
     return run
+
+
+def draws_of(plan: Schedule, run: Run) -> int:
+    """Draws that each chain has taken."""
+    return max(0, run.step - plan.num_warmup) // plan.thinning
+
+
+def so_far(engine: Engine, run: Run) -> tuple[Engine, Run]:
+    """The same run as one that was meant to have no more draws than it has taken, and its engine."""
+    plan = dataclasses.replace(engine.plan, num_draws=draws_of(engine.plan, run))
+    trace = jax.tree.map(lambda x: x[:, : plan.total_steps], run.trace)
+    return engine.replanned(plan), dataclasses.replace(run, trace=trace, step=plan.total_steps)
+
+
+def _interrupts(plan: Schedule, run: Run, *, saves: bool, partial: bool) -> Interrupts:
+    signals = SIGNALS if saves else (signal.SIGINT,) if partial else ()
+    told = "saving before this run ends" if saves else "ending this run with the draws so far"
+    return Interrupts(signals, lambda: saves or draws_of(plan, run) > 0, told)
+
+
+def _announcement(plan: Schedule, left: float) -> str:
+    chains = f"{plan.num_chains} chain{'s' * (plan.num_chains > 1)}"
+    return f"sampling: {plan.total_steps:,} steps of {chains}, about {span(left)} to go"
+
+
+class Timer:
+    """Says when ``every`` seconds have passed since it last said so."""
+
+    def __init__(self, every: float):
+        self._every, self._saved = every, time.monotonic()
+
+    def due(self) -> bool:
+        if due := time.monotonic() - self._saved >= self._every:
+            self._saved = time.monotonic()
+        return due
 
 
 def _explain_stops(engine: Engine, run: Run, inputs: Inputs) -> None:

@@ -3,6 +3,8 @@
 import functools
 from typing import Any, NamedTuple
 
+import numpy as np
+
 
 class Trace(NamedTuple):
     """Per chain and step, float32 ``(num_chains, total_steps)``; NaN where nothing was recorded. Of a result: of draws.
@@ -27,6 +29,10 @@ class Trace(NamedTuple):
     pull: Any
     time: Any = ()
     also: Any = ()
+
+    def __repr__(self) -> str:
+        names = [name for name in self._fields if np.size(getattr(self, name))]
+        return f"<Trace: {', '.join(names)}; {' x '.join(map(str, np.shape(self.loss)))}>"
 
 
 def blank(xp: Any, shape: tuple[int, ...], num_also: int) -> Trace:

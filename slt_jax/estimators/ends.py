@@ -10,6 +10,7 @@ from slt_jax.calibration.probe import Probe
 from slt_jax.diagnostics.relaxation import ChainLength, unrelaxed_bias
 from slt_jax.engine.keys import KeyTag
 from slt_jax.engine.loop import Engine, Run
+from slt_jax.engine.mesh import spans_processes
 from slt_jax.engine.plan import Numbers, Schedule
 from slt_jax.posterior.tree import to_host
 from slt_jax.results.record import EndRecord
@@ -28,7 +29,8 @@ def measure_ends(
 ) -> tuple[EndRecord, tuple[str, ...]]:
     """(what is measured at the end of an estimate whose chains are these, with their ``numbers``; notes on failures).
 
-    Nothing that the run is too short to pay for. A measurement that fails is left out: the estimate does without.
+    Nothing that the run is too short to pay for. A measurement that fails, or that Ctrl-C ends, is left out: the
+    estimate does without.
     """
     measurements: dict[str, Callable[[], EndRecord]] = {
         "gradient noise and acceptance": lambda: _at_chains_ends(engine, run, numbers, chains, key),
@@ -38,6 +40,10 @@ def measure_ends(
     for name, measure in measurements.items():
         try:
             record |= measure()
+        except KeyboardInterrupt:
+            if spans_processes(engine.problem.mesh):
+                raise
+            notes.append(f"measuring {name} at the end was interrupted; the estimate does without.")
         except Exception as error:
             notes.append(f"measuring {name} at the end failed ({type(error).__name__}: {str(error)[:200]}).")
     return record, tuple(notes)

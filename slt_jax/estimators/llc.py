@@ -2,9 +2,8 @@
 
 import functools
 import os
-import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from jax.sharding import Mesh
@@ -17,16 +16,27 @@ from slt_jax.engine.loss_checks import check_loss
 from slt_jax.engine.memory import MemoryEstimate, estimate_memory, first_that_fits, layouts, needs_memory_check
 from slt_jax.engine.mesh import allgather, is_main_process
 from slt_jax.engine.plan import Numbers, Schedule
-from slt_jax.engine.run import abandon, check_at_center, check_other_data, full_loss_at_center, run_to_end
+from slt_jax.engine.run import (
+    Timer,
+    abandon,
+    check_at_center,
+    check_other_data,
+    draws_of,
+    full_loss_at_center,
+    run_to_end,
+)
+from slt_jax.engine.screen import Screen
 from slt_jax.estimators.context import in_own_context
 from slt_jax.estimators.ends import curvature_gradients, end_temporaries
 from slt_jax.estimators.lengths import lengths_of
-from slt_jax.estimators.outcome import result_of
+from slt_jax.estimators.outcome import partial_result, result_of
 from slt_jax.estimators.precision import Rounds, first_round
 from slt_jax.estimators.request import Request
 from slt_jax.posterior.local import LocalPosterior
 from slt_jax.results.llc import LLCResult
 from slt_jax.samplers.base import Metric
+
+_CALLBACK_SECONDS = 1.0
 
 
 @in_own_context
@@ -44,7 +54,7 @@ def estimate_llc(
     mesh: Mesh | None = None,
     chain_batch: int | None = None,
     checkpoint_dir: str | os.PathLike | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
     micro_batches: int = 1,
     baseline: str = "paired",
     budget: int | None = None,
@@ -53,6 +63,7 @@ def estimate_llc(
     control_variate: bool | None = None,
     hot: float | None = None,
     also: Mapping[str, Any] | None = None,
+    callback: Callable[[int, LLCResult], Any] | None = None,
     chunk_size: int = 512,
     checkpoint_seconds: float = 60.0,
 ) -> LLCResult:
@@ -90,8 +101,9 @@ def estimate_llc(
         checkpoint_dir: folder for the state and the traces of the run. If the run is interrupted, the same call resumes
             it, and the result is bit for bit that of an uninterrupted run on the same mesh, versions and kind of
             device. Several processes need a disk that they share.
-        progress: print the predicted memory of large models, the choices of the calibration, the remaining time, and a
-            bar with steps/s and the running estimate. Only the first process prints.
+        progress: show what the call is doing and for how long already, the predicted memory of large models, the
+            choices of the calibration, the time to go, steps/s and the running estimate. Default: in a terminal and in
+            a notebook. Only the first process prints, on stderr.
         micro_batches: number of parts in which a minibatch passes through the model, to save memory. It must divide
             ``batch_size``.
         baseline: how the loss at w* is computed. ``"paired"``: on the minibatch of each draw. This has much less
@@ -114,6 +126,10 @@ def estimate_llc(
         also: name -> data set, of the same kinds as ``data``, held in memory. For each, ``result.also[name]`` has
             nbeta (E[L'(w)] - L'(w*)), where L' is the loss on these data and w are the same draws. It costs two more
             forward passes per draw and data set, on minibatches of their own.
+        callback: called as ``callback(step, result)`` while the chains run, with the number of steps that each has
+            taken, and the result of the draws so far: once a draw is there, then about once a second, and after the
+            last step. It lacks what is measured at the end, such as the bias of minibatch noise. Only the first process
+            calls it.
         chunk_size: largest number of steps between two updates of the host, in one compiled program. It does not change
             the result.
         checkpoint_seconds: shortest time between two saves to ``checkpoint_dir``.
@@ -121,7 +137,8 @@ def estimate_llc(
     Returns:
         An LLCResult: the estimate ``llc`` with its standard error ``llc_stderr``, the ``verdict``, and all traces. The
         standard error contains the sampling noise and the uncertainty of the corrections, but no other errors; those
-        that can be detected are named by the verdict.
+        that can be detected are named by the verdict. Ctrl-C after the first draw ends the sampling: the result is then
+        that of the draws so far, and ``interrupted`` is true. Before the first draw it raises KeyboardInterrupt.
 
     Raises:
         TypeError, ValueError: an argument cannot be used. The message has its name, its value, and what to do.
@@ -130,23 +147,24 @@ def estimate_llc(
 
     Source: Lau et al., arXiv:2308.12108, equation 14.
     """
+    began = time.perf_counter()
     request = Request.checked(
         posterior, data, sampler=sampler, num_chains=num_chains, num_draws=num_draws, num_warmup=num_warmup,
         thinning=thinning, batch_size=batch_size, key=key, mesh=mesh, chain_batch=chain_batch,
         checkpoint_dir=checkpoint_dir, progress=progress, micro_batches=micro_batches, baseline=baseline,
         budget=budget, target_error=target_error, minutes=minutes, control_variate=control_variate, hot=hot,
-        also=also, chunk_size=chunk_size, checkpoint_seconds=checkpoint_seconds,
+        also=also, callback=callback, chunk_size=chunk_size, checkpoint_seconds=checkpoint_seconds,
     )  # fmt: skip
-    return _estimate(request)
+    with request.screen(began) as screen:
+        return _estimate(request, screen)
 
 
-def _estimate(asked: Request) -> LLCResult:
-    began = time.monotonic()
+def _estimate(asked: Request, screen: Screen) -> LLCResult:
     request = asked if asked.target_error is None else first_round(asked)
     engine, memory = _fitted(request)
     problem, mesh = engine.problem, engine.problem.mesh
     if memory is not None:
-        _show(request, engine, memory.lines())
+        screen.say(*memory.lines())
     identity = request.checked_identity(engine.plan, mesh, _asked(request))
     check_loss(problem)
     check_other_data(problem, request.other_data)
@@ -155,29 +173,55 @@ def _estimate(asked: Request) -> LLCResult:
     posterior, choice = request.posterior, None
     sampler, nbeta = request.sampler, float(posterior.nbeta)
     if request.is_open:
+        screen.phase("calibrating step size, friction and localization", "calibration")
         choice, metric = _calibrated(request, engine, store, memory)
         posterior = posterior.with_numbers(nbeta=nbeta, localization=choice.localization)
         spent = choice.gradients + _end_gradients(request, _total(request, engine.plan))
         lengths = lengths_of(request, spent, choice.control_variate)
         engine = engine.replanned(request.schedule(lengths, engine.plan.chain_batch, choice.control_variate))
         numbers = choice.numbers(nbeta, metric)
-        _show(request, engine, choice.lines)
+        screen.say(*choice.lines)
     else:
         assert sampler.step_size is not None
         assert posterior.localization is not None
         numbers = Numbers(nbeta, posterior.localization, sampler.step_size, sampler.friction)
-    inputs = engine.inputs(numbers)
-    run = run_to_end(engine, inputs, store, progress=request.progress, every=request.checkpoint_seconds, nbeta=nbeta)
+    names, inputs = tuple(request.other_data), engine.inputs(numbers)
+
+    def partial(engine: Engine, run: Run) -> LLCResult:
+        return partial_result(engine, run, posterior, numbers, full_loss=full_loss, choice=choice, other_names=names)
 
     def read(engine: Engine, run: Run) -> LLCResult:
+        screen.phase("final checks", "final checks")
         return result_of(
-            engine, run, posterior, numbers, full_loss=full_loss, choice=choice, memory=memory,
-            other_names=tuple(request.other_data), notes=request.notes,
+            engine, run, posterior, numbers, screen.clock, full_loss=full_loss, choice=choice, memory=memory,
+            other_names=names, notes=request.notes,
         )  # fmt: skip
 
+    def sampled(engine: Engine, store: RunStore | None, **options: Any) -> Run:
+        return run_to_end(
+            engine, inputs, store, screen, every=request.checkpoint_seconds, nbeta=nbeta, partial=True,
+            on_chunk=_on_chunk(request, engine, functools.partial(partial, engine)), **options,
+        )  # fmt: skip
+
+    run = sampled(engine, store)
     if asked.target_error is None:
         return read(engine, run)
-    return Rounds(asked, began, engine, inputs, store, digest_of_json(identity), read).go_on(run)
+    return Rounds(asked, screen, engine, store, digest_of_json(identity), sampled, read).go_on(run)
+
+
+def _on_chunk(request: Request, engine: Engine, partial: Callable[[Run], LLCResult]) -> Callable[[Run], None] | None:
+    """What calls the caller's ``callback``: from the first draw on, about once a second, and after the last step."""
+    callback, plan = request.callback, engine.plan
+    if callback is None or not is_main_process(engine.problem.mesh):
+        return None
+    timer, called = Timer(_CALLBACK_SECONDS), []
+
+    def on_chunk(run: Run) -> None:
+        if draws_of(plan, run) and (timer.due() or not called or run.step == plan.total_steps):
+            called.append(run.step)
+            callback(run.step, partial(run))
+
+    return on_chunk
 
 
 def _asked(request: Request) -> dict[str, Any]:
@@ -243,8 +287,3 @@ def _end_gradients(request: Request, total: float) -> float:
     """Of ``total``, those that measuring all curvatures at w* will take."""
     num_data, num_free = request.source.num_data, request.posterior.num_free
     return curvature_gradients(request.sampler, num_free, num_data, request.batch_size, total)
-
-
-def _show(request: Request, engine: Engine, lines: Iterable[str]) -> None:
-    if request.progress and is_main_process(engine.problem.mesh):
-        print(*(f"  {line}" for line in lines), sep="\n", file=sys.stderr)

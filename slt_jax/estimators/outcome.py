@@ -1,55 +1,88 @@
 """From a finished run to a result: its draws, the measurements at its end, and the record of what it was given."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
 from slt_jax.calibration.choose import Choice
 from slt_jax.engine.bad_rows import joined
+from slt_jax.engine.clock import Clock
 from slt_jax.engine.loop import Engine, Run
 from slt_jax.engine.memory import MemoryEstimate
 from slt_jax.engine.mesh import allgather
 from slt_jax.engine.plan import Numbers, Schedule
+from slt_jax.engine.run import so_far
 from slt_jax.engine.trace import Trace
 from slt_jax.estimators.ends import measure_ends
 from slt_jax.machine import versions
 from slt_jax.posterior.local import LocalPosterior
 from slt_jax.results.llc import LLCResult
-from slt_jax.results.record import GradientRecord, RunRecord
+from slt_jax.results.record import CostRecord, EndRecord, GradientRecord, RunRecord
 
 
 def result_of(
-    engine: Engine, run: Run, posterior: LocalPosterior, numbers: Numbers, *, chains: range | None = None,
-    key: jax.Array | None = None, full_loss: float | None = None, choice: Choice | None = None,
-    memory: MemoryEstimate | None = None, other_names: tuple[str, ...] = (), notes: tuple[str, ...] = (),
+    engine: Engine, run: Run, posterior: LocalPosterior, numbers: Numbers, clock: Clock, *,
+    chains: range | None = None, key: jax.Array | None = None, full_loss: float | None = None,
+    choice: Choice | None = None, memory: MemoryEstimate | None = None, other_names: tuple[str, ...] = (),
+    notes: tuple[str, ...] = (),
 ) -> LLCResult:  # fmt: skip
-    """The result of a finished run, or of some of its chains.
+    """The result of a finished run, or of some of its chains; of one that was interrupted, the result so far.
 
     Args:
-        posterior: what these chains sampled. numbers: what they were moved with.
+        posterior: what these chains sampled. numbers: what they were moved with. clock: of the call.
         chains, key: consecutive ones and the key of their estimate; default all, and the engine's. full_loss: L_n(w*),
             where the baseline is that. other_names: of the further data sets. notes: on what the caller gave.
     """
-    plan, mesh = engine.plan, engine.problem.mesh
-    chains = range(plan.num_chains) if chains is None else chains
-    rows = slice(chains.start, chains.stop)
-    kept = slice(plan.num_warmup + plan.thinning - 1, None, plan.thinning)
-    times = run.trace.time[rows, kept]
-    mean_time = float(np.nanmean(times)) if np.isfinite(times).any() else 1.0
+    asked, mesh = engine.plan.num_draws if run.interrupted else 0, engine.problem.mesh
+    if run.interrupted:
+        engine, run = so_far(engine, run)
+    chains = range(engine.plan.num_chains) if chains is None else chains
+    mean_time = _mean_time(engine, run, chains)
     ends, failed = measure_ends(engine, run, numbers, chains, mean_time, engine.key if key is None else key)
     ends = allgather(ends, mesh)[0]
     if cause := joined(run.causes, chains):
         ends["stopped_by"] = cause
-    evenly = evenly_in_time(times)
-    draws = {
-        name: evenly(getattr(run.trace, name)[rows, kept]) for name in Trace._fields if name not in ("time", "also")
-    }
-    if full_loss is not None:
-        draws["baseline"] = np.full_like(draws["loss"], np.float32(full_loss), dtype=np.float64)
-    passes = engine.problem.passes if plan.control_variate else 0
-    record = RunRecord(
-        **_lengths(plan, len(chains)),
+    record = _record(
+        engine, posterior, numbers, len(chains), mean_time, ends, choice, interrupted=asked,
+        cost=allgather({"seconds": clock.seconds, "parts": clock.parts, **run.cost}, mesh)[0],
+        memory=allgather(memory.to_dict() if memory else {}, mesh)[0],
+    )  # fmt: skip
+    return _drawn(engine, run, chains, record, full_loss, other_names, (*notes, *run.notes, *failed))
+
+
+def partial_result(
+    engine: Engine, run: Run, posterior: LocalPosterior, numbers: Numbers, *, full_loss: float | None,
+    choice: Choice | None, other_names: tuple[str, ...],
+) -> LLCResult:  # fmt: skip
+    """What the draws so far give, without what is measured at the end; of a run that goes on."""
+    engine, run = so_far(engine, run)
+    chains = range(engine.plan.num_chains)
+    record = _record(
+        engine, posterior, numbers, len(chains), _mean_time(engine, run, chains), EndRecord(), choice, interrupted=0,
+        cost={}, memory={},
+    )  # fmt: skip
+    return _drawn(engine, run, chains, record, full_loss, other_names, tuple(run.notes))
+
+
+def _at_draws(plan: Schedule) -> slice:
+    return slice(plan.num_warmup + plan.thinning - 1, None, plan.thinning)
+
+
+def _mean_time(engine: Engine, run: Run, chains: range) -> float:
+    times = run.trace.time[chains.start : chains.stop, _at_draws(engine.plan)]
+    return float(np.nanmean(times)) if np.isfinite(times).any() else 1.0
+
+
+def _record(
+    engine: Engine, posterior: LocalPosterior, numbers: Numbers, num_chains: int, mean_time: float, ends: EndRecord,
+    choice: Choice | None, *, interrupted: int, cost: CostRecord, memory: dict[str, Any],
+) -> RunRecord:  # fmt: skip
+    plan, mesh = engine.plan, engine.problem.mesh
+    probe = ends.get("gradients", 0.0) + ends.get("curvature_gradients", 0.0)
+    return RunRecord(
+        **_lengths(plan, num_chains),
         nbeta=float(posterior.nbeta),
         localization=float(posterior.localization or 0.0),
         num_data=posterior.num_data,
@@ -60,23 +93,38 @@ def result_of(
         step_size=numbers.step_size,
         friction=numbers.friction,
         mean_time=mean_time,
+        interrupted=interrupted,
         gradients=GradientRecord(
-            steps=plan.step_gradients(len(chains)), calibration=choice.gradients if choice else 0.0, control=passes,
-            probe=ends.get("gradients", 0.0) + ends.get("curvature_gradients", 0.0),
+            steps=plan.step_gradients(num_chains), calibration=choice.gradients if choice else 0.0,
+            control=engine.problem.passes if plan.control_variate else 0, probe=probe,
         ),
         calibration=choice.to_dict() if choice else {},
         probe=ends,
         devices=f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}",
         versions=versions(),
-        cost=run.cost,
-        memory=allgather(memory.to_dict() if memory else {}, mesh)[0],
+        cost=cost,
+        memory=memory,
     )  # fmt: skip
+
+
+def _drawn(
+    engine: Engine, run: Run, chains: range, record: RunRecord, full_loss: float | None, other_names: tuple[str, ...],
+    notes: tuple[str, ...],
+) -> LLCResult:  # fmt: skip
+    """The draws of these chains, at equal times."""
+    rows, kept = slice(chains.start, chains.stop), _at_draws(engine.plan)
+    evenly = evenly_in_time(run.trace.time[rows, kept])
+    draws = {
+        name: evenly(getattr(run.trace, name)[rows, kept]) for name in Trace._fields if name not in ("time", "also")
+    }
+    if full_loss is not None:
+        draws["baseline"] = np.full_like(draws["loss"], np.float32(full_loss), dtype=np.float64)
     return LLCResult(
         traces=Trace(**draws, also=evenly(run.trace.also[rows, kept]) if other_names else ()),
-        warmup_loss=run.trace.loss[rows, : plan.num_warmup],
+        warmup_loss=run.trace.loss[rows, : engine.plan.num_warmup],
         stopped=_stopped(run, rows, kept, draws["baseline"]),
         settings=record,
-        notes=(*notes, *run.notes, *failed),
+        notes=notes,
         other_names=other_names,
         theory=engine.sampler.theory,
     )

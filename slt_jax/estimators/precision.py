@@ -2,17 +2,17 @@
 
 import dataclasses
 import math
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from slt_jax.calibration.effort import default_budget
 from slt_jax.engine.checkpoint import RunStore
-from slt_jax.engine.loop import Engine, Inputs, Run
-from slt_jax.engine.mesh import allgather, is_main_process
+from slt_jax.engine.loop import Engine, Run
+from slt_jax.engine.mesh import allgather
 from slt_jax.engine.plan import Schedule
-from slt_jax.engine.run import run_to_end
+from slt_jax.engine.run import draws_of
+from slt_jax.engine.screen import Screen
 from slt_jax.estimators.request import Request
 from slt_jax.results.llc import LLCResult
 
@@ -42,21 +42,28 @@ def most_gradients(request: Request) -> int:
     return int(_MOST_BUDGETS * default_budget(request.posterior.num_free))
 
 
+class Sampled(Protocol):
+    """What takes the steps of an engine's schedule that are not yet taken."""
+
+    def __call__(self, engine: Engine, store: RunStore | None, *, start: Run, part: str) -> Run: ...
+
+
 @dataclass(frozen=True)
 class Rounds:
     """What decides after each round whether there is another, and how long.
 
     Args:
-        request: as it was given. began: ``time.monotonic()`` at the start of the call.
-        read: (engine of a schedule, run) -> what the run reads so far.
+        request: as it was given. screen: of the call. engine, store: of the first round. identity: digest of what the
+            estimate depends on.
+        sampled: see ``Sampled``. read: (engine of a schedule, run) -> what the run reads so far.
     """
 
     request: Request
-    began: float
+    screen: Screen
     engine: Engine
-    inputs: Inputs
     store: RunStore | None
     identity: str
+    sampled: Sampled
     read: Callable[[Engine, Run], LLCResult]
 
     def go_on(self, run: Run) -> LLCResult:
@@ -64,29 +71,25 @@ class Rounds:
         plan, number, earlier = self.engine.plan, 0, 0.0
         share = plan.num_warmup / plan.total_steps
         while True:
-            result = _with_earlier(self.read(self.engine.replanned(_split_at(plan, share)), run), earlier)
+            whole = dataclasses.replace(plan, num_draws=draws_of(plan, run))
+            result = _with_earlier(self.read(self.engine.replanned(_split_at(whole, share)), run), earlier)
+            if run.interrupted:
+                return result
             earlier = result.settings.spent.get("probe", 0.0)
             draws = self._kept(number, plan, result)
             if draws <= plan.num_draws:
                 return self._noted(result)
-            self._tell(result)
-            number += 1
-            plan = dataclasses.replace(plan, num_draws=draws)
-            engine = self.engine.replanned(plan)
-            run = self._continued(engine, run, number)
+            self.screen.say(self._standing(result))
+            number, plan = number + 1, dataclasses.replace(plan, num_draws=draws)
+            run = self._continued(self.engine.replanned(plan), run, number)
 
     def _continued(self, engine: Engine, run: Run, number: int) -> Run:
         store = None
         if self.request.folder is not None:
             identity = {"estimate": self.identity, "round": number, "num_draws": engine.plan.num_draws}
             store = RunStore(self.request.folder / f"round-{number}", identity, engine.problem.mesh)
-        seconds = run.cost.get("seconds", 0.0)
-        longer = run_to_end(
-            engine, self.inputs, store, progress=self.request.progress, every=self.request.checkpoint_seconds,
-            nbeta=float(self.request.posterior.nbeta), start=engine.lengthened(run), part=f"round {number + 1}",
-        )  # fmt: skip
+        longer = self.sampled(engine, store, start=engine.lengthened(run), part=f"round {number + 1}: ")
         longer.notes = [*run.notes, *(note for note in longer.notes if note not in run.notes)]
-        longer.cost = {**longer.cost, "seconds": longer.cost.get("seconds", 0.0) + seconds}
         return longer
 
     def _kept(self, number: int, plan: Schedule, result: LLCResult) -> int:
@@ -118,7 +121,7 @@ class Rounds:
         steps = plan.total_steps + (most_gradients(self.request) - spent) * (1 - _ENDS) / each
         if self.request.minutes is not None:
             speed = result.settings.cost.get("steps_per_s") or math.nan
-            left = 60 * self.request.minutes - (time.monotonic() - self.began)
+            left = 60 * self.request.minutes - self.screen.clock.seconds
             in_time = plan.total_steps + max(0.0, left) * (1 - _ENDS) * speed / plan.num_chains
             steps = min(steps, in_time) if math.isfinite(in_time) else steps
         return steps
@@ -132,10 +135,6 @@ class Rounds:
         """Whether the error is as small as asked for, and no check asks for more steps."""
         error = relative_error(result)
         return error <= self._target and not any(flag in WANTS_MORE for flag in result.health.flags)
-
-    def _tell(self, result: LLCResult) -> None:
-        if self.request.progress and is_main_process(self.engine.problem.mesh):
-            print(f"  {self._standing(result)}", file=sys.stderr)
 
     def _standing(self, result: LLCResult) -> str:
         spent, needed = sum(result.settings.spent.values()), needed_budget(result, self._target)

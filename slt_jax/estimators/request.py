@@ -17,11 +17,13 @@ from slt_jax.engine.checkpoint import RunStore, check_directory, first_differenc
 from slt_jax.engine.mesh import allgather, automatic, chain_mesh, check_mesh, spans_processes
 from slt_jax.engine.plan import Lengths, Schedule
 from slt_jax.engine.problem import Problem
+from slt_jax.engine.screen import Screen, shows_progress
 from slt_jax.estimators.rows import check_rows
 from slt_jax.machine import free_of_process, size_text, versions
 from slt_jax.posterior.data import ArrayData, Source, as_source, check_batch_size, check_same_structure, named_data
 from slt_jax.posterior.local import LocalPosterior
 from slt_jax.posterior.tree import addressable
+from slt_jax.results.llc import LLCResult
 from slt_jax.samplers.base import Sampler
 from slt_jax.samplers.exact import from_blackjax
 from slt_jax.samplers.underdamped import underdamped
@@ -59,7 +61,8 @@ class Request:
     chain_batch: int | None = None
     checkpoint_dir: str | os.PathLike | None = None
     checkpoint_seconds: float = 60.0
-    progress: bool = False
+    progress: bool | None = None
+    callback: Callable[[int, LLCResult], Any] | None = None
     other_data: dict[str, ArrayData] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -71,8 +74,8 @@ class Request:
         budget: int | None = None, target_error: float | None = None, minutes: float | None = None,
         control_variate: bool | None = None, hot: float | None = None,
         mesh: Mesh | None = None, chain_batch: int | None = None,
-        checkpoint_dir: str | os.PathLike | None = None, checkpoint_seconds: float = 60.0, progress: bool = False,
-        also: Mapping[str, Any] | None = None,
+        checkpoint_dir: str | os.PathLike | None = None, checkpoint_seconds: float = 60.0,
+        progress: bool | None = None, callback: Any = None, also: Mapping[str, Any] | None = None,
     ) -> "Request":  # fmt: skip
         """Of the arguments as they were given. Raises TypeError and ValueError that name the argument."""
         _check_posterior(posterior)
@@ -89,6 +92,8 @@ class Request:
         if budget is not None and num_draws is not None:
             raise ValueError(f"budget = {budget} and num_draws = {num_draws} both set the length. Give one of them.")
         _check_target(target_error, minutes, num_draws)
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback must be a function callback(step, partial_result), got {shown(callback)}.")
         if checkpoint_dir is not None:
             check_directory(checkpoint_dir)
         check_positive("checkpoint_seconds", checkpoint_seconds, "0 saves after every chunk.", zero=True)
@@ -115,6 +120,7 @@ class Request:
             checkpoint_dir=checkpoint_dir,
             checkpoint_seconds=checkpoint_seconds,
             progress=progress,
+            callback=callback,
             other_data=other_data,
             notes=notes,
         )
@@ -138,6 +144,11 @@ class Request:
     @property
     def folder(self) -> Path | None:
         return None if self.checkpoint_dir is None else user_path(self.checkpoint_dir)
+
+    def screen(self, began: float | None = None) -> Screen:
+        """Where this process shows what the call, which ``began`` then, is doing."""
+        own = jax.process_count() == 1 or (self.mesh is not None and not spans_processes(self.mesh))
+        return Screen(enabled=shows_progress(self.progress) and (own or jax.process_index() == 0), began=began)
 
     def given_mesh(self, num_chains: int) -> Mesh | None:
         """The caller's devices with automatic axes; raises where these chains cannot be laid out on them."""

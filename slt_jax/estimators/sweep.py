@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import os
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,9 +25,9 @@ from slt_jax.engine.memory import (
     needs_memory_check,
     state_bytes,
 )
-from slt_jax.engine.mesh import is_main_process
 from slt_jax.engine.plan import Numbers, Schedule
 from slt_jax.engine.run import abandon, full_loss_at_center, run_to_end
+from slt_jax.engine.screen import Screen
 from slt_jax.estimators.context import in_own_context
 from slt_jax.estimators.ends import end_temporaries
 from slt_jax.estimators.outcome import result_of
@@ -61,7 +60,7 @@ def sweep(
     baseline: str = "paired",
     memory_gib: float | None = None,
     checkpoint_dir: str | os.PathLike | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
     chunk_size: int = 512,
     checkpoint_seconds: float = 60.0,
 ) -> Sweep:
@@ -84,7 +83,8 @@ def sweep(
 
     Returns:
         a Sweep: ``dataset`` (xarray, with named coordinates), ``reading`` (where the LLC is stable, what to take),
-        ``cell(...)``, ``plot``, ``save``.
+        ``cell(...)``, ``plot``, ``save``. Ctrl-C after the first draw gives the sweep of the draws so far if all cells
+        run at once, and else raises KeyboardInterrupt, which says what was saved.
 
     Raises:
         TypeError, ValueError: an argument that cannot be used.
@@ -103,14 +103,16 @@ def sweep(
         raise ValueError("a sweep needs values for nbeta, localization or step_size: step_size=[1e-5, 3e-5, 1e-4].")
     if memory_gib is not None:
         check_positive("memory_gib", memory_gib, "It is the memory of the process or of a device, in GiB.")
-    return _sweep(request, given, memory_gib)
+    with request.screen() as screen:
+        return _sweep(request, screen, given, memory_gib)
 
 
-def _sweep(request: Request, given: dict[str, np.ndarray | None], memory_gib: float | None) -> Sweep:
+def _sweep(request: Request, screen: Screen, given: dict[str, np.ndarray | None], memory_gib: float | None) -> Sweep:
     plan = request.schedule(lengths_of_each(request))
     mesh = request.mesh_of_one(plan.num_chains)
     grid = {name: None if values is None else values.tolist() for name, values in given.items()}
     notes = Notes.opened(request, plan, mesh, {"grid": grid}, {})
+    screen.phase("calibrating what is not given", "calibration")
     try:
         axes, friction = _filled(request, given, plan, mesh, notes)
         most = {name: max(axes[name]) for name in ("nbeta", "localization")}
@@ -119,9 +121,9 @@ def _sweep(request: Request, given: dict[str, np.ndarray | None], memory_gib: fl
     finally:
         abandon(notes.store)
     problem = engine.problem
+    screen.say(f"{cells.number} cells of {plan.num_chains} chains, {at_once} cells at once")
+    screen.phase("checking the loss, and drawing the controls at nbeta = 0", "preparation")
     check_loss(problem)
-    if request.progress and is_main_process(problem.mesh):
-        print(f"  {cells.number} cells of {plan.num_chains} chains, {at_once} cells at once", file=sys.stderr)
     full_loss = full_loss_at_center(problem) if request.baseline == "full" else None
     control_key = jax.random.fold_in(request.key, KeyTag.SWEEP_CONTROL)
     control = prior_control(problem, axes["localization"], control_key, engine.key)
@@ -132,8 +134,18 @@ def _sweep(request: Request, given: dict[str, np.ndarray | None], memory_gib: fl
         if request.folder is not None:
             identity = {"sweep": notes.identity, "mesh": dict(problem.mesh.shape), "at once": engine.plan.chain_batch}
             store = RunStore(request.folder / f"cells-{first}-{block[-1]}", identity, problem.mesh)
-        results += _run_block(cells, engine, block, store, full_loss, memory)
+        try:
+            results += _run_block(cells, engine, block, store, screen, full_loss, memory)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(_saved_text(request, first, cells.number)) from None
     return Sweep(axes, tuple(results), control)
+
+
+def _saved_text(request: Request, done: int, number: int) -> str:
+    """What is left of a sweep that was interrupted."""
+    if request.folder is None:
+        return f"{done} of {number} cells were done; none is saved. With a checkpoint_dir, the same call would resume."
+    return f"{done} of {number} cells are done, and saved in {request.folder}: the same call resumes."
 
 
 @dataclass(frozen=True)
@@ -243,22 +255,25 @@ def _fitting(cells: _Cells, counts: Iterable[int], saves: bool) -> tuple[Engine,
 
 
 def _run_block(
-    cells: _Cells, engine: Engine, block: range, store: RunStore | None, full_loss: float | None,
+    cells: _Cells, engine: Engine, block: range, store: RunStore | None, screen: Screen, full_loss: float | None,
     memory: MemoryEstimate | None,
 ) -> list[LLCResult]:  # fmt: skip
     """The results of these cells, which run together."""
     request, chains, values = cells.request, cells.plan.num_chains, cells.numbers(block)
     keys = jnp.stack([jax.random.fold_in(request.key, i) for i in block])
     inputs = engine.cell_inputs(_numbers(values, cells.friction or 0.1), keys, chains)
-    part = "" if len(block) == cells.number else f"cells {block[0]} to {block[-1]}: "
-    run = run_to_end(engine, inputs, store, progress=request.progress, every=request.checkpoint_seconds, part=part)
+    whole = len(block) == cells.number
+    part = "" if whole else f"cells {block[0]} to {block[-1]} of {cells.number}: "
+    screen.clock.restart()
+    run = run_to_end(engine, inputs, store, screen, every=request.checkpoint_seconds, part=part, partial=whole)
+    screen.phase(f"{part}final checks", "final checks")
     results = []
     for i in range(len(block)):
         numbers = _numbers({name: float(x[i]) for name, x in values.items()}, cells.friction)
         posterior = cells.posterior.with_numbers(nbeta=numbers.nbeta, localization=numbers.localization)
         own = range(i * chains, (i + 1) * chains)
         result = result_of(
-            engine, run, posterior, numbers, chains=own, key=keys[i], full_loss=full_loss, memory=memory,
+            engine, run, posterior, numbers, screen.clock, chains=own, key=keys[i], full_loss=full_loss, memory=memory,
             notes=request.notes,
         )  # fmt: skip
         results.append(result)

@@ -5,7 +5,6 @@ import functools
 import math
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,11 @@ from slt_jax.engine.keys import KeyTag
 from slt_jax.engine.loop import Engine, Inputs, Run
 from slt_jax.engine.loss_checks import check_loss
 from slt_jax.engine.memory import MemoryEstimate, estimate_memory, first_that_fits, layouts, needs_memory_check
-from slt_jax.engine.mesh import allgather, is_main_process
+from slt_jax.engine.mesh import allgather, is_main_process, spans_processes
 from slt_jax.engine.plan import Numbers, Schedule
+from slt_jax.engine.progress import span
 from slt_jax.engine.run import abandon, check_first_loss, full_loss_at_center, restored, run_to_end
+from slt_jax.engine.screen import Screen
 from slt_jax.estimators.context import in_own_context
 from slt_jax.estimators.ends import end_temporaries
 from slt_jax.estimators.outcome import result_of
@@ -66,7 +67,7 @@ def trajectory(
     micro_batches: int = 1,
     baseline: str = "paired",
     checkpoint_dir: str | os.PathLike | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
     chunk_size: int = 512,
     checkpoint_seconds: float = 60.0,
 ) -> Trajectory:
@@ -94,7 +95,8 @@ def trajectory(
         chain_batch, micro_batches, baseline, progress, chunk_size, checkpoint_seconds: as for ``sweep``.
 
     Returns:
-        a Trajectory: ``dataset`` (xarray), ``results``, ``stages``, ``plot``, ``save``.
+        a Trajectory: ``dataset`` (xarray), ``results``, ``stages``, ``plot``, ``save``. Ctrl-C gives that of the
+        checkpoints that are done, with ``interrupted`` set, if there is one; else it raises KeyboardInterrupt.
 
     Raises:
         TypeError, ValueError: an argument that cannot be used.
@@ -108,36 +110,62 @@ def trajectory(
         chunk_size=chunk_size, checkpoint_seconds=checkpoint_seconds,
     )  # fmt: skip
     check_no_metric(request)
-    return _trajectory(request, centers, _steps(centers), _parts(parts), warm_start)
+    with request.screen() as screen:
+        return _trajectory(request, screen, centers, _steps(centers), _parts(parts), warm_start)
 
 
 def _trajectory(
-    request: Request, centers: Mapping[int, Any], steps: list[int], parts: dict[str, Part], warm_start: bool
-) -> Trajectory:
+    request: Request, screen: Screen, centers: Mapping[int, Any], steps: list[int], parts: dict[str, Part],
+    warm_start: bool,
+) -> Trajectory:  # fmt: skip
     plan = request.schedule(lengths_of_each(request))
     mesh = request.mesh_of_one(plan.num_chains)
     more = {"steps": steps, "parts": list(parts)}
     notes = Notes.opened(request, plan, mesh, more, {"warm_start": warm_start})
-    course = _Course(request, centers, plan, mesh, notes.identity)
+    course = _Course(request, screen, centers, plan, mesh, notes.identity)
+    screen.phase("calibrating what is not given, at the checkpoint whose loss is most sharply curved", "calibration")
     try:
         course = _fitted(_filled(course, steps, notes), steps[0])
     finally:
         abandon(notes.store)
-    results: dict[str, list[LLCResult]] = {name: [] for name in parts}
+    done: dict[str, list[LLCResult]] = {name: [] for name in parts}
+    try:
+        for name, result in _estimates(course, steps, parts, warm_start):
+            done[name].append(result)
+            _tell(course, steps, name, done)
+    except KeyboardInterrupt:
+        complete = min(map(len, done.values()))
+        if not complete or spans_processes(mesh):
+            raise
+        cut = {name: tuple(row[:complete]) for name, row in done.items()}
+        return Trajectory(tuple(steps[:complete]), cut, interrupted=len(steps))
+    return Trajectory(tuple(steps), {name: tuple(row) for name, row in done.items()})
+
+
+def _estimates(
+    course: "_Course", steps: list[int], parts: dict[str, Part], warm_start: bool
+) -> Iterator[tuple[str, LLCResult]]:
+    """(part, result) of each step in turn."""
     ends: dict[str, _End] = {}
     for step in steps:
         whole = course.posterior_at(step)
         for number, (name, part) in enumerate(parts.items()):
             last = ends.get(name) if warm_start else None
+            course.screen.clock.restart()
             result, end = _at_checkpoint(course, name, part(whole), number, step, last)
-            results[name].append(result)
             _remove_state(course, name, ends.get(name))
             ends[name] = end
-            if request.progress and is_main_process(mesh):
-                value = estimate_text(result.llc, result.llc_stderr, "±")
-                where = f"step {step}" if len(parts) == 1 else f"step {step}, {name}"
-                print(f"  {where}: LLC {value}, {result.verdict}", file=sys.stderr)
-    return Trajectory(tuple(steps), {name: tuple(row) for name, row in results.items()})
+            yield name, result
+
+
+def _tell(course: "_Course", steps: list[int], name: str, done: dict[str, list[LLCResult]]) -> None:
+    """The last result, of this part; and after the first step how long all will take."""
+    step, result = steps[len(done[name]) - 1], done[name][-1]
+    where = f"step {step}" if len(done) == 1 else f"step {step}, {name}"
+    course.screen.say(f"{where}: LLC {estimate_text(result.llc, result.llc_stderr, '±')}, {result.verdict}")
+    if len(steps) > 1 and all(len(row) == 1 for row in done.values()):
+        seconds = (len(steps) - 1) * sum(row[0].settings.cost.get("seconds", 0.0) for row in done.values())
+        course.screen.say(f"{len(steps) - 1} more checkpoints, about {span(seconds)} to go")
 
 
 @dataclass(frozen=True)
@@ -155,6 +183,7 @@ class _Course:
     """The checkpoints, and the one setting for all. ``identity``: digest of everything that the numbers depend on."""
 
     request: Request
+    screen: Screen
     centers: Mapping[int, Any]
     plan: Schedule
     mesh: Mesh
@@ -308,11 +337,11 @@ def _at_checkpoint(
         full_loss = full_loss_at_center(engine.problem) if request.baseline == "full" else None
         inputs = engine.inputs(course.numbers)
         start = _carried(course, name, engine, inputs, last) if last is not None and last.settled else None
-        run = run_to_end(
-            engine, inputs, store, progress=request.progress, every=request.checkpoint_seconds,
-            part=f"step {step}, {name}: ", start=start,
-        )  # fmt: skip
-        result = result_of(engine, run, posterior, course.numbers, full_loss=full_loss, notes=request.notes)
+        part = f"step {step}, {name}: "
+        run = run_to_end(engine, inputs, store, course.screen, every=request.checkpoint_seconds, part=part, start=start)
+        course.screen.phase(f"{part}final checks", "final checks")
+        clock = course.screen.clock
+        result = result_of(engine, run, posterior, course.numbers, clock, full_loss=full_loss, notes=request.notes)
         if store is not None and is_main_process(course.mesh):
             result.save(saved)
     return result, _End(step, engine.problem.center, result.verdict in SETTLED, run)

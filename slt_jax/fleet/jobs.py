@@ -70,6 +70,8 @@ def work(pickled: bytes, root: Path, name: str, attempt: int) -> None:
             result = function(case)
             if not isinstance(result, LLCResult):
                 raise TypeError(f"function must return an LLCResult, got a {type(result).__name__}.")
+            if result.interrupted:  # a cancelled job has no result, and the next attempt must not find one
+                raise KeyboardInterrupt("ended before it had all its draws")
             result.save(target)
         except BaseException as error:
             kind = type(error).__name__

@@ -16,6 +16,7 @@ import numpy as np
 from slt_jax._checks import check_count, shown
 from slt_jax._io import user_path, write_file
 from slt_jax.engine.checkpoint import first_difference
+from slt_jax.engine.screen import shows_progress
 from slt_jax.fleet.jobs import Failure, JobQueue, import_submitit, read_json, result_line
 from slt_jax.results.llc import LLCResult
 
@@ -43,6 +44,10 @@ class Fleet:
     failures: tuple[Failure, ...]
     dataset: "xr.Dataset"
 
+    def __repr__(self) -> str:
+        names = self.dataset["job"].values.tolist()
+        return f"<Fleet: {len(names)} jobs, {len(self.failures)} failed>"
+
     def __str__(self) -> str:
         lines = {name: result_line(result) for name, result in self.results.items()}
         lines |= {f.name: f"failed at attempt {f.attempts}: {f.reason} (log: {f.log})" for f in self.failures}
@@ -60,7 +65,7 @@ def run_fleet(
     executor: Any = None,
     retries: int = 1,
     parallel: int | None = None,
-    progress: bool = False,
+    progress: bool | None = None,
 ) -> Fleet:
     """Run ``function(case)`` for every case as a separate job, and collect the results.
 
@@ -89,7 +94,7 @@ def run_fleet(
         retries: further attempts for a job that failed.
         parallel: largest number of jobs that are submitted at a time. Default: half the cores of this machine; with an
             executor all at once, as a job array if it supports them.
-        progress: print a line to stderr for each job that ends.
+        progress: print a line to stderr for each job that ends. Default: in a terminal and in a notebook.
 
     Raises:
         ImportError: submitit is not installed.
@@ -109,7 +114,7 @@ def run_fleet(
     if executor is None:
         executor = _local_executor(root)
         parallel = max(1, (os.cpu_count() or 1) // 2) if parallel is None else parallel
-    jobs = JobQueue(root, function, cases, executor, progress)
+    jobs = JobQueue(root, function, cases, executor, shows_progress(progress))
     _run_all(jobs, retries, parallel)
     return _fleet_of(jobs)
 

@@ -34,7 +34,7 @@ else:
     _Nbeta = float | None  # what may be given
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LocalPosterior:
     """The posterior around trained weights w* that is sampled: loss function, w*, temperature and localization.
 
@@ -143,6 +143,16 @@ class LocalPosterior:
         check_state(self.center, free)
         check_ties([leaf.name for leaf in leaves], [value for _, value in flat], free)
         return LossProgram(self.loss_fn, treedef, tuple(leaves), check_forward(self.forward_dtype))
+
+    def __repr__(self) -> str:
+        try:
+            free, total = self.num_free, sum(math.prod(leaf.shape) for leaf in self.program.leaves)
+            weights = f"{free:,} weights" if free == total else f"{free:,} of {total:,} weights"
+        except (TypeError, ValueError):  # a center or a mask that an estimate will refuse
+            weights = "weights that cannot be sampled"
+        gamma = "localization open" if self.localization is None else f"localization {self.localization:.4g}"
+        name = getattr(self.loss_fn, "__name__", type(self.loss_fn).__name__)
+        return f"<LocalPosterior: {weights}, loss {name}, num_data {self.num_data:,}, nbeta {self.nbeta:.4g}, {gamma}>"
 
     @property
     def free_names(self) -> list[str]:

@@ -18,7 +18,8 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.patheffects import withStroke
 
 from slt_jax.report.style import figure_of, legend_below
-from slt_jax.results.plateau import SETTLED, GridReading
+from slt_jax.results.plateau import GridReading
+from slt_jax.results.text import MARK, MARKED
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -33,7 +34,7 @@ _HEAD = re.compile(r"layer (\d+) head (\d+)")
 
 
 class _Cells(NamedTuple):
-    """Estimates on a grid, NaN where they are not finite. ``warned``: by the verdict. ``absent``: not run."""
+    """Estimates on a grid, NaN where they are not finite. ``warned``: not converged. ``absent``: not run."""
 
     values: Float[np.ndarray, "row column"]
     errors: Float[np.ndarray, "row column"]
@@ -76,11 +77,10 @@ def _draw_cells(axis: Axes, cells: _Cells, norm: Normalize, up: int = 1) -> None
             continue
         with_error = columns <= 12 and math.isfinite(error)
         middle: dict[str, Any] = {"color": text_colour(CMAP(float(norm(value)))), "ha": "center", "va": "center"}
-        axis.text(column, row + up * 0.13 * with_error, short_number(value), fontsize=9, **middle)
+        number = f"{short_number(value)}{MARK * bool(cells.warned[row, column])}"
+        axis.text(column, row + up * 0.13 * with_error, number, fontsize=9, **middle)
         if with_error:
             axis.text(column, row - up * 0.24, f"±{short_number(error, 2)}", fontsize=7, **middle)
-        if cells.warned[row, column]:
-            axis.plot(column + 0.4, row + up * 0.36, "o", color=middle["color"], ms=3.2, mew=0)
     axis.set(xlim=(-0.5, columns - 0.5), ylim=(-0.5, rows - 0.5)[::up])
     axis.spines[:].set_visible(False)
     axis.tick_params(length=0)
@@ -101,11 +101,11 @@ def text_colour(rgba: tuple[float, ...]) -> str:
 
 
 def _legend_entries(cells: Sequence[_Cells]) -> list[Any]:
-    """Legend entries for the hatch and the dot, if they occur."""
-    dot = Line2D([], [], color="black", marker="o", ms=3.5, ls="", label="the verdict warns")
+    """Legend entries for the hatch and the mark of what has not converged, if they occur."""
+    mark = Line2D([], [], color="black", marker=f"${MARK}$", ms=6, ls="", label=MARKED.removeprefix(f"{MARK} "))
     hatched = any((~np.isfinite(c.values) & ~c.absent).any() for c in cells)
-    dotted = any((c.warned & np.isfinite(c.values)).any() for c in cells)
-    return [Patch(**_HATCH, label="diverged")] * hatched + [dot] * dotted
+    some = any((c.warned & np.isfinite(c.values)).any() for c in cells)
+    return [Patch(**_HATCH, label="diverged")] * hatched + [mark] * some
 
 
 def _outline(axis: Axes, columns: tuple[int, int], rows: tuple[int, int], inset: float, **style: Any) -> None:
@@ -128,7 +128,7 @@ def plot_sweep(
     """
     data = dataset.transpose("nbeta", "localization", "step_size")
     values = np.where(np.asarray(data["diverged"], bool), np.nan, np.asarray(data["llc"], float))
-    warned = ~np.isin(np.asarray(data["verdict"], str), SETTLED)
+    warned = np.asarray(data["verdict"], str) != "converged"
     errors = np.asarray(data["llc_stderr"], float)
     panels = [_Cells(*layers, np.zeros_like(layers[2])) for layers in zip(values, errors, warned, strict=True)]
     norm, extend, log = colour_range(values)
@@ -214,7 +214,7 @@ def plot_heads(results: Mapping[str, Any], path: str | os.PathLike | None = None
     blank = np.full(shape, math.nan)
     cells = _Cells(blank, blank.copy(), np.zeros(shape, bool), np.ones(shape, bool))
     for name, result in results.items():
-        numbers = (result.llc, result.llc_stderr, result.verdict not in SETTLED, False)
+        numbers = (result.llc, result.llc_stderr, result.verdict != "converged", False)
         for layer, number in zip(cells, numbers, strict=True):
             layer[places[name]] = number
     norm, extend, log = colour_range(cells.values)

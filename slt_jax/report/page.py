@@ -10,6 +10,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from slt_jax.results.record import RunRecord
+from slt_jax.results.text import MARKED
 from slt_jax.samplers import theory_of
 
 GOOD, CAUTION, BAD, UNMEASURED = "good", "caution", "bad", "none"
@@ -88,13 +89,22 @@ def tone_of(verdict: str) -> str:
     return {"converged": GOOD, "depends on nbeta or localization": CAUTION}.get(verdict, BAD)
 
 
+def table_note(rows: Iterable[Row]) -> tuple[str, ...]:
+    """What the symbols before rows mean, and the mark of estimates."""
+    tones = {row.tone for row in rows}
+    note = "✓ converged, ! depends on nbeta or localization, ✗ any other verdict."
+    return (note if tones <= {GOOD} else f"{note} {MARKED}.",)
+
+
 _MEANINGS = {
     "sampler": "transition rule of a step", "step_size": "epsilon: drift -(epsilon/2) G, noise of variance epsilon",
     "friction": "fraction of the momentum that a step loses",
     "mean_time": "mean length of the draws' steps, as a fraction of a full step: some were shortened",
     "nbeta": "n times the inverse temperature",
     "localization": "gamma, the pull to w*", "num_chains": "independent chains",
-    "num_draws": "losses recorded in each chain", "num_warmup": "steps before the first draw",
+    "num_draws": "losses recorded in each chain",
+    "interrupted": "draws that were asked for, before the run was interrupted",
+    "num_warmup": "steps before the first draw",
     "thinning": "steps from one draw to the next", "batch_size": "examples in the batch of a step",
     "num_data": "examples in the data set", "num_free": "weights that move",
     "baseline": "loss at w*: on the same batch (paired) or over all data (full)",
@@ -107,6 +117,7 @@ def settings_sections(settings: RunRecord, without: tuple[str, ...] = ()) -> Ite
     forms = {float: lambda x: f"{x:.4g}", int: lambda x: f"{x:,}", bool: lambda x: "yes" if x else "no"}
     without += () if theory_of(settings.family).has_momentum else ("friction",)
     without += ("mean_time",) if settings.mean_time == 1 else ()
+    without += () if settings.interrupted else ("interrupted",)
     values = {name: getattr(settings, name) for name in _MEANINGS if name not in without}
     known = {name: value for name, value in values.items() if value is not None}
     rows = tuple(Row((name, forms.get(type(value), str)(value), _MEANINGS[name])) for name, value in known.items())

@@ -24,13 +24,15 @@ from slt_jax.report.page import (
 from slt_jax.report.traces import plot_result
 from slt_jax.results.llc import LLCResult
 from slt_jax.results.record import RunRecord
-from slt_jax.results.text import estimate_text
+from slt_jax.results.text import estimate_text, interrupted_line, parts_text
 
 
 def result_page(result: LLCResult, path: str | None) -> Page:
     found = result.estimate_text("±")
     reason, chains = result.health.reason, len(result.traces.loss)
     text = [reason[:1].upper() + reason[1:]]
+    if line := interrupted_line(result.settings):
+        text.append(line)
     if result.stopped:
         where = ", ".join(f"chain {c} at step {t}" for c, t in sorted(result.stopped.items()))
         text.append(f"Went non-finite and left out: {where} ({len(result.stopped)} of {chains}).")
@@ -114,7 +116,8 @@ def _cost_section(settings: RunRecord) -> Section:
     cost, spent = settings.cost, settings.spent
     rows = []
     if (seconds := cost.get("seconds")) is not None:
-        rows.append(("time", f"{seconds:.3g} s"))
+        parts = parts_text(cost.get("parts", {}))
+        rows.append(("time", f"{seconds:.3g} s" + (f" ({parts})" if parts else "")))
     if (speed := cost.get("steps_per_s")) is not None:
         rows.append(("speed", f"{speed:,.4g} steps/s over all chains"))
     if spent:

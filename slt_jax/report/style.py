@@ -1,5 +1,6 @@
 """Size, fonts, colours, markers and legend of all pictures. Markers keep lines distinct without colours."""
 
+import io
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,12 +14,21 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = "osD^vP*X"
 
 
+class Picture(Figure):
+    """A figure that a notebook shows by itself, without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png", dpi=100)
+        return file.getvalue()
+
+
 def figure_of(size: tuple[float, float], path: str | os.PathLike | None, draw: Callable[[Figure], None]) -> Figure:
     """A figure of ``size`` (inches) with what ``draw`` puts on it, written to ``path`` if that is given."""
     with matplotlib.rc_context(
         {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "hatch.linewidth": 0.8}
     ):
-        figure = Figure(figsize=size, layout="constrained")
+        figure = Picture(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         draw(figure)
         if path is not None:

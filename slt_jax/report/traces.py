@@ -36,6 +36,8 @@ def _title(result: Any) -> str:
     text = f"{chains} chain{'s' * (chains > 1)} of {draws} draws"
     if math.isfinite(result.rhat):
         text += f", R-hat {result.rhat:.3f}, ESS {result.ess:.0f}"
+    if result.settings.interrupted:
+        text += f"; interrupted, of {result.settings.interrupted} draws"
     return text + (f"; lines are means of {round(draws / _POINTS)} draws" if draws > 2 * _POINTS else "")
 
 

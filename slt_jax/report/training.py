@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from slt_jax.report.style import COLORS, MARKERS, figure_of
-from slt_jax.results.plateau import SETTLED
+from slt_jax.results.text import MARK, MARKED
 
 
 def plot_training(
@@ -24,7 +24,7 @@ def plot_training(
 ) -> Figure:
     """LLC with error bars and loss over training steps.
 
-    Markers are hollow where the estimate has not settled or the checkpoint is not a minimum.
+    An estimate that has not converged has a hollow marker with a star above it.
 
     Args:
         steps: training steps of the checkpoints.
@@ -48,8 +48,8 @@ def plot_training(
         right = axis.twinx()
         for k, (name, line) in enumerate(series.items()):
             _plot_line(axis, steps, line, COLORS[k % len(COLORS)], MARKERS[k % len(MARKERS)], name)
-        if len(series) > 1 and any(r.verdict not in SETTLED for line in series.values() for r in line):
-            axis.plot([], [], "o", mfc="white", mec="black", label="hollow: not settled or no minimum")
+        if any(r.verdict != "converged" for line in series.values() for r in line):
+            axis.plot([], [], "o", mfc="white", mec="black", label=MARKED)
         single, loss = len(series) == 1, COLORS[1] if len(series) == 1 else "0.45"
         right.plot(steps, losses, "s--" if single else ":", color=loss, lw=1.2 if single else 2, ms=4, label="loss")
         right.spines["right"].set_visible(True)
@@ -65,6 +65,7 @@ def plot_training(
         }
         if interval in entries:
             entries[interval] = (Patch(color="0.88"), entries[interval])
+        figure.suptitle("LLC and loss over training", fontweight="bold")
         place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1.0), "ncols": 3, "fontsize": 9}
         axis.legend(entries.values(), entries.keys(), frameon=False, **place)
 
@@ -74,9 +75,8 @@ def plot_training(
 def _plot_line(axis: Axes, steps: Sequence[int], results: Sequence[Any], color: str, marker: str, name: str) -> None:
     x, y = np.asarray(steps), np.array([r.llc for r in results])
     axis.errorbar(x, y, yerr=[r.llc_stderr for r in results], color=color, capsize=3, lw=1.5)
-    settled = np.array([r.verdict in SETTLED for r in results])
-    if settled.any() or name:
-        axis.plot(x[settled], y[settled], ls="", marker=marker, color=color, label=name or "LLC ± standard error")
-    if not settled.all():
-        hollow = None if name else "LLC, not settled or no minimum"
-        axis.plot(x[~settled], y[~settled], ls="", marker=marker, mfc="white", mec=color, label=hollow)
+    converged = np.array([r.verdict == "converged" for r in results])
+    axis.plot(x[converged], y[converged], ls="", marker=marker, color=color, label=name or "LLC ± standard error")
+    axis.plot(x[~converged], y[~converged], ls="", marker=marker, mfc="white", mec=color)
+    for step, llc in zip(x[~converged], y[~converged], strict=True):
+        axis.annotate(MARK, (step, llc), (0, 3), textcoords="offset points", ha="center", color=color)

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float64
 
 from slt_jax.results.llc import LLCResult
-from slt_jax.results.text import estimate_text
+from slt_jax.results.text import estimate_text, marked
 
 LEVEL = 0.9
 _RESAMPLES = 20_000
@@ -85,11 +85,15 @@ class Comparison:
     def _size(self, n: float | None) -> float:
         return self.num_data if n is None else _checked_size("n", n)
 
+    def __repr__(self) -> str:
+        return f"<Comparison: {str(self).splitlines()[0]}>"
+
     def __str__(self) -> str:
         value, error = self.difference()
         lines = [f"At n = {_count(self.num_data)} {_winner_text(self.prefers(), abs(value), error)}."]
         for name, side, energy in zip("ab", (self.a, self.b), self.free_energy(), strict=True):
             llc, loss = (estimate_text(*x, "+/-") for x in ((side.llc, side.llc_stderr), (side.loss, side.loss_stderr)))
+            llc = marked(llc, side.verdict)
             lines.append(f"{name}: LLC {llc}, loss {loss} nats per example; free energy {energy:.6g} nats.")
         lines.append(self._switch_text())
         for name, side in zip("ab", (self.a, self.b), strict=True):

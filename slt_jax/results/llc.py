@@ -16,10 +16,11 @@ from slt_jax.diagnostics.sensitivity import Slope, covariance_with_loss, degree_
 from slt_jax.diagnostics.series import Rise, ess_and_rhat, rise_of, standard_error
 from slt_jax.diagnostics.verdict import Health, assess
 from slt_jax.engine.trace import Trace
+from slt_jax.results.card import card, sparkline, tone_color
 from slt_jax.results.other_data import Reading
 from slt_jax.results.record import RunRecord
 from slt_jax.results.storage import RESULT, load, write
-from slt_jax.results.text import bias_line, cost_line, estimate_text, shortened
+from slt_jax.results.text import bias_line, cost_line, estimate_text, interrupted_line, marked, shortened
 from slt_jax.results.tree import fields_of, tree_of
 from slt_jax.samplers import theory_of
 from slt_jax.samplers.base import Theory
@@ -218,6 +219,11 @@ class LLCResult:
         return self.health.verdict
 
     @property
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C ended the run before it had all its draws; estimate and verdict are of those it has."""
+        return bool(self.settings.interrupted)
+
+    @property
     def init_loss(self) -> float:
         """Mean of the loss at w* that was subtracted."""
         kept = self.traces.baseline[self.kept_chains]
@@ -235,16 +241,33 @@ class LLCResult:
         return n * float(kept.mean(dtype=np.float64))
 
     def estimate_text(self, sign: str) -> str:
-        """Estimate and error bar in words."""
-        return estimate_text(self.llc, self.llc_stderr, sign)
+        """Estimate and error bar in words, with a * unless the verdict is "converged"."""
+        return marked(estimate_text(self.llc, self.llc_stderr, sign), self.verdict)
+
+    def __repr__(self) -> str:
+        return f"<LLCResult: LLC {self.estimate_text('+/-')}, {self.verdict}; {self._size_text()}>"
+
+    def _size_text(self) -> str:
+        chains, draws = len(self.kept_chains), self.traces.loss.shape[1]
+        text = f"{chains} chain{'s' * (chains != 1)} x {draws:,} draws, R-hat {self.rhat:.3f}, ESS {self.ess:,.0f}"
+        return text + (f", interrupted (of {self.settings.interrupted:,} draws)" if self.interrupted else "")
+
+    def _repr_html_(self) -> str:
+        lines = [self.health.reason, self._size_text(), *(f"Note: {note}" for note in self.notes[:3])]
+        baseline = self.init_loss if math.isfinite(self.init_loss) else None
+        losses = self.traces.loss[self.kept_chains] if self.kept_chains.size else self.traces.loss
+        picture = sparkline(losses[:6], "the loss of each chain at its draws; dashed: the loss at w*", baseline)
+        return card(f"LLC {self.estimate_text('±')}", self.verdict, lines, picture, tone_color(self.verdict))
 
     def __str__(self) -> str:
         s, h = self.settings, self.health
         chains, draws = self.traces.loss.shape
+        interrupted = f"{line}\n" if (line := interrupted_line(s)) else ""
         text = (
             f"LLC {self.estimate_text('+/-')}  ({len(self.kept_chains)} chains x {draws} draws, "
             f"R-hat {h.rhat:.3f}, ESS {h.ess:.0f})\n"
             f"Verdict: {h.verdict}: {h.reason}\n"
+            f"{interrupted}"
             f"Loss {self.init_loss:.5g} at w*, "
             f"{np.nanmean(self.traces.loss[self.kept_chains]) if len(self.kept_chains) else math.nan:.5g} "
             f"around it (nats per example); {self._signs()}.\n"
@@ -299,15 +322,18 @@ class LLCResult:
             "verdict": h.verdict,
             "reason": h.reason,
             "flags": list(h.flags),
+            "interrupted": self.interrupted,
             "stopped": stopped,
             "also": {name: other.to_dict() for name, other in self.also.items()},
             "settings": self.settings.to_json(),
         }
 
     def to_xarray(self) -> "xr.DataTree":
-        """DataTree with groups ``sample_stats`` (chain, draw) and ``warmup_sample_stats`` (chain, step).
+        """DataTree for ArviZ: ``az.summary(result.to_xarray())``, ``az.plot_trace(...)``.
 
-        And, with further data sets, ``also_sample_stats`` (data_set, chain, draw).
+        The group ``posterior`` has ``llc``, ``loss`` and ``distance`` (from w*) at each draw of the chains that stayed
+        finite; ``sample_stats`` all traces (chain, draw), ``warmup_sample_stats`` the loss before them (chain, step),
+        and, with further data sets, ``also_sample_stats`` (data_set, chain, draw).
         """
         return tree_of(
             self.traces, self.warmup_loss, self.stopped, self.settings, notes=self.notes, other_names=self.other_names
@@ -318,7 +344,10 @@ class LLCResult:
         return write(self.to_xarray(), path, RESULT, overwrite=overwrite)
 
     def plot(self, path: str | os.PathLike | None = None):
-        """Loss traces by chain and the running estimate; written to ``path`` if given. Returns the figure."""
+        """Loss traces by chain and the running estimate; written to ``path`` if given.
+
+        Returns the figure, which a notebook shows.
+        """
         from slt_jax.report.traces import plot_result
 
         return plot_result(self, path)

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, Float64
 
 from slt_jax.diagnostics.series import ess_and_rhat, standard_error
+from slt_jax.results.text import estimate_text
 
 READINGS = ("loss_trace", "baseline_trace", "gap_var")
 
@@ -24,6 +25,9 @@ class Reading:
     baseline_trace: Float[np.ndarray, "chain draw"]
     gap_var: Float[np.ndarray, "chain draw"]
     nbeta: float
+
+    def __repr__(self) -> str:
+        return f"<Reading: LLC {estimate_text(self.llc, self.llc_stderr, '+/-')}, R-hat {self.rhat:.3f}>"
 
     @functools.cached_property
     def llc_draws(self) -> Float64[np.ndarray, "chain draw"]:

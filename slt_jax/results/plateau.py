@@ -89,6 +89,11 @@ class GridReading:
     def __str__(self) -> str:
         return "\n".join(self.lines)
 
+    def __repr__(self) -> str:
+        best = self.recommended
+        take = "no setting" if best is None else ", ".join(f"{name} {value:.4g}" for name, value in best.items())
+        return f"<GridReading: {len(self.plateaus)} plateaus; recommends {take}>"
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         return {

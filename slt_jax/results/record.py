@@ -35,9 +35,13 @@ class EndRecord(TypedDict, total=False):
 
 
 class CostRecord(TypedDict, total=False):
-    """Seconds with compilation; steps/s of all chains after the first chunk; peak memory of a device or the process."""
+    """Wall time of the call, and of its ``parts``; steps/s of all chains after the first chunk; peak memory.
+
+    Of a cell of a sweep or a checkpoint of a trajectory, the time is that of its own run.
+    """
 
     seconds: float
+    parts: dict[str, float]
     steps_per_s: float | None
     device_peak_mib: int | None
     process_peak_mib: int | None
@@ -49,7 +53,8 @@ class RunRecord:
 
     ``num_free``: weights that move. ``sampler``, ``family``, ``metric``: the sampler's name, the name of its theory,
     whether it moved in a metric's coordinates. ``mean_time``: mean length of the draws' steps, as a share of a full
-    one. ``calibration``: as ``calibration.Choice`` writes itself, empty without one. ``probe``: measurements at the
+    one. ``interrupted``: the draws that were asked for, where the run was ended before it had them; else 0.
+    ``calibration``: as ``calibration.Choice`` writes itself, empty without one. ``probe``: measurements at the
     end. ``memory``: MiB, as they were estimated.
     """
 
@@ -73,6 +78,7 @@ class RunRecord:
     step_size: float = math.nan
     friction: float | None = None
     mean_time: float = 1.0
+    interrupted: int = 0
     gradients: GradientRecord = field(default_factory=GradientRecord)
     calibration: dict[str, Any] = field(default_factory=dict)
     probe: EndRecord = field(default_factory=EndRecord)

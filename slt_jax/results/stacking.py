@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 def stack(
     results: Sequence[LLCResult], dims: tuple[str, ...], shape: tuple[int, ...]
 ) -> tuple[dict[str, "xr.Dataset"], dict[str, Any]]:
-    """(groups, attributes) of a tree that holds all of ``results``: their traces over ``dims``, chain and draw."""
+    """(groups, attributes) of a tree that holds all of ``results``: their traces over ``dims``, chain and draw.
+
+    ``posterior``, for ArviZ, has the LLC at each draw.
+    """
     import xarray as xr
 
     def stacked(arrays: list[np.ndarray]) -> np.ndarray:
@@ -29,7 +32,9 @@ def stack(
     traces = {name: stacked([one[name] for one in each]) for name in SAVED}
     warm = stacked([result.warmup_loss for result in results])
     records = [[r.settings.to_json(), {str(k): v for k, v in r.stopped.items()}, list(r.notes)] for r in results]
+    gaps = [r.settings.nbeta * (r.traces.loss.astype(np.float64) - r.traces.baseline) for r in results]
     groups = {
+        "/posterior": xr.Dataset({"llc": ((*dims, "chain", "draw"), stacked(gaps))}),
         "/sample_stats": xr.Dataset({name: ((*dims, "chain", "draw"), x) for name, x in traces.items()}),
         "/warmup_sample_stats": xr.Dataset({"loss": ((*dims, "chain", "step"), warm)}),
     }

@@ -66,6 +66,10 @@ class Stages:
     drift: float
     level: float
 
+    def __repr__(self) -> str:
+        at = ", ".join(f"{boundary.step:,.4g}" for boundary in self.boundaries)
+        return f"<Stages: {len(self.stages)}{f', with boundaries near the steps {at}' if at else ''}>"
+
     def __str__(self) -> str:
         lines = [
             f"{len(self.stages)} stage{'s' if len(self.boundaries) else ''}; within a stage the LLC scatters by "

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,12 +57,19 @@ def write(tree: "xr.DataTree", path: str | os.PathLike, kind: str, *, overwrite:
         raise FileExistsError(f"{target} exists and is not a {what} of slt-jax, so it is kept. Give another path.")
     tree.attrs = {**tree.attrs, _DIGEST: digest_of_tree(tree)}
     try:
-        _replace(place, lambda partial: tree.to_zarr(partial, mode="w", consolidated=False))
+        _replace(place, lambda partial: _write_zarr(tree, partial))
     except OSError as error:
         raise OSError(
             f"could not write {target}: {error}. The {what} is still in memory: save it elsewhere."
         ) from error
     return target
+
+
+def _write_zarr(tree: "xr.DataTree", place: Path) -> None:
+    """With consolidated metadata, without which ``xarray.open_datatree`` warns; ``load`` does not read them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consolidated metadata", category=UserWarning)
+        tree.to_zarr(place, mode="w", consolidated=True)
 
 
 def _replace(place: Path, write_to: Callable[[Path], Any]) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import html
 import math
 import os
 from dataclasses import dataclass
@@ -11,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from slt_jax.results.card import card, tone_color
 from slt_jax.results.llc import LLCResult
 from slt_jax.results.plateau import GridReading, read_grid
 from slt_jax.results.record import RunRecord
 from slt_jax.results.stacking import stack, unstack
 from slt_jax.results.storage import FORMAT, SWEEP, load, write
-from slt_jax.results.text import estimate_text
+from slt_jax.results.text import MARKED, estimate_text, interrupted_line, marked
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -92,7 +94,21 @@ class Sweep:
         return read_grid(self.dataset)
 
     def __str__(self) -> str:
-        return str(self.reading)
+        return "\n".join([*table_of(self), "", str(self.reading)])
+
+    def __repr__(self) -> str:
+        return f"<Sweep: {self._size_text()}>"
+
+    def _size_text(self) -> str:
+        converged = sum(result.verdict == "converged" for result in self.results)
+        axes = ", ".join(f"{name} {_listed(values)}" for name, values in self.axes.items())
+        return f"{len(self.results)} cells over {axes}; {converged} of them converged"
+
+    def _repr_html_(self) -> str:
+        lines = self.reading.lines
+        tone = "converged" if self.reading.recommended is not None else "diverged"
+        table = f'<pre style="font-size:.85em;margin:.4em 0">{html.escape(chr(10).join(table_of(self)))}</pre>'
+        return card(f"Sweep over {len(self.results)} cells", "", lines, table, tone_color(tone))
 
     def to_dict(self) -> dict[str, Any]:
         """Every cell's numbers and the reading, for JSON."""
@@ -104,7 +120,7 @@ class Sweep:
         }
 
     def plot(self, path: str | os.PathLike | None = None):
-        """Heat maps, one for each nbeta; written to ``path`` if given. Returns the figure."""
+        """Heat maps, one for each nbeta; written to ``path`` if given. Returns the figure, which a notebook shows."""
         from slt_jax.report.heatmaps import plot_sweep
 
         return plot_sweep(self.dataset, self.reading, path)
@@ -116,7 +132,10 @@ class Sweep:
         return write_report(self, path, overwrite=overwrite)
 
     def to_xarray(self) -> "xr.DataTree":
-        """DataTree: ``/`` is ``dataset``; ``sample_stats`` and ``warmup_sample_stats`` hold all traces, cells first."""
+        """DataTree: ``/`` is ``dataset``; ``sample_stats`` and ``warmup_sample_stats`` hold all traces, cells first.
+
+        ``posterior`` has the LLC at each draw, for ArviZ.
+        """
         import xarray as xr
 
         groups, attrs = stack(self.results, AXES, self.shape)
@@ -162,9 +181,13 @@ def table_of(sweep: Sweep) -> list[str]:
     lines = [f"{'nbeta':>10} {'localization':>12} {'step_size':>10} {'LLC':>18} {'R-hat':>6} {'ESS':>6}  verdict"]
     for r in sweep.results:
         s = r.settings
-        llc = "-" if not len(r.kept_chains) else estimate_text(r.llc, r.llc_stderr, "±")
+        llc = "-" if not len(r.kept_chains) else marked(estimate_text(r.llc, r.llc_stderr, "±"), r.verdict)
         lines.append(
             f"{s.nbeta:>10.4g} {s.localization:>12.4g} {s.step_size:>10.3g} {llc:>18} {r.rhat:>6.3f} "
             f"{r.ess:>6.0f}  {r.verdict}"
         )
+    if any(r.verdict != "converged" for r in sweep.results):
+        lines.append(MARKED)
+    if settings := next((r.settings for r in sweep.results if r.interrupted), None):
+        lines.append(interrupted_line(settings))
     return lines

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from slt_jax.results.card import card, sparkline, tone_color
 from slt_jax.results.llc import LLCResult
 from slt_jax.results.plateau import HEATED, SETTLED
 from slt_jax.results.stacking import stack, unstack
@@ -28,11 +29,13 @@ _NUMBERS = ("llc", "llc_stderr", "llc_raw", "rhat", "ess", "init_loss", "trend",
 class Trajectory:
     """The LLC at each of many checkpoints, with one setting for all.
 
-    ``steps``: of training, increasing. ``results``: by part, ``"all"`` the whole, one for each step.
+    ``steps``: of training, increasing. ``results``: by part, ``"all"`` the whole, one for each step. ``interrupted``:
+    the number of checkpoints that were asked for, where Ctrl-C ended the call before it had them; else 0.
     """
 
     steps: tuple[int, ...]
     results: dict[str, tuple[LLCResult, ...]]
+    interrupted: int = 0
 
     @property
     def losses(self) -> list[float]:
@@ -101,11 +104,33 @@ class Trajectory:
     def __str__(self) -> str:
         return self.summary()
 
+    def __repr__(self) -> str:
+        return f"<Trajectory: {self._size_text()}>"
+
+    def _size_text(self) -> str:
+        whole = self.results[WHOLE]
+        converged = sum(result.verdict == "converged" for result in whole)
+        parts = f", and {len(self.results) - 1} parts" if len(self.results) > 1 else ""
+        asked = f" (of {self.interrupted}: interrupted)" if self.interrupted else ""
+        return (
+            f"{len(whole)} checkpoints{asked}, steps {self.steps[0]:,} to {self.steps[-1]:,}{parts}; {converged} of "
+            f"{len(whole)} converged"
+        )
+
+    def _repr_html_(self) -> str:
+        whole = self.results[WHOLE]
+        curve = np.array([[result.llc for result in whole]])
+        picture = sparkline(curve, "the LLC from checkpoint to checkpoint")
+        tone = "converged" if all(r.verdict == "converged" for r in whole) else SETTLED[-1]
+        return card("LLC over training", self._size_text(), self.summary().splitlines(), picture, tone_color(tone))
+
     def summary(self, drift: float | None = None) -> str:
         """What ``print`` says, with ``stages_of("all", drift)``."""
         whole, stages = self.results[WHOLE], self.stages_of(WHOLE, drift)
         numbers = ", ".join(f"{name} {value:.3g}" for name, value in self.setting.items() if value is not None)
         lines = [f"LLC at {len(whole)} checkpoints, steps {self.steps[0]:,} to {self.steps[-1]:,}, all with {numbers}."]
+        if self.interrupted:
+            lines.append(f"Interrupted after {len(self.steps)} of {self.interrupted} checkpoints.")
         if bad := self.unserved():
             steps = ", ".join(f"{step:,} ({verdict})" for step, verdict in bad.items())
             lines.append(f"The setting is not right for {steps}: take a shorter step_size for all.")
@@ -118,6 +143,7 @@ class Trajectory:
         """All numbers, for JSON."""
         return {
             "steps": list(self.steps),
+            "interrupted": self.interrupted,
             "results": {name: [r.to_dict() for r in row] for name, row in self.results.items()},
             "stages": None if self.stages is None else self.stages.to_dict(),
         }
@@ -125,9 +151,9 @@ class Trajectory:
     def plot(
         self, path: str | os.PathLike | None = None, *, unit: str = "nats per example", drift: float | None = None
     ):
-        """LLC and loss over training with the boundaries of ``stages_of("all", drift)``. Returns the figure.
+        """LLC and loss over training with the boundaries of ``stages_of("all", drift)``; written to ``path`` if given.
 
-        Written to ``path`` if given.
+        Returns the figure, which a notebook shows.
         """
         from slt_jax.report.training import plot_training
 
@@ -144,13 +170,16 @@ class Trajectory:
         return write_report(self, path, overwrite=overwrite, unit=unit, drift=drift)
 
     def to_xarray(self) -> "xr.DataTree":
-        """DataTree: ``/`` is ``dataset``; ``sample_stats`` and ``warmup_sample_stats`` hold all traces."""
+        """DataTree: ``/`` is ``dataset``; ``sample_stats`` and ``warmup_sample_stats`` hold all traces.
+
+        ``posterior`` has the LLC at each draw, for ArviZ.
+        """
         import xarray as xr
 
         flat = [result for row in self.results.values() for result in row]
         groups, attrs = stack(flat, _DIMS, (len(self.results), len(self.steps)))
         tree = xr.DataTree.from_dict({"/": self.dataset, **groups})
-        tree.attrs = {TRAJECTORY: FORMAT, **attrs}
+        tree.attrs = {TRAJECTORY: FORMAT, **attrs, **({"interrupted": self.interrupted} if self.interrupted else {})}
         return tree
 
     def save(self, path: str | os.PathLike, *, overwrite: bool = False) -> Path:
@@ -167,4 +196,4 @@ def _of_tree(tree: "xr.DataTree") -> Trajectory:
     steps = tuple(tree.to_dataset()["training_step"].values.tolist())
     flat, parts = unstack(tree, len(_DIMS)), [str(name) for name in tree.to_dataset()["part"].values.tolist()]
     rows = {name: flat[i * len(steps) : (i + 1) * len(steps)] for i, name in enumerate(parts)}
-    return Trajectory(steps, rows)
+    return Trajectory(steps, rows, interrupted=int(tree.attrs.get("interrupted", 0)))

@@ -39,6 +39,9 @@ def tree_of(
     sample = xr.Dataset({name: (("chain", "draw"), x) for name, x in saved_traces(traces).items()})
     warm = xr.Dataset({"loss": (("chain", "step"), warmup_loss)})
     groups = {"/sample_stats": sample, "/warmup_sample_stats": warm}
+    if kept := [c for c in range(len(traces.loss)) if c not in stopped]:
+        draws = {name: (("chain", "draw"), x[kept]) for name, x in posterior_of(traces, settings.nbeta).items()}
+        groups["/posterior"] = xr.Dataset(draws, {"chain": kept, "draw": np.arange(traces.loss.shape[1])})
     if other_names:
         each = np.moveaxis(traces.also, (2, 3), (1, 0))
         dims = ("data_set", "chain", "draw")
@@ -72,6 +75,13 @@ def fields_of(tree: "xr.DataTree") -> dict[str, Any]:
         "notes": (*notes, *added),
         "other_names": names,
     }
+
+
+def posterior_of(traces: Trace, nbeta: float) -> dict[str, np.ndarray]:
+    """What ArviZ takes for draws of the posterior: LLC, loss (nats per example) and distance from w*, at each draw."""
+    gap = traces.loss.astype(np.float64) - traces.baseline.astype(np.float64)
+    found = {"llc": nbeta * gap, "loss": traces.loss, "distance": np.sqrt(traces.distance_sq)}
+    return {name: values for name, values in found.items() if not np.isnan(values).all()}
 
 
 def saved_traces(traces: Trace) -> dict[str, np.ndarray]:

@@ -142,6 +142,11 @@ class Sampler(NamedTuple):
     theory: Theory = Theory()
     metric: bool = False
 
+    def __repr__(self) -> str:
+        step = "open" if self.step_size is None else f"{self.step_size:.4g}"
+        friction = "open" if self.friction is None else f"{self.friction:.4g}"
+        return f"<Sampler {self.name}: step_size {step}{f', friction {friction}' * self.theory.has_momentum}>"
+
 
 def root(metric: Metric, tree: Position) -> Position:
     """R u = U (u * scale) V', leaf by leaf: from the metric's coordinates to weights. R R' = P; 1 without a metric."""

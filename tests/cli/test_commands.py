@@ -15,6 +15,7 @@ from flax import nnx
 
 import slt_jax as slt
 from slt_jax.cli.commands import main
+from slt_jax.engine.loop import Engine
 from slt_jax.models import Decoder, DecoderConfig
 from slt_jax.models.hub import save_decoder
 
@@ -171,7 +172,7 @@ def test_the_same_command_resumes(files, tmp_path, capsys):
     [
         (["llc", "{0}/no", "--tokens", "{0}/t.npy"], "no config.json"),
         (["llc", "{0}/model", "--tokens", "{0}/no.npy"], "no.npy"),
-        (["llc", "{0}/model", "--tokens", "{0}/t.npy", "--step-size", "-1"], "step_size must be a finite number > 0"),
+        (["llc", "{0}/model", "--tokens", "{0}/t.npy", "--step-size", "-1"], "--step-size must be a finite number > 0"),
         (["llc", "{0}/model", "--tokens", "{0}/t.npy", "--only", "nothing"], "no part of a decoder is called"),
         (["llc", "{0}/model", "--tokens", "{0}/t.npy", "--heads", "--only", "mlp"], "takes no --only"),
         (["llc", "{0}/model"], "either --tokens FILE or --text FILE"),
@@ -316,3 +317,56 @@ def test_report_of_each_kind(files, tmp_path, capsys):
     assert "exists" in capsys.readouterr().err
     assert main(["report", str(tmp_path / "r.zarr"), "--overwrite"]) == 0
     assert main(["report", str(tmp_path / "none.zarr")]) == 2
+
+
+@pytest.mark.quick
+def test_the_version_is_told(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith(f"slt-jax {slt.__version__}, jax {jax.__version__}")
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize(
+    ("command", "options", "words"),
+    [
+        ("llc", ["--chains", "0"], "--chains must be a whole number >= 1, got 0"),
+        ("llc", ["--step-size", "-1"], "--step-size must be a finite number > 0, got -1"),
+        ("sweep", ["--nbeta", "30", "0"], "--nbeta must be a finite number > 0, got 0"),
+        ("trajectory", ["--thinning", "0"], "--thinning must be a whole number >= 1, got 0"),
+    ],
+)
+def test_numbers_are_checked_before_a_checkpoint_is_read(command, options, words, capsys):
+    assert main([command, "no-such-checkpoint", "--tokens", "no.npy", *options]) == 2
+    told = capsys.readouterr()
+    assert words in told.err
+    assert "model:" not in told.err
+
+
+def test_what_the_data_do_not_allow_is_refused_before_the_plan(files, capsys):
+    """Kills: a plan of a run that cannot be made."""
+    assert llc(files, "--step-size", "1e-5", "--batch-size", "101") == 2
+    told = capsys.readouterr().err
+    assert "batch_size" in told
+    assert "model:" not in told
+
+
+def test_ctrl_c_prints_the_result_so_far_and_resumes(files, tmp_path, capsys):
+    """Kills: half a result in the file that the whole one is meant for."""
+    advance = Engine.advance
+
+    def sending(self, run, *rest, **more):
+        if run.step >= 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return advance(self, run, *rest, **more)
+
+    options = ["--step-size", "1e-5", "--draws", "30", "--out", str(tmp_path / "r.zarr")]
+    resumable = [*options, "--checkpoint-dir", str(tmp_path / "run")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "advance", sending)
+        assert llc(files, *resumable) == 130
+    told = capsys.readouterr()
+    assert "Interrupted after" in told.out
+    assert "interrupted. The same command resumes it." in told.err
+    assert not (tmp_path / "r.zarr").exists()
+    assert llc(files, *resumable) == 0
+    assert not slt.load_result(tmp_path / "r.zarr").interrupted

@@ -1,5 +1,6 @@
-"""SIGINT and SIGTERM during a run with a directory: saved first, then what they would have done."""
+"""SIGINT and SIGTERM during a run: Ctrl-C gives the result so far, and a run with a directory is saved first."""
 
+import math
 import os
 import signal
 import subprocess
@@ -8,12 +9,14 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from slt_jax.engine.interrupts import Interrupts
+import slt_jax as slt
+from slt_jax.engine.interrupts import SIGNALS, Interrupts
 from slt_jax.engine.loop import Engine
 from tests import durable
-from tests.durable import assert_equal, estimate, watched
+from tests.durable import DATA, PLAN, assert_equal, estimate, posterior, watched
 
 unbroken, collected = durable.unbroken, durable.collected
 
@@ -40,8 +43,12 @@ def test_an_interrupted_run_has_saved_what_it_did(tmp_path, unbroken, at):
     """With an hour between saves. Kills: up to an hour of work lost; a handler that is left behind."""
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     patch, sent = signalled(signal.SIGINT, at)
-    with patch.context(), pytest.raises(KeyboardInterrupt):
-        estimate(tmp_path, checkpoint_seconds=3600)
+    with patch.context():
+        if at < PLAN["num_warmup"]:
+            with pytest.raises(KeyboardInterrupt):
+                estimate(tmp_path, checkpoint_seconds=3600)
+        else:
+            assert estimate(tmp_path, checkpoint_seconds=3600).interrupted == (at < 21)  # at 21, the last chunk
     patch.undo()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     with watched() as begun:
@@ -75,25 +82,96 @@ def test_a_handler_that_returns_lets_the_run_go_on(tmp_path, unbroken):
     assert heard == [signal.SIGTERM]
 
 
-def test_without_a_directory_nothing_waits():
-    patch, sent = signalled(signal.SIGINT, 9)
+def test_before_the_first_draw_nothing_waits():
+    """Kills: Ctrl-C that waits for a program to be compiled, or for the warm-up, with nothing to show for it."""
+    patch, sent = signalled(signal.SIGINT, 2)
     with watched() as begun, pytest.raises(KeyboardInterrupt):
         estimate()
     patch.undo()
     assert begun[-1] <= sent[0]
 
 
+@pytest.mark.quick
+def test_ctrl_c_gives_the_result_so_far(unbroken, capfd):
+    """Kills: nothing for an hour of sampling; draws that were never taken counted as such; no word of it."""
+    patch, sent = signalled(signal.SIGINT, 11)
+    result = estimate()
+    patch.undo()
+    done = sent[0] + 3 - PLAN["num_warmup"]
+    assert "ending this run with the draws so far; a second signal ends it at once" in capfd.readouterr().err
+    assert result.interrupted
+    assert not unbroken.interrupted
+    assert (result.settings.num_draws, result.settings.interrupted) == (done, PLAN["num_draws"])
+    np.testing.assert_array_equal(result.loss_trace, unbroken.loss_trace[:, :done])
+    assert math.isfinite(result.llc)
+    assert f"Interrupted after {done} of 16 draws: the estimate and its verdict are of these." in str(result)
+    assert f"interrupted (of {PLAN['num_draws']} draws)" in repr(result)
+    assert result.to_dict()["interrupted"]
+    assert f"interrupted, of {PLAN['num_draws']} draws" in result.plot().axes[0].get_title()
+
+
+def test_one_that_was_interrupted_says_so_when_it_is_read_again(tmp_path):
+    patch, _ = signalled(signal.SIGINT, 11)
+    result = estimate()
+    patch.undo()
+    result.save(tmp_path / "run.zarr")
+    assert slt.load_result(tmp_path / "run.zarr").interrupted
+    assert "Interrupted after" in result.report(tmp_path / "run.html").read_text()
+
+
+def test_a_second_ctrl_c_ends_it_at_once():
+    patch, _ = signalled(signal.SIGINT, 11, times=2)
+    with pytest.raises(KeyboardInterrupt):
+        estimate()
+    patch.undo()
+
+
+def test_a_handler_of_the_caller_gets_its_signal(monkeypatch):
+    """Kills: Ctrl-C taken away from a program that has its own use for it."""
+    heard = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+    try:
+        patch, _ = signalled(signal.SIGINT, 11)
+        assert not estimate().interrupted
+        patch.undo()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert heard == [signal.SIGINT]
+
+
+def test_ctrl_c_while_the_ends_are_measured_costs_the_measurement_alone(monkeypatch):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("slt_jax.estimators.ends._at_chains_ends", stop)
+    result = estimate()
+    assert math.isfinite(result.llc_raw)
+    assert "measuring gradient noise and acceptance at the end was interrupted" in str(result)
+
+
+def test_a_sweep_that_was_interrupted_is_one_of_fewer_draws(tmp_path):
+    given = {"step_size": [1e-4, 2e-4], "localization": [1.0], "num_chains": 2, "num_draws": 16, "num_warmup": 8}
+    given |= {"batch_size": 8, "chunk_size": 3, "sampler": slt.sgld()}
+    patch, _ = signalled(signal.SIGINT, 11)
+    found = slt.sweep(posterior(), DATA, **given)
+    patch.undo()
+    assert [cell.interrupted for cell in found.results] == [True, True]
+    assert "Interrupted after" in str(found)
+    found.save(tmp_path / "sweep.zarr")
+    assert all(cell.interrupted for cell in slt.load_sweep(tmp_path / "sweep.zarr").results)
+
+
 def test_outside_the_main_thread_and_for_ignored_signals_nothing_changes(tmp_path, unbroken):
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with Interrupts(True):
+        with Interrupts(SIGNALS):
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
     found = []
     with ThreadPoolExecutor(1) as pool:
         assert_equal(pool.submit(estimate, tmp_path).result(), unbroken)
-    thread = threading.Thread(target=lambda: found.append(Interrupts(True).__enter__()._before))
+    thread = threading.Thread(target=lambda: found.append(Interrupts(SIGNALS).__enter__()._before))
     thread.start()
     thread.join()
     assert found == [{}]

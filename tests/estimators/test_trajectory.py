@@ -1,5 +1,6 @@
 """The LLC over checkpoints: each one's estimate, one compilation, one setting that serves the sharpest, resumed."""
 
+import dataclasses
 import functools
 import json
 
@@ -175,6 +176,9 @@ def test_stages_are_found(warm):
 def test_saved_and_read_again(warm, tmp_path):
     warm.save(tmp_path / "t.zarr")
     again = slt.load_trajectory(tmp_path / "t.zarr")
+    assert not again.interrupted
+    dataclasses.replace(warm, interrupted=20).save(tmp_path / "cut.zarr")
+    assert slt.load_trajectory(tmp_path / "cut.zarr").interrupted == 20
     assert json.dumps(again.to_dict()) == json.dumps(warm.to_dict())
     assert str(again) == str(warm)
     with pytest.raises(ValueError, match=r"holds a trajectory, not a sweep. Read it with load_trajectory"):
@@ -186,8 +190,14 @@ def test_interrupted_and_resumed(warm, tmp_path, stop_at):
     """In the first checkpoint, at the beginning of the second, in the middle of the eighth; loaded by functions."""
     checkpoint, step = stop_at
     options = {"checkpoint_dir": tmp_path / "run", "chunk_size": 200, "checkpoint_seconds": 0}
-    with watched(step, checkpoint), pytest.raises(KeyboardInterrupt):
-        run(**options)
+    with watched(step, checkpoint):
+        if checkpoint:
+            so_far = run(**options)
+            assert so_far.steps == STEPS[:checkpoint]
+            assert f"Interrupted after {checkpoint} of {len(STEPS)} checkpoints." in str(so_far)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                run(**options)
     again = run({step: lambda c=c: c for step, c in CENTERS.items()}, **options)
     for one, other in zip(again.results["all"], warm.results["all"], strict=True):
         for name, values in traces_of(one).items():

@@ -24,7 +24,7 @@ SETTINGS = {
 @pytest.fixture(autouse=True)
 def _known_health(monkeypatch):
     """ESS 50 and R-hat 1.01 of any draws, without a compilation for each shape."""
-    monkeypatch.setattr(series, "_ess_and_rhat", lambda: lambda halves: (50.0, 1.01))
+    monkeypatch.setattr(series, "_ess_and_rhat", lambda halves: (50.0, 1.01))
 
 
 def run(chains=3, draws=40, stopped=None, warm=10, **settings):
@@ -173,18 +173,18 @@ def test_cells_that_are_lost_are_hatched_and_have_no_number():
         assert (x, y) not in numbers(axis)
         assert len(numbers(axis)) == 11
     assert "diverged" in legend(figure)
-    assert "the verdict warns" not in legend(figure)
+    assert "not converged" not in legend(figure)
 
 
-def test_a_warning_is_a_dot():
+def test_what_has_not_converged_has_a_star():
     data = grid()
     data["verdict"][0, 2, 1] = "still rising"
     data["verdict"][0, 0, 0] = "depends on nbeta or localization"
     figure = heatmaps.plot_sweep(data)
-    (dot,) = figure.axes[0].lines
-    assert (round(dot.get_xdata()[0]), round(dot.get_ydata()[0])) == (1, 2)
-    assert not figure.axes[1].lines
-    assert legend(figure) == {"the verdict warns"}
+    starred = {text.get_position() for text in figure.axes[0].texts if text.get_text().endswith("*")}
+    assert {(round(x), round(y)) for x, y in starred} == {(1, 2), (0, 0)}
+    assert not [text for text in figure.axes[1].texts if text.get_text().endswith("*")]
+    assert legend(figure) == {"not converged"}
 
 
 def test_what_the_reading_says_is_outlined():
@@ -258,12 +258,11 @@ def test_heads_are_rows_of_layers():
     heads["layer 0 head 1"] = estimate(2.0, 0.1, "chains disagree")
     figure = heatmaps.plot_heads(heads)
     axis = figure.axes[0]
-    assert numbers(axis) == {(0, 0): "1", (1, 0): "2", (1, 1): "12", (0, 2): "21"}
+    assert numbers(axis) == {(0, 0): "1", (1, 0): "2*", (1, 1): "12", (0, 2): "21"}
     assert axis.get_ylim() == (2.5, -0.5)
     (patch,) = rectangles(axis, hatch="////")
     assert (round(patch.get_x() + 0.5), round(patch.get_y() + 0.5)) == (1, 2)
-    (dot,) = axis.lines
-    assert (round(dot.get_xdata()[0]), round(dot.get_ydata()[0])) == (1, 0)
+    assert not axis.lines
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("head", "layer")
 
 
@@ -277,10 +276,16 @@ def test_what_is_no_head_is_refused():
 TRAINING = ([10, 100, 1000], [3.0, 2.0, 1.0])
 
 
-def test_training_marks_what_is_not_settled():
+def test_training_marks_what_has_not_converged():
+    """Kills: a mark for some of the verdicts alone; another mark than in tables."""
     results = [estimate(5.0, verdict="not a minimum"), estimate(6.0), estimate(7.0)]
-    axis, right = plot_training(*TRAINING, results, unit="nats per token").axes
-    assert list(line(axis, "LLC, not settled or no minimum").get_ydata()) == [5.0]
+    figure = plot_training(*TRAINING, results, unit="nats per token")
+    axis, right = figure.axes
+    assert figure.get_suptitle() == "LLC and loss over training"
+    assert [text.xy for text in axis.texts if text.get_text() == "*"] == [(10, 5.0)]
+    hollow = [list(x.get_ydata()) for x in axis.lines if x.get_markerfacecolor() == "white"]
+    assert [values for values in hollow if values] == [[5.0]]
+    assert "* not converged" in {text.get_text() for text in axis.get_legend().get_texts()}
     assert list(line(axis, "LLC ± standard error").get_ydata()) == [6.0, 7.0]
     assert right.get_ylabel() == "loss (nats per token)"
     assert axis.get_xscale() == "log"
@@ -308,7 +313,7 @@ def test_several_series_differ_in_colour_and_in_marker():
     assert len({to_hex(x.get_color()) for x in lines}) == 8
     assert [x.get_ydata()[0] for x in lines] == [1.0 + k for k in range(8)]
     names = {text.get_text() for text in axis.get_legend().get_texts()}
-    assert names == {*series, "hollow: not settled or no minimum", "loss"}
+    assert names == {*series, "* not converged", "loss"}
 
 
 @pytest.mark.parametrize("results", [[estimate(1.0)], {"head": [estimate(1.0)] * 4}])

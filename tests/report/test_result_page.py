@@ -66,7 +66,7 @@ class Reader(HTMLParser):
 def rhat(monkeypatch):
     """R-hat of any draws, to be set; ESS 400."""
     found = SimpleNamespace(value=1.01)
-    monkeypatch.setattr(series, "_ess_and_rhat", lambda: lambda halves: (400.0, found.value))
+    monkeypatch.setattr(series, "_ess_and_rhat", lambda halves: (400.0, found.value))
     return found
 
 
@@ -239,7 +239,7 @@ def test_slopes_are_marked_together():
 
 @pytest.mark.usefixtures("undrawn")
 def test_too_few_draws_are_marked(monkeypatch):
-    monkeypatch.setattr(series, "_ess_and_rhat", lambda: lambda halves: (5.0, 1.01))
+    monkeypatch.setattr(series, "_ess_and_rhat", lambda halves: (5.0, 1.01))
     result = sound()
     assert result.verdict == "too few draws"
     marks = page(result).marks

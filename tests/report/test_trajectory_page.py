@@ -29,6 +29,9 @@ def test_a_trajectory_has_a_page(tmp_path):
     assert page.marks["step 3,000"] == "✗"
     assert "The setting is not right for 3,000 (diverged)" in text
     assert "load_trajectory(" in text
+    assert "3 of 4 estimates have converged" in text
+    assert "This counts the estimates of the whole model, one for each checkpoint" in text
+    assert "Those of its parts are listed below, and not counted." in text
     assert page.images[0]["src"].startswith("data:image/svg+xml;base64,")
 
 

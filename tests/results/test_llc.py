@@ -120,7 +120,7 @@ def test_training_is_drawn(tmp_path):
     figure = plot_training([10, 100], [3.0, 2.0], runs, tmp_path / "t.png")
     assert (tmp_path / "t.png").stat().st_size > 10_000
     assert {"training step", "local learning coefficient", "loss (nats per byte)"} <= set(labels(figure))
-    assert {t.get_text() for t in figure.axes[0].get_legend().get_texts()} >= {"LLC, not settled or no minimum", "loss"}
+    assert {t.get_text() for t in figure.axes[0].get_legend().get_texts()} >= {"* not converged", "loss"}
 
 
 def test_only_a_result_is_replaced(tmp_path):
