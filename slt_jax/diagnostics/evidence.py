@@ -27,6 +27,7 @@ class Evidence:
     little of it, over the length of this run; both from ``diagnostics.relaxation``. ``spacing``: nbeta times the
     distance from the loss at w* to the next number of float32. ``example_spread``: nbeta times the standard deviation
     over examples of their losses less those at w*. ``gradients``: minibatch gradients that the estimate took in all.
+    ``loss``: mean loss of the draws, and ``chance_loss`` that of a model that has learned nothing, nats per example.
     """
 
     virial: float = math.nan
@@ -50,6 +51,8 @@ class Evidence:
     spacing: float = math.nan
     example_spread: float = math.nan
     gradients: float = math.nan
+    loss: float = math.nan
+    chance_loss: float = math.nan
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,6 +58,27 @@ def resolution(sample: Sample) -> Check:
     )
 
 
+def below_chance(sample: Sample) -> Check:
+    """Where the weights that are drawn predict nothing, the draws know nothing of the model."""
+    loss, chance = sample.evidence.loss, sample.evidence.chance_loss
+    ok = outcome(loss >= chance, loss, chance)
+    reason = (
+        f"the mean loss of the draws, {loss:.4g}, is not below that of a model that has learned nothing, {chance:.4g}: "
+        "the chains have left the model, and the estimate does not describe it. Raise localization or nbeta, or take a "
+        "shorter step_size."
+    )
+    return Check(
+        name="Loss below chance",
+        value=loss,
+        limit=chance,
+        ok=ok,
+        meaning="Mean loss of the draws, beside chance_loss, that of a model that has learned nothing.",
+        value_text=number(loss),
+        limit_text=f"below {number(chance)}" if math.isfinite(chance) else "below chance_loss, if that is given",
+        fault=fault_if(ok, "no better than chance", reason),
+    )
+
+
 def _is_dithered(sample: Sample) -> bool:
     spread = sample.evidence.example_spread
     if math.isnan(spread):

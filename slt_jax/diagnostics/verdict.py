@@ -22,6 +22,7 @@ from slt_jax.diagnostics.convergence import (
 from slt_jax.diagnostics.evidence import Evidence, Sample, sample_of
 from slt_jax.diagnostics.validity import (
     acceptance,
+    below_chance,
     degree,
     heat_in_a_metric,
     kinetic_temperature,
@@ -41,7 +42,7 @@ Rule = Callable[[Sample], Check]
 CHECKS: tuple[Rule, ...] = (
     finite_chains, usable_draws, rhat, effective_draws, error_of_the_mean, trend, rise, hot_starts, virial,
     unrelaxed_bias, kinetic_temperature, heat_in_a_metric, acceptance, step_size_bias, noise_bias, spread_of_losses,
-    resolution, nbeta_slope, localization_slope, lower_loss, slope_at_center, degree,
+    resolution, below_chance, nbeta_slope, localization_slope, lower_loss, slope_at_center, degree,
 )  # fmt: skip
 
 # A run that fails one of these has no other fault: what is left says little.
@@ -50,6 +51,7 @@ DECISIVE: tuple[Rule, ...] = (finite_chains, usable_draws)
 # The verdict is the first fault, in this order. Of checks in one group, which ask the same question, the first speaks.
 PRECEDENCE: tuple[tuple[Rule, ...], ...] = (
     (resolution,),
+    (below_chance,),
     (lower_loss, slope_at_center),
     (unrelaxed_bias,),
     (trend, rise),

@@ -17,7 +17,8 @@ from slt_jax.estimators.request import Request
 from slt_jax.results.llc import LLCResult
 
 WANTS_MORE = ("still rising", "still falling", "chains disagree", "too few draws")  # verdicts that more steps can mend
-HOPELESS = ("diverged", "not a minimum", "not resolved in float32")  # after which more steps say nothing
+# After these, more steps say nothing.
+HOPELESS = ("diverged", "not a minimum", "not resolved in float32", "no better than chance")
 _FIRST = 4_000  # gradients of the first round, at least
 _FIRST_SHARE = 0.25  # of the default budget, for the first round
 _MOST_BUDGETS = 10.0  # default budgets for all rounds together, where no budget is given

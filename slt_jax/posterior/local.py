@@ -60,6 +60,8 @@ class LocalPosterior:
         forward_dtype: type to which the weights are converted before they are passed to ``loss_fn``, e.g.
             ``jnp.bfloat16``. The chains themselves keep at least float32. Default: the type of each array in
             ``center``.
+        chance_loss: the loss of a model that has learned nothing, in nats per example: log(number of classes) for a
+            cross-entropy. Draws around it say nothing of the model, and the verdict then says so. Default: not known.
 
     Raises:
         TypeError, ValueError: a number, an array or the mask cannot be used. The message names it.
@@ -74,6 +76,7 @@ class LocalPosterior:
     localization: float | None = None
     mask: Mask = None
     forward_dtype: Any = None
+    chance_loss: float | None = None
 
     def __post_init__(self):
         if not callable(self.loss_fn):
@@ -114,7 +117,10 @@ class LocalPosterior:
             check_positive(
                 "localization", self.localization, "It is gamma in (gamma/2)|w - w*|^2; 1 to 300 are common values."
             )
-        for name, kind in {"num_data": int, "nbeta": float, "localization": float}.items():
+        if self.chance_loss is not None:
+            check_positive("chance_loss", self.chance_loss, "It is log(number of classes) for a cross-entropy.")
+        kinds = {"num_data": int, "nbeta": float, "localization": float, "chance_loss": float}
+        for name, kind in kinds.items():
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, kind(getattr(self, name)))
 

@@ -182,6 +182,8 @@ class LLCResult:
             spacing=s.nbeta * spacing_of(self.init_loss),
             example_spread=self._example_spread,
             gradients=sum(s.spent.values()) or math.nan,
+            loss=float(t.loss[kept].mean(dtype=np.float64)),
+            chance_loss=s.chance_loss,
         )
 
     @property

@@ -319,6 +319,7 @@ _REMEDIES = {
     "chains disagree": "raise num_warmup and num_draws",
     "heated by minibatch noise": "use smaller step sizes or a larger batch_size",
     "not a minimum": "train further, or use larger localizations",
+    "no better than chance": "larger values of localization or nbeta, or smaller step sizes",
     "not resolved in float32": "drop constants from the loss, or use smaller values of nbeta",
 }  # fmt: skip
 

@@ -72,6 +72,7 @@ class RunRecord:
     localization: float = math.nan
     num_data: int = 0
     num_free: int = 0
+    chance_loss: float = math.nan
     sampler: str = ""
     family: str = ""
     metric: bool = False

@@ -75,6 +75,7 @@ CASES = {
     "rounding": (
         STILL, {"spacing": 9.0, "example_spread": 60.0}, ("Resolution of float32",), ("not resolved in float32",),
     ),
+    "draws at chance": (STILL, {"loss": 3.77, "chance_loss": 3.5}, ("Loss below chance",), ("no better than chance",)),
     "slopes": (
         STILL, {"nbeta_slope": Slope(3.0, 0.2), "localization_slope": Slope(-3.0, 0.2)},
         ("Slope in log nbeta", "Slope in log localization"), ("depends on nbeta or localization",),
