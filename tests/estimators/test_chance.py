@@ -11,6 +11,7 @@ import slt_jax as slt
 from tests.small import refuses
 
 CLASSES = 4
+CHANCE = math.log(CLASSES)
 DATA = np.random.default_rng(0).normal(size=(200, 6)).astype(np.float32)
 LABELS = DATA[:, :CLASSES].argmax(axis=1)
 
@@ -20,7 +21,7 @@ def cross_entropy(w, batch):
     return jax.nn.logsumexp(scores, axis=1) - jnp.take_along_axis(scores, batch[1][:, None], axis=1)[:, 0]
 
 
-def estimate(nbeta, chance_loss=math.log(CLASSES)):
+def estimate(nbeta, chance_loss=CHANCE):
     target = slt.LocalPosterior(
         cross_entropy, 5.0 * jnp.eye(6)[:, :CLASSES], 200, nbeta=nbeta, localization=0.01, chance_loss=chance_loss
     )
@@ -32,9 +33,9 @@ def estimate(nbeta, chance_loss=math.log(CLASSES)):
 def test_draws_at_chance(tmp_path):
     """Kills: the loss at w* in place of that of the draws; a number that a saved result does not keep."""
     result = estimate(0.5)
-    assert result.loss_trace.mean() > math.log(CLASSES) > result.init_loss
+    assert result.loss_trace.mean() > CHANCE > result.init_loss
     assert result.verdict == "no better than chance"
-    assert f"is not below that of a model that has learned nothing, {math.log(CLASSES):.4g}" in result.health.reason
+    assert f"is not below that of a model that has learned nothing, {CHANCE:.4g}" in result.health.reason
     assert slt.load_result(result.save(tmp_path / "result")).verdict == "no better than chance"
     assert "no better than chance" not in estimate(0.5, chance_loss=None).health.flags
     assert "no better than chance" not in estimate(200.0).health.flags
