@@ -1,0 +1,1 @@
+"""Trained models as people have them: does the default settle on them?"""
