@@ -22,6 +22,7 @@ from slt_jax.posterior.files import token_file
 from slt_jax.posterior.flax import from_nnx
 from slt_jax.posterior.local import LocalPosterior
 from slt_jax.results.llc import LLCResult
+from slt_jax.results.text import marked
 
 NBETA, LOCALIZATION = 30.0, 300.0  # the values in published work on language models
 
@@ -215,5 +216,6 @@ def table(results: dict[str, LLCResult]) -> Iterator[str]:
     yield "|---" * (5 + len(names)) + "|"
     for part, result in results.items():
         values = [f"{x.llc:.3g} ± {x.llc_stderr:.2g}" for x in (result, *result.also.values())]
+        values[0] = marked(values[0], result.verdict)
         numbers = f"{result.settings.num_free:,} | {' | '.join(values)} | {result.health.rhat:.3f}"
         yield f"| {part} | {numbers} | {result.verdict} |"

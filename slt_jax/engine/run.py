@@ -176,7 +176,7 @@ def _interrupts(plan: Schedule, run: Run, *, saves: bool, partial: bool) -> Inte
 
 def _announcement(plan: Schedule, left: float) -> str:
     chains = f"{plan.num_chains} chain{'s' * (plan.num_chains > 1)}"
-    return f"sampling: {plan.total_steps:,} steps of {chains}, about {span(left)} to go"
+    return f"sampling: {plan.total_steps:,} steps of {chains}, about {span(left)} to go, then final checks"
 
 
 class Timer:
