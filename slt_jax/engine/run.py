@@ -124,6 +124,7 @@ def run_to_end(
     progress = Progress(plan, full=engine.static.length, part=part, nbeta=nbeta, num_also=len(engine.problem.also))
     saves, alone = Timer(every), not spans_processes(mesh)
     with _interrupts(plan, run, saves=store is not None and alone, partial=partial and alone) as interrupts:
+        kept = lambda: partial and interrupts.is_keyboard and draws_of(plan, run) > 0  # noqa: E731
         try:
             for _ in engine.steps(run, inputs):
                 if progress.first_chunk and start is None:
@@ -140,7 +141,7 @@ def run_to_end(
                     store = _save(store, run)
                 if interrupts.pending is not None:
                     store = store and _written(store, run)
-                    if partial and interrupts.is_keyboard and draws_of(plan, run):
+                    if kept():
                         interrupts.dismiss()
                         run.interrupted = run.step < plan.total_steps
                         break
@@ -153,6 +154,8 @@ def run_to_end(
         _explain_stops(engine, run, inputs)
         if store is not None:
             _finish(store, run)
+        if kept():  # Ctrl-C after the last chunk: nothing is lost
+            interrupts.dismiss()
     return run
 
 

@@ -126,6 +126,14 @@ def test_a_second_ctrl_c_ends_it_at_once():
     patch.undo()
 
 
+def test_ctrl_c_after_the_last_chunk_loses_nothing(monkeypatch, unbroken):
+    """Kills: a finished run that is thrown away while the last save is waited for."""
+    monkeypatch.setattr("slt_jax.engine.run._explain_stops", lambda *given: os.kill(os.getpid(), signal.SIGINT))
+    result = estimate()
+    assert not result.interrupted
+    assert_equal(result, unbroken)
+
+
 def test_a_handler_of_the_caller_gets_its_signal(monkeypatch):
     """Kills: Ctrl-C taken away from a program that has its own use for it."""
     heard = []

@@ -187,7 +187,7 @@ def test_interrupted_and_resumed(data, whole, in_parts, tmp_path, stop_at):
     """Stopped in its first, second or last part, in its middle or at its beginning."""
     options = {**in_parts, **OFTEN}
     part, step = stop_at
-    with watched(step, part), pytest.raises(KeyboardInterrupt):
+    with watched(step, part), pytest.raises(KeyboardInterrupt, match=f"{4 * part} of 12 cells are done, and saved in"):
         sweep((posterior(), data), **options, checkpoint_dir=tmp_path / "run")
     again = sweep((posterior(), data), **options, checkpoint_dir=tmp_path / "run")
     parts = sorted(p.name for p in (tmp_path / "run").iterdir())
