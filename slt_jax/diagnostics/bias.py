@@ -126,7 +126,7 @@ def bias_of(
         return Bias(step, noise, math.nan, 0.0, "no theory of its bias for this sampler")
     estimated = Bias(step, noise, error if math.isfinite(error) else 0.0, 0.0, why)
     if not abs(estimated.total) <= LARGEST * abs(m.raw):
-        return replace(estimated, why=f"over {LARGEST:.0%} of the raw estimate, so it is not subtracted")
+        return replace(estimated, why=f"over {LARGEST:.0%} of the raw estimate")
     return replace(estimated, applied=estimated.total)
 
 

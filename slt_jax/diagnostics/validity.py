@@ -191,11 +191,15 @@ def acceptance(sample: Sample) -> Check:
 
 
 def step_size_bias(sample: Sample) -> Check:
-    measured = sample.evidence.bias.step_size if sample.evidence.bias else math.nan
-    ok = outcome(abs(measured) > BIAS_SHARE * sample.size, measured)
+    """Alone, or with minibatch noise where their sum is too large to be subtracted and neither is so by itself."""
+    bias, limit = sample.evidence.bias, BIAS_SHARE * sample.size
+    measured, what = (bias.step_size, "the step size adds") if bias else (math.nan, "")
+    if bias and not bias.applied and max(abs(bias.step_size), abs(bias.noise)) <= limit < abs(bias.total):
+        measured, what = bias.total, "step size and minibatch noise together add"
+    ok = outcome(abs(measured) > limit, measured)
     reason = (
-        f"the step size adds about {measured:.3g} of {sample.size:.4g}, too much for a first-order correction; "
-        "halve step_size, or leave it out."
+        f"{what} about {measured:.3g} to {sample.size:.4g}, too much for a first-order correction; halve step_size, or "
+        "leave it out."
     )
     return Check(
         name="Bias of the step size",

@@ -61,6 +61,9 @@ CASES = {
     "a long step": (
         STILL, {"bias": Bias(6.0, 0.0, 0.1, 0.0, "")}, ("Bias of the step size",), ("biased by the step size",),
     ),
+    "a long step and noisy batches": (
+        STILL, {"bias": Bias(4.4, 4.4, 0.1, 0.0, "")}, ("Bias of the step size",), ("biased by the step size",),
+    ),
     "noisy batches": (
         STILL, {"bias": Bias(0.0, 6.0, 0.1, 0.0, "")}, ("Bias of minibatch noise",), ("heated by minibatch noise",),
     ),
@@ -174,3 +177,11 @@ def test_every_limit_has_a_reason():
         (place,) = [i for i, line in enumerate(lines) if line.startswith(f"{name} = ")]
         above = next(line for line in reversed(lines[:place]) if " = " not in line or line.startswith("#"))
         assert above.startswith("# ")
+
+
+def test_two_small_biases_are_left_out_only_where_they_are_subtracted():
+    """Kills: 14 % and 14 %, each under the limit, too much together to be subtracted, and called converged."""
+    together = assess(STILL, Evidence(bias=Bias(4.4, 4.4, 0.1, 0.0, "")))
+    assert together.verdict == "biased by the step size"
+    assert together.reason.startswith("step size and minibatch noise together add about 8.8 to ")
+    assert assess(STILL, Evidence(bias=Bias(2.4, 2.4, 0.1, 4.8, ""))).verdict == "converged"
