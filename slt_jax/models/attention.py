@@ -91,8 +91,8 @@ def attend(
     if jax.default_backend() == "cpu" or softcap is not None:
         return causal_attention(q, k, v, scale, window, softcap)
 
-    def products(q: Array, k: Array, v: Array, *window: Array) -> Array:
-        return causal_attention(q, k, v, scale, *window)
+    def products(q: Array, k: Array, v: Array, window: Array | None = None) -> Array:
+        return causal_attention(q, k, v, scale, window)
 
     device = functools.partial(device_attention, scale=scale)
     operands = (q, k, v) if window is None else (q, k, v, window)

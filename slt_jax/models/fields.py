@@ -17,8 +17,8 @@ _NEUTRAL: dict[str, tuple] = {
     "attention_multiplier": (None, 1), "embedding_multiplier": (None, 1), "residual_multiplier": (None, 1),
     "logits_scaling": (None, 1), "logit_scale": (None, 1), "clip_qkv": (None,), "alibi": (None, False),
     "quantization_config": (None,), "num_experts": (None, 0), "num_local_experts": (None, 0),
-    "use_qk_norm": (None, False), "sliding_window": (None,), "partial_rotary_factor": (None, 1), "rotary_pct": (None, 1),
-    "qk_layernorm": (None, False), "qk_norm": (None, False), "use_bidirectional_attention": (None, False),
+    "use_qk_norm": (None, False), "sliding_window": (None,), "partial_rotary_factor": (None, 1),
+    "rotary_pct": (None, 1), "qk_layernorm": (None, False), "qk_norm": (None, False), "use_bidirectional_attention": (None, False),
     "new_decoder_architecture": (None, False), "no_rope_layers": (None, []), "n_routed_experts": (None, 0),
     "attention_chunk_size": (None,), "num_kv_shared_layers": (None, 0), "residual_scale": (None, 1),
     "embedding_scale": (None, 1), "scale_emb": (None, 1), "scale_depth": (None, 1), "mup_scale": (None, 1),
@@ -105,9 +105,18 @@ _SCALING_FIELDS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def rope(fields: Fields, theta: Any = 1e4, fraction: Any = 1.0) -> Rope:
-    """From the old fields or the newer ``rope_parameters``. ``theta``, ``fraction``: where neither has them."""
-    given = {"rope_theta": theta, "partial_rotary_factor": fraction, **_named(fields)}
+_NAMES = ("rope_theta", "partial_rotary_factor")
+
+
+def rope(fields: Fields, theta: float = 1e4, fraction: float = 1.0, names: tuple[str, str] = _NAMES) -> Rope:
+    """From the old fields or the newer ``rope_parameters``.
+
+    Args:
+        theta, fraction: where neither has them.
+        names: of the old fields.
+    """
+    old = (fields.given(name, default) for name, default in zip(names, (theta, fraction), strict=True))
+    given = dict(zip(_NAMES, old, strict=True))
     return _rope({**given, **(fields.get("rope_scaling") or {}), **(fields.get("rope_parameters") or {})})
 
 
@@ -116,18 +125,13 @@ def local_rope(fields: Fields, theta: float, local_theta: float) -> Rope:
     nested = fields.get("rope_parameters") or {}
     if other := set(nested) - {_FULL, _LOCAL}:
         raise ValueError(f"rope_parameters holds {sorted(other)}; it needs {_FULL} and {_LOCAL}.")
-    common = {"rope_theta": theta, "partial_rotary_factor": 1.0, **_named(fields)}
+    common = {name: fields.given(name, default) for name, default in zip(_NAMES, (theta, 1.0), strict=True)}
     main = _rope({**common, **(fields.get("rope_scaling") or {}), **(nested.get(_FULL) or {})})
     own = {"rope_theta": fields.given("rope_local_base_freq", local_theta), "partial_rotary_factor": 1.0}
     local = _rope({**own, **(nested.get(_LOCAL) or {})})
     if local.scaling is not None or local.fraction != main.fraction:
         raise ValueError(f"rope_parameters of {_LOCAL} = {nested[_LOCAL]} are not supported; only a rope_theta is.")
     return main._replace(local_theta=local.theta)
-
-
-def _named(fields: Fields) -> dict[str, Any]:
-    names = ("rope_theta", "partial_rotary_factor")
-    return {name: value for name in names if (value := fields.get(name)) is not None}
 
 
 def _rope(given: dict[str, Any]) -> Rope:

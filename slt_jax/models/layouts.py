@@ -122,7 +122,7 @@ def _rotary(fields: Fields, positions: Rope, **own: Any) -> DecoderConfig:
 
 
 def _neox(fields: Fields) -> DecoderConfig:
-    positions = rope(fields, fields.get("rotary_emb_base", 1e4), fields.get("rotary_pct", 0.25))
+    positions = rope(fields, fraction=0.25, names=("rotary_emb_base", "rotary_pct"))
     bias = fields.get("attention_bias", True)
     return _rotary(
         fields, positions, norm_epsilon=fields.get("layer_norm_eps", 1e-5), mlp_width=fields["intermediate_size"],
@@ -234,23 +234,24 @@ def _gemma(fields: Fields) -> DecoderConfig:
     return _gemma_like(fields, _whole(rope(fields)), "hidden_act")
 
 
-def _sandwich(fields: Fields, period: int, positions: Rope, caps: tuple[Any, Any]) -> DecoderConfig:
+def _sandwich(fields: Fields, period: int, positions: Rope, cap: float | None, **own: Any) -> DecoderConfig:
     layers = fields["num_hidden_layers"]
     default = ["full_attention" if (layer + 1) % period == 0 else "sliding_attention" for layer in range(layers)]
     return _gemma_like(
         fields, positions, "hidden_activation", norm_placement="around", windows=windows(fields, default),
-        attention_scale=fields.get("query_pre_attn_scalar", 256) ** -0.5, qk_norm=positions.local_theta is not None,
-        attention_softcap=fields.get("attn_logit_softcapping", caps[0]),
-        logit_softcap=fields.get("final_logit_softcapping", caps[1]),
+        attention_scale=fields.get("query_pre_attn_scalar", 256) ** -0.5,
+        logit_softcap=fields.get("final_logit_softcapping", cap), **own,
     )  # fmt: skip
 
 
 def _gemma2(fields: Fields) -> DecoderConfig:
-    return _sandwich(fields, 2, _whole(rope(fields)), (50.0, 30.0))
+    softcap = fields.get("attn_logit_softcapping", 50.0)
+    return _sandwich(fields, 2, _whole(rope(fields)), 30.0, attention_softcap=softcap)
 
 
 def _gemma3(fields: Fields) -> DecoderConfig:
-    return _sandwich(fields, fields.given("sliding_window_pattern", 6), local_rope(fields, 1e6, 1e4), (None, None))
+    period = fields.given("sliding_window_pattern", 6)
+    return _sandwich(fields, period, local_rope(fields, 1e6, 1e4), None, qk_norm=True)
 
 
 def _phi3(fields: Fields) -> DecoderConfig:
