@@ -31,6 +31,7 @@ NEOX = {
     **SHAPE, "model_type": "gpt_neox", "num_attention_heads": 2, "intermediate_size": 96, "rotary_pct": 0.34,
     "layer_norm_eps": 0.1,
 }  # fmt: skip
+FALCON = {**SHAPE, "model_type": "falcon"}
 FILES = {
     "gpt2": (GPT2, CONFIG, reference.gpt2_tensors),
     "neox": (NEOX, LAYOUTS["neox"], reference.neox_tensors),
