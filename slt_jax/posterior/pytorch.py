@@ -4,6 +4,7 @@ Nothing here imports torch before it is asked for.
 """
 
 import contextlib
+import importlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -74,7 +75,7 @@ def from_torch(model: Any, loss: Loss) -> tuple[PyTree, LossFn]:
 
 def _torch_and_torchax() -> tuple[Any, Any]:
     try:
-        import torch
+        torch = importlib.import_module("torch")
     except ImportError as error:
         raise ImportError("from_torch needs the extra: pip install 'slt-jax[torch]'.") from error
     for overload in _REMOVED:
@@ -82,7 +83,7 @@ def _torch_and_torchax() -> tuple[Any, Any]:
         if not hasattr(getattr(torch.ops.aten, operation), name):
             setattr(getattr(torch.ops.aten, operation), name, object())
     try:
-        import torchax
+        torchax = importlib.import_module("torchax")
     except (ImportError, AttributeError) as error:
         raise ImportError(
             f"from_torch needs torchax 0.0.13 with torch 2.13: pip install 'slt-jax[torch]'. Importing it beside torch "
