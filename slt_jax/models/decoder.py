@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Float32, Integer
 
 from slt_jax.models.attention import attend, rotary_kinds, rotary_table, rotary_tables, rotate
 from slt_jax.models.config import DecoderConfig
-from slt_jax.models.losses import softcapped, token_cross_entropy
+from slt_jax.models.losses import mean_of_first, softcapped, token_cross_entropy
 
 ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -209,8 +209,10 @@ class Decoder(nnx.Module):
         logits = _plus(self._scaled(self.hidden(tokens)) @ self._head().T, self.head_bias)
         return softcapped(logits, self.config.logit_softcap)
 
-    def losses(self, tokens: Integer[Array, "batch length"]) -> Float32[Array, " batch"]:
-        """Mean next-token cross-entropy of each sequence, nats per token.
+    def losses(
+        self, tokens: Integer[Array, "batch length"], count: Integer[Array, " batch"] | None = None
+    ) -> Float32[Array, " batch"]:
+        """Mean next-token cross-entropy of each sequence, nats per token; of its first ``count`` tokens, default all.
 
         NaN for a sequence with an id outside the vocabulary. If the logits of all tokens would take much memory, they
         are computed a chunk at a time (``slt_jax.kernels.cross_entropy``).
@@ -221,7 +223,7 @@ class Decoder(nnx.Module):
         token_losses = token_cross_entropy(rows, self._head(), targets.reshape(-1), bias, self.config.logit_softcap)
         token_losses = token_losses.reshape(targets.shape)
         inside = jnp.all((tokens >= 0) & (tokens < self.config.vocab_size), axis=1)
-        return jnp.where(inside, jnp.mean(token_losses, axis=-1), jnp.nan)
+        return jnp.where(inside, mean_of_first(token_losses, count), jnp.nan)
 
     def _scaled(self, x: Array) -> Array:
         return x if self.config.logit_scale == 1 else self.config.logit_scale * x

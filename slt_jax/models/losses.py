@@ -15,6 +15,16 @@ def softcapped(logits: Array, cap: float | None) -> Array:
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
+def mean_of_first(
+    token_losses: Float[Array, "batch predicted"], count: Integer[Array, " batch"] | None
+) -> Float[Array, " batch"]:
+    """The mean over the predictions of the first ``count`` tokens, of which the first token itself is none."""
+    if count is None:
+        return jnp.mean(token_losses, axis=-1)
+    own = jnp.arange(token_losses.shape[1]) < count[:, None] - 1
+    return jnp.sum(jnp.where(own, token_losses, 0), axis=-1) / (count - 1)
+
+
 def token_cross_entropy(
     x: Float[Array, "row width"],
     table: Float[Array, "vocabulary width"],

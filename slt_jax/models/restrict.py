@@ -122,7 +122,7 @@ def _module(shapes: dict[Path, tuple[int, ...]], term: str) -> dict[Path, Where]
     if not chosen:
         raise ValueError(
             f"no module is called {term!r}, and parts like 'layer 0' {_NEEDS_DECODER}; got {_some(shapes, '.')} Give "
-            "LocalPosterior a mask, or name modules: 'transformer.h.0', or 'transformer.h.*.attn' for those of all layers."
+            "LocalPosterior a mask, or name modules: 'transformer.h.0', 'transformer.h.*.attn'."
         )
     return {path: Where(whole=True) for path in chosen}
 

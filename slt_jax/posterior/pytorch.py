@@ -27,6 +27,9 @@ _REMOVED = (
 )  # fmt: skip
 
 
+_PADDING = "warn_if_padding_and_no_attention_mask"
+
+
 def from_torch(model: Any, loss: Loss) -> tuple[PyTree, LossFn]:
     """A PyTorch model as (params, loss_fn): of transformers, of TransformerLens, or any other ``torch.nn.Module``.
 
@@ -98,12 +101,18 @@ def _evaluating(model: Any) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     config, wanted = getattr(model, "config", None), {"use_cache": False, "_experts_implementation": "batched_mm"}
     before = {name: getattr(config, name) for name in wanted if getattr(config, name, None) is not None}
+    # transformers look for padding among the tokens, only to warn of it
+    looking = [module for module in model.modules() if hasattr(module, _PADDING)]
     model.eval()
     try:
         for name in before:
             setattr(config, name, wanted[name])
+        for module in looking:
+            module.__dict__[_PADDING] = lambda *_: None
         yield
     finally:
+        for module in looking:
+            module.__dict__.pop(_PADDING, None)
         for name, value in before.items():
             setattr(config, name, value)
         for module in training:
@@ -121,7 +130,8 @@ def _one_device(torch: Any) -> Any:
                 return args[0]
             if func is torch.Tensor.to:
                 args = tuple(arg for arg in args if not _is_device(torch, arg))
-                if kwargs.pop("device", None) is not None and not kwargs or len(args) == 1 and not kwargs:
+                kwargs.pop("device", None)
+                if len(args) == 1 and not kwargs:
                     return args[0]
             elif kwargs.get("device") is not None:
                 kwargs["device"] = "jax"
@@ -131,7 +141,7 @@ def _one_device(torch: Any) -> Any:
 
 
 def _is_device(torch: Any, value: Any) -> bool:
-    return isinstance(value, (torch.device, str)) or isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, (torch.device, str)) or (isinstance(value, int) and not isinstance(value, bool))
 
 
 def _array(name: str, tensor: Any) -> Array:
