@@ -6,7 +6,7 @@ Nothing here imports torch before it is asked for.
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -57,19 +57,20 @@ def from_torch(model: Any, loss: Loss) -> tuple[PyTree, LossFn]:
         raise TypeError(f"from_torch(model, loss) needs a torch.nn.Module first, got a {type(model).__name__}.{order}")
     if not callable(loss):
         raise TypeError(f"loss must be a function loss(forward, batch), got a {type(loss).__name__}.")
-    named = dict(model.named_parameters())
-    weights = {name: _array(name, p) for name, p in named.items() if p.requires_grad}
+    places, weights, frozen = _places(torch, model), {}, {}
+    for name, found in places.items():
+        tensor = found[0].held
+        moves = isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad
+        (weights if moves else frozen)[name] = _array(name, tensor)
     if not weights:
         raise ValueError("the model has no parameter that requires a gradient, so nothing can be sampled.")
-    frozen = {name: _array(name, p) for name, p in named.items() if not p.requires_grad}
-    frozen |= {name: _array(name, b) for name, b in model.named_buffers() if b is not None}
     env = torchax.default_env()
 
     def loss_fn(params: PyTree, batch: PyTree) -> Array:
         values = {**_flat(params), **frozen}
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            return _call(torch, env, model, values, args, kwargs)
+            return _call(torch, env, model, places, values, args, kwargs)
 
         return loss(forward, batch)
 
@@ -152,14 +153,61 @@ def _array(name: str, tensor: Any) -> Array:
     return jnp.asarray(np.array((tensor.float() if narrow else tensor).numpy()))
 
 
-def _call(torch: Any, env: Any, model: Any, values: dict[str, Array], args: tuple, kwargs: dict[str, Any]) -> Any:
+class _Place(NamedTuple):
+    """Where a module holds a parameter or a buffer."""
+
+    members: dict[str, Any]
+    name: str
+
+    @property
+    def held(self) -> Any:
+        return self.members[self.name]
+
+
+def _places(torch: Any, model: Any) -> dict[str, list[_Place]]:
+    """Every parameter and buffer by its first name, with all modules that share it."""
+    names: dict[int, str] = {}
+    places: dict[str, list[_Place]] = {}
+    for prefix, module in torch.nn.Module.named_modules(model):
+        if isinstance(module, torch.nn.RNNBase):
+            raise ValueError(f"'{prefix}' is a {type(module).__name__}, which keeps its weights in a place of its own.")
+        for members in (module._parameters, module._buffers):
+            for name, tensor in members.items():
+                if tensor is not None:
+                    full = names.setdefault(id(tensor), f"{prefix}.{name}" if prefix else name)
+                    places.setdefault(full, []).append(_Place(members, name))
+    return places
+
+
+@contextlib.contextmanager
+def _holding(places: dict[str, list[_Place]], tensors: dict[str, Any]) -> Iterator[None]:
+    """The modules hold ``tensors``; then what they held before. Raises ValueError if one was changed."""
+    before = {name: found[0].held for name, found in places.items()}
+    arrays = {name: tensor.jax() for name, tensor in tensors.items()}
+    try:
+        for name, found in places.items():
+            for place in found:
+                place.members[place.name] = tensors[name]
+        yield
+        for name, found in places.items():
+            if found[0].held is not tensors[name] or tensors[name].jax() is not arrays[name]:
+                raise ValueError(f"the forward pass changes '{name}'. A loss must not change weights or buffers.")
+    finally:
+        for name, found in places.items():
+            for place in found:
+                place.members[place.name] = before[name]
+
+
+def _call(
+    torch: Any, env: Any, model: Any, places: dict[str, list[_Place]], values: dict[str, Array], args: tuple,
+    kwargs: dict[str, Any],
+) -> Any:  # fmt: skip
     """The model's output for these parameters and buffers, as JAX arrays."""
     key = env.prng_key
-    tensors = env.j2t_iso(values)
     args, kwargs = env.j2t_iso(jax.tree.map(_on_device, (args, kwargs)))
     try:
-        with _evaluating(model), env, _one_device(torch):
-            output = torch.func.functional_call(model, tensors, args, kwargs)
+        with _evaluating(model), _holding(places, env.j2t_iso(values)), env, _one_device(torch):
+            output = model(*args, **kwargs)
         drawn = env.prng_key is not key
     finally:
         env.param.prng = key
@@ -168,9 +216,6 @@ def _call(torch: Any, env: Any, model: Any, values: dict[str, Array], args: tupl
             "the model is still random: its forward pass drew random numbers in evaluation mode. Sampling needs a loss "
             "that depends only on the weights and the batch. Turn dropout off in the model's configuration."
         )
-    for name, value in values.items():
-        if tensors[name].jax() is not value:
-            raise ValueError(f"the forward pass changes '{name}'. A loss must not change weights or buffers.")
     return _as_arrays(env, output)
 
 
