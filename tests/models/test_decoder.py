@@ -195,11 +195,14 @@ def test_attention_is_jax_own(kv_heads):
     np.testing.assert_allclose(own, jax_own, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_device_without_cudnn_takes_the_plain_kernel(dtype):
+def test_a_device_without_cudnn_takes_the_plain_kernel(dtype, window):
     q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 5, 2, 8), dtype)
-    own = jax.jit(functools.partial(device_attention, scale=0.2))(q, k, v)
-    np.testing.assert_allclose(own, causal_attention(q, k, v, 0.2), rtol=1e-5 if dtype == jnp.float32 else 0.1)
+    window = None if window is None else jnp.asarray(window)
+    own = jax.jit(functools.partial(device_attention, scale=0.2))(q, k, v, window)
+    want = causal_attention(q, k, v, 0.2, window)
+    np.testing.assert_allclose(own, want, rtol=1e-5 if dtype == jnp.float32 else 0.1, atol=1e-6)
 
 
 def test_parameters_have_their_names_and_axes():

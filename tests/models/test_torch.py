@@ -1,6 +1,7 @@
 """PyTorch models through from_torch: losses and gradients as torch has them. Skipped without torch and torchax."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
+from slt_jax.cli.commands import main
 from slt_jax.models.hub import load_pretrained
 from slt_jax.models.restrict import choose, restricted
+from slt_jax.models.torch_checkpoint import load_torch_checkpoint
 from slt_jax.posterior.tree import path_of
 from tests.models.decoder_reference import llama_tensors
 
@@ -219,6 +222,45 @@ def test_parts_by_module_name():
     assert restricted(posterior, "transformer.h.0.ln_1").num_free == 48
     with pytest.raises(ValueError, match=r"no module is called 'layer 0'.* got transformer\.h\.0\."):
         restricted(posterior, "layer 0")
+
+
+@pytest.fixture
+def unknown_layout(tmp_path):
+    """A folder with a checkpoint that the reader refuses, and tokens."""
+    language_model("MptForCausalLM").save_pretrained(tmp_path / "model")
+    np.save(tmp_path / "t.npy", np.random.default_rng(0).integers(3, 61, 240))
+    return tmp_path
+
+
+def test_the_command_line_with_the_torch_backend(unknown_layout, capsys):
+    words = [
+        "llc",
+        str(unknown_layout / "model"),
+        "--tokens",
+        str(unknown_layout / "t.npy"),
+        "--seq-len",
+        "8",
+        "--quiet",
+    ]
+    assert main(words) == 2
+    assert "model_type 'mpt'" in (said := capsys.readouterr().err)
+    assert "--backend torch" in said
+    part = ["--backend", "torch", "--only", "transformer.blocks.0.attn", "--step-size", "1e-5", "--json"]
+    assert main([*words, *part, "--chains", "2", "--draws", "6", "--warmup", "2", "--batch-size", "4"]) == 0
+    assert json.loads(capsys.readouterr().out)["settings"]["num_free"] == 4 * 24 * 24
+    assert main([*words, "--backend", "torch", "--heads"]) == 2
+    assert "Name modules with --only" in capsys.readouterr().err
+
+
+def test_padding_through_torch(unknown_layout):
+    model = load_torch_checkpoint(unknown_layout / "model")
+    assert (model.vocab_size, model.context_length) == (61, 2048)
+    tokens = np.where(np.arange(8) < np.array([[8], [5], [3]]), TOKENS, 0)
+    losses = model.loss_fn(model.params, {"tokens": tokens, "count": np.array([8, 5, 3])})
+    alone = [float(model.loss_fn(model.params, jnp.asarray(TOKENS[i : i + 1, :n]))[0]) for i, n in enumerate((8, 5, 3))]
+    np.testing.assert_allclose(losses, alone, rtol=1e-5)
+    with pytest.raises(FileNotFoundError, match="transformers cannot load"):
+        load_torch_checkpoint(unknown_layout / "nothing")
 
 
 def test_wrong_arguments(wrong_types):
