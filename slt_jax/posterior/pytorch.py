@@ -5,6 +5,7 @@ Nothing here imports torch before it is asked for.
 
 import contextlib
 import importlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -25,9 +26,6 @@ _REMOVED = (
     "norm.names_dtype_out", "norm.names_out", "prod.dim_Dimname", "std.correction_names", "std.correction_names_out",
     "std.names_dim", "std.names_out", "std_mean.correction_names", "std_mean.names_dim", "unbind.Dimname",
 )  # fmt: skip
-
-
-_PADDING = "warn_if_padding_and_no_attention_mask"
 
 
 def from_torch(model: Any, loss: Loss) -> tuple[PyTree, LossFn]:
@@ -102,22 +100,33 @@ def _evaluating(model: Any) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     config, wanted = getattr(model, "config", None), {"use_cache": False, "_experts_implementation": "batched_mm"}
     before = {name: getattr(config, name) for name in wanted if getattr(config, name, None) is not None}
-    # transformers look for padding among the tokens, only to warn of it
-    looking = [module for module in model.modules() if hasattr(module, _PADDING)]
     model.eval()
     try:
         for name in before:
             setattr(config, name, wanted[name])
-        for module in looking:
-            module.__dict__[_PADDING] = lambda *_: None
-        yield
+        with _no_look_at_padding():
+            yield
     finally:
-        for module in looking:
-            module.__dict__.pop(_PADDING, None)
         for name, value in before.items():
             setattr(config, name, value)
         for module in training:
             module.training = True
+
+
+@contextlib.contextmanager
+def _no_look_at_padding() -> Iterator[None]:
+    """transformers look for padding among the values of the tokens, only to warn of it."""
+    base = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    name = "warn_if_padding_and_no_attention_mask"
+    if base is None or name not in vars(base):
+        yield
+        return
+    before = vars(base)[name]
+    setattr(base, name, lambda *_: None)
+    try:
+        yield
+    finally:
+        setattr(base, name, before)
 
 
 def _one_device(torch: Any) -> Any:

@@ -254,7 +254,7 @@ def test_the_command_line_with_the_torch_backend(unknown_layout, capsys):
 
 def test_padding_through_torch(unknown_layout):
     model = load_torch_checkpoint(unknown_layout / "model")
-    assert (model.vocab_size, model.context_length) == (61, 2048)
+    assert (model.vocab_size, model.context_length) == (61, 24)
     tokens = np.where(np.arange(8) < np.array([[8], [5], [3]]), TOKENS, 0)
     losses = model.loss_fn(model.params, {"tokens": tokens, "count": np.array([8, 5, 3])})
     alone = [float(model.loss_fn(model.params, jnp.asarray(TOKENS[i : i + 1, :n]))[0]) for i, n in enumerate((8, 5, 3))]
