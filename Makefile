@@ -1,5 +1,6 @@
 PYTHON ?= python3
 VENV := .venv
+PARITY := .venv-parity
 BIN := $(VENV)/bin
 # Processes of the test suite: compiling, which takes most of its time, is done by one core each.
 WORKERS ?= 2
@@ -13,10 +14,12 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-# The loader against transformers on torch; takes a torch wheel of 200 MB or more.
-parity: $(VENV)/.installed-test
-	$(PIP) --editable '.[test,parity]'
-	$(BIN)/python -m pytest tests/models/test_parity.py tests/scaling/test_accelerator_script.py
+# The loader and from_torch against transformers on torch, in an environment of its own that also sees the first one: the
+# suite stays without torch. Takes a torch wheel of 200 MB or more. Compiling is most of the time, so with less of it.
+parity: $(PARITY)/.installed
+	XLA_FLAGS=--xla_backend_optimization_level=0 $(PARITY)/bin/python -m pytest -q -n $(WORKERS) \
+		tests/models/test_parity.py tests/models/test_torch.py tests/models/test_revisions.py \
+		tests/scaling/test_accelerator_script.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -50,6 +53,14 @@ $(VENV)/.installed-docs: pyproject.toml
 	$(PIP) --editable '.[docs]'
 	@touch $@ $(VENV)/.installed
 
+SITE = import sysconfig; print(sysconfig.get_path("purelib"))
+$(PARITY)/.installed: $(VENV)/.installed-test
+	@test -x $(PARITY)/bin/python || $(BIN)/python -m venv $(PARITY)
+	@echo "import site; site.addsitedir('$$($(BIN)/python -c '$(SITE)')')" \
+		> "$$($(PARITY)/bin/python -c '$(SITE)')/first.pth"
+	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[parity]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .venv312 .pytest_cache .ruff_cache build dist *.egg-info demo-run
+	rm -rf $(VENV) $(PARITY) .venv312 .pytest_cache .ruff_cache build dist *.egg-info demo-run
 	find slt_jax kernels scaling tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,6 +8,7 @@ from slt_jax.fleet.run import Fleet, run_fleet
 from slt_jax.posterior.files import hf_dataset, token_file
 from slt_jax.posterior.flax import from_linen, from_nnx, next_token_loss
 from slt_jax.posterior.local import LocalPosterior
+from slt_jax.posterior.pytorch import from_torch
 from slt_jax.results.comparison import Comparison, compare
 from slt_jax.results.llc import LLCResult, load_result
 from slt_jax.results.stages import Stages, find_stages
@@ -37,6 +38,7 @@ __all__ = [
     "find_stages",
     "from_linen",
     "from_nnx",
+    "from_torch",
     "hf_dataset",
     "hmc",
     "load_result",

@@ -191,13 +191,15 @@ def _sweep(command: SweepGrid) -> int:
 def _trajectory(command: Course) -> int:
     import slt_jax as slt
     from slt_jax.cli import language
+    from slt_jax.cli.course import open_course
     from slt_jax.estimators.request import Request
 
     _check_outputs(command)
     _check_numbers(command)
-    case, centers = language.open_course(
-        command.checkpoints, **_input_options(command), nbeta=command.nbeta, localization=command.localization
-    )
+    case, centers = open_course(
+        command.checkpoints, revisions=command.revisions, steps=command.steps, **_input_options(command),
+        nbeta=command.nbeta, localization=command.localization,
+    )  # fmt: skip
     options = _estimator_options(command, command.step_size)
     Request.checked(case.posterior, case.data, **options)
     if not command.quiet:
@@ -206,15 +208,19 @@ def _trajectory(command: Course) -> int:
         case.posterior, centers, case.data, parts=command.parts, warm_start=not command.cold, **options,
         progress=not command.quiet, checkpoint_dir=command.checkpoint_dir,
     )  # fmt: skip
+    if not command.json:
+        print(*language.course_table(result), "", sep="\n")
     _output(command, result, interrupted=bool(result.interrupted))
     if result.interrupted:
         return _interrupted(command)
     return 3 if all(not len(r.kept_chains) for r in result.results["all"]) else 0
 
 
-def _input_options(command: Sampling) -> dict[str, Any]:
+def _input_options(command: Any) -> dict[str, Any]:
     """The options of data and model, for ``language.open_case``."""
-    return {name: getattr(command, name) for name in ("tokens", "text", "dtype", "seq_len", "bfloat16")}
+    names = ("tokens", "text", "dataset", "column", "split", "documents", "dtype", "seq_len", "bfloat16", "backend")
+    options = {name: getattr(command, name) for name in names}
+    return options if isinstance(command, Course) else {**options, "revision": command.revision}
 
 
 def _report(command: Report) -> int:

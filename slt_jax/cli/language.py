@@ -1,30 +1,41 @@
-"""Language models on the command line: reading checkpoints and tokens, the plan of a run, tables of refined LLCs."""
+"""Language models on the command line: a checkpoint with its data, the plan of a run, tables of refined LLCs."""
 
-import functools
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float32, Int32, Integer
+from jaxtyping import Array, Float32, PyTree
 
+from slt_jax.cli.documents import Documents
+from slt_jax.cli.inputs import Read, Reader
 from slt_jax.estimators.llc import estimate_llc
 from slt_jax.models.decoder import Decoder
-from slt_jax.models.hub import load_checkpoint
+from slt_jax.models.hub import folder_of, load_checkpoint
 from slt_jax.models.restrict import restricted
-from slt_jax.posterior.data import Source, as_source
-from slt_jax.posterior.files import token_file
+from slt_jax.models.torch_checkpoint import load_torch_checkpoint
 from slt_jax.posterior.flax import from_nnx
 from slt_jax.posterior.local import LocalPosterior
 from slt_jax.results.llc import LLCResult
 from slt_jax.results.text import marked
+from slt_jax.results.trajectory import Trajectory
 
 NBETA, LOCALIZATION = 30.0, 300.0  # the values in published work on language models
+
+
+Backend = Literal["jax", "torch"]
+
+
+class Model(NamedTuple):
+    """Weights and loss of a language model, and the limits of its data."""
+
+    params: PyTree
+    loss_fn: Callable[[PyTree, PyTree], Array]
+    vocab_size: int | None
+    context_length: int | None
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,6 @@ class Case:
     further data sets by name.
     """
 
-    model: Decoder
     posterior: LocalPosterior
     data: Any
     length: int
@@ -43,118 +53,86 @@ class Case:
     also: dict[str, Any]
 
 
-def model_losses(model: Decoder, batch: Integer[Array, "batch length"]) -> Float32[Array, " batch"]:
+def model_losses(model: Decoder, batch: PyTree) -> Float32[Array, " batch"]:
+    """Of tokens, or of ``{"tokens", "count"}`` where the rows are filled up (``documents.arranged``)."""
+    if isinstance(batch, Mapping):
+        return model.losses(batch["tokens"], batch["count"])
     return model.losses(batch)
+
+
+def load_model(checkpoint: str | os.PathLike, backend: Backend = "jax", revision: str | None = None) -> Model:
+    """A checkpoint by the reader of this library, or by transformers and torch.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: as ``load_checkpoint`` and ``load_torch_checkpoint``.
+    """
+    if backend == "torch":
+        return Model(*load_torch_checkpoint(checkpoint, revision=revision))
+    model, _ = load_checkpoint(checkpoint, revision=revision)
+    return Model(*from_nnx(model, model_losses), model.config.vocab_size, model.config.context_length)
 
 
 def open_case(
     checkpoint: str | os.PathLike,
     *,
     tokens: Path | None = None,
-    text: Path | None = None,
-    dtype: str = "uint16",
+    text: Sequence[Path] = (),
+    dataset: str | None = None,
+    column: str | None = None,
+    split: str = "train",
+    documents: Documents | None = None,
+    dtype: str | None = None,
     seq_len: int | None = None,
     nbeta: float | None = None,
     localization: float | None = None,
     bfloat16: bool = False,
     also: Mapping[str, Path] | None = None,
+    backend: Backend = "jax",
+    revision: str | None = None,
 ) -> Case:
     """Read checkpoint and data, so that what is wrong with them is reported before anything is sampled.
 
     Args:
         checkpoint: a folder or a repository's name, see ``load_checkpoint``.
-        tokens: a one-dimensional ``.npy`` or raw ``.bin`` file of token ids; or
-        text: a text file, which the ``tokenizer.json`` in the checkpoint's folder tokenizes.
-        dtype: of a ``.bin`` file, uint16 or uint32.
-        seq_len: tokens in one example; default the model's context length.
+        tokens: a ``.npy`` or raw ``.bin`` file of token ids; or
+        text: text files, which the ``tokenizer.json`` of the checkpoint tokenizes; or
+        dataset: a folder or the name of a Hugging Face data set, of which a ``column`` of a ``split`` is used.
+        documents: how documents become examples, see ``documents.arranged``. Default: rows of one length as they are,
+            others packed.
+        dtype: of a ``.bin`` file.
+        seq_len: tokens in one example; default the model's context length, or what the data have if that is less.
         nbeta, localization: default ``NBETA`` and ``LOCALIZATION``.
         bfloat16: run the model in bfloat16.
         also: further data sets: token files (.npy, .bin) or text.
+        backend, revision: as for ``load_model``.
 
     Raises:
-        FileNotFoundError, ValueError, ImportError: as ``load_checkpoint`` and ``token_file``; or tokens and text are
-            both given, or neither.
+        FileNotFoundError, ValueError, ImportError: as ``load_model`` and ``Reader``; or not one kind of data is given.
     """
-    if tokens is not None and text is not None:
-        raise ValueError("give the data with either --tokens FILE or --text FILE, not both.")
-    model, _ = load_checkpoint(checkpoint)
-    length = model.config.context_length if seq_len is None else seq_len
+    given_data = [name for name, value in {"--tokens": tokens, "--text": text, "--dataset": dataset}.items() if value]
+    if len(given_data) != 1:
+        also_given = f", not with {' and '.join(given_data)} together" if given_data else ""
+        raise ValueError(f"give the data with either --tokens FILE or --text FILE or --dataset NAME{also_given}.")
+    model = load_model(checkpoint, backend, revision)
 
-    def read_text(file: Path) -> Source:
-        return as_source(tokenized(Path(checkpoint), file, length))
+    def folder() -> Path:
+        return folder_of(checkpoint, revision)
 
-    def read_tokens(file: Path) -> Source:
-        return token_file(file, length, dtype=dtype, vocab_size=model.config.vocab_size)
-
-    if tokens is not None:
-        data = read_tokens(tokens)
-    elif text is not None:
-        data = read_text(text)
-    else:
-        raise ValueError("give the data with either --tokens FILE or --text FILE.")
-    others = {
-        name: read_tokens(file) if file.suffix in (".npy", ".bin") else read_text(file)
-        for name, file in (also or {}).items()
-    }
-    params, loss_fn = from_nnx(model, model_losses)
-    forward = jnp.bfloat16 if bfloat16 else None
+    reader = Reader(folder, seq_len, model.context_length, model.vocab_size, dtype, documents, column, split)
+    data, length = _read(reader, tokens, text, dataset)
+    others = {name: reader.any_file(file)[0] for name, file in (also or {}).items()}
     posterior = LocalPosterior(
-        loss_fn, params, data.num_data, NBETA if nbeta is None else nbeta,
-        LOCALIZATION if localization is None else localization, forward_dtype=forward,
+        model.loss_fn, model.params, data.num_data, NBETA if nbeta is None else nbeta,
+        LOCALIZATION if localization is None else localization, forward_dtype=jnp.bfloat16 if bfloat16 else None,
     )  # fmt: skip
     given = {name for name, value in {"nbeta": nbeta, "localization": localization}.items() if value is not None}
-    return Case(model, posterior, data, length, frozenset(given), others)
+    return Case(posterior, data, length, frozenset(given), others)
 
 
-def open_course(checkpoints: Sequence[str], **options: Any) -> tuple[Case, dict[int, Callable[[], Any]]]:
-    """(the case of the first checkpoint, training step -> function that loads the parameters).
-
-    Args:
-        checkpoints: folders of one model, whose names end in the training step.
-        options: of ``open_case``.
-
-    Raises:
-        ValueError: no checkpoints, a name without a number, or two names with the same number.
-        FileNotFoundError, ValueError, ImportError: as ``open_case``.
-    """
-    if not checkpoints:
-        raise ValueError("a trajectory needs checkpoints: step-100 step-1000 step-10000.")
-    paths: dict[int, str] = {}
-    for checkpoint in checkpoints:
-        number = re.search(r"(\d+)\D*$", Path(checkpoint).name)
-        if number is None:
-            raise ValueError(f"the name of {checkpoint} has no training step. Name it step-100.")
-        if (step := int(number[1])) in paths:
-            raise ValueError(f"{paths[step]} and {checkpoint} both say that they are of step {step}. Leave one out.")
-        paths[step] = checkpoint
-    case = open_case(paths[min(paths)], **options)
-    return case, {step: functools.partial(_load_params, path) for step, path in paths.items()}
-
-
-def _load_params(checkpoint: str) -> Any:
-    return from_nnx(load_checkpoint(checkpoint)[0], model_losses)[0]
-
-
-def tokenized(checkpoint: Path, text: Path, length: int) -> Int32[np.ndarray, "example {length}"]:
-    """The tokens of a text file by the checkpoint's tokenizer, cut into examples; a shorter remainder is dropped.
-
-    Raises:
-        FileNotFoundError: the checkpoint has no tokenizer.json.
-        ImportError: ``tokenizers`` is not installed.
-        ValueError: the text has fewer than two examples.
-    """
-    tokenizer = checkpoint / "tokenizer.json"
-    if not tokenizer.is_file():
-        raise FileNotFoundError(f"{checkpoint} has no tokenizer.json. Give token ids with --tokens FILE.")
-    try:
-        from tokenizers import Tokenizer
-    except ImportError as error:
-        raise ImportError("--text needs the package tokenizers: pip install 'slt-jax[hf]'.") from error
-    ids = Tokenizer.from_file(str(tokenizer)).encode(text.read_text(), add_special_tokens=False).ids
-    rows = len(ids) // length
-    if rows < 2:
-        raise ValueError(f"{text} has {len(ids)} tokens, fewer than two examples of {length}. Give more, or --seq-len.")
-    return np.asarray(ids[: rows * length], np.int32).reshape(rows, length)
+def _read(reader: Reader, tokens: Path | None, text: Sequence[Path], dataset: str | None) -> Read:
+    if tokens is not None:
+        return reader.tokens(tokens)
+    return reader.text(text) if dataset is None else reader.dataset(dataset)
 
 
 def plan_of(case: Case, free: LocalPosterior, options: dict[str, Any]) -> list[str]:
@@ -219,3 +197,14 @@ def table(results: dict[str, LLCResult]) -> Iterator[str]:
         values[0] = marked(values[0], result.verdict)
         numbers = f"{result.settings.num_free:,} | {' | '.join(values)} | {result.health.rhat:.3f}"
         yield f"| {part} | {numbers} | {result.verdict} |"
+
+
+def course_table(course: Trajectory) -> Iterator[str]:
+    """Lines of Markdown: a row for each checkpoint and part."""
+    yield "| step | part | LLC ± standard error | loss at w* | R-hat | verdict |"
+    yield "|---" * 6 + "|"
+    for index, step in enumerate(course.steps):
+        for part, results in course.results.items():
+            result = results[index]
+            numbers = f"{result.llc:.4g} ± {result.llc_stderr:.2g} | {result.init_loss:.4g}"
+            yield f"| {step} | {part} | {numbers} | {result.health.rhat:.3f} | {result.verdict} |"

@@ -26,13 +26,27 @@ class Sampling:
     """Options of all commands that sample a language model."""
 
     tokens: Path | None = None
-    """Token ids: a one-dimensional .npy file, or raw little-endian .bin."""
-    text: Path | None = None
-    """Or a text file, which the checkpoint's tokenizer.json tokenizes."""
-    dtype: Literal["uint16", "uint32"] = "uint16"
-    """Type of the ids in a .bin file."""
+    """Token ids: a .npy file, whose rows are sequences of their own if it has two dimensions, or raw little-endian
+    .bin."""
+    text: tuple[Path, ...] = ()
+    """Or text files, which the checkpoint's tokenizer.json tokenizes; several are documents."""
+    dataset: str | None = None
+    """Or a Hugging Face data set: the folder of save_to_disk, or a name on the Hub."""
+    column: str | None = None
+    """Its column of text or of token ids; default input_ids, tokens, text, or the only one."""
+    split: str = "train"
+    """Its split."""
+    documents: Literal["pack", "split", "pad"] | None = None
+    """How documents become examples: pack puts them one after the other; split cuts each for itself and drops what is
+    left; pad fills up what is left, and leaves the padding out of the loss. Default: rows of one length as they are,
+    others packed."""
+    dtype: Literal["uint8", "uint16", "uint32", "int32", "int64"] | None = None
+    """Type of the ids in a .bin file; default uint16, unless the file may be of another."""
     seq_len: int | None = None
-    """Tokens in one example; default the model's context length."""
+    """Tokens in one example; default the model's context length, or what the data have if that is less."""
+    backend: Literal["jax", "torch"] = "jax"
+    """jax: the reader of this library. torch: any causal language model of transformers, through torch (extra torch);
+    its parts are named by its modules."""
     sampler: Literal["sgld", "preconditioned", "underdamped"] = "sgld"
     """The sampler. Published work on language models uses sgld."""
     chains: int = 4
@@ -61,10 +75,14 @@ class Sampling:
 
 @_option
 class Llc(Sampling):
-    """Estimate the LLC of a language model's checkpoint: GPT-2, GPT-NeoX (Pythia), Llama, Qwen2 or Qwen3."""
+    """Estimate the LLC of a language model's checkpoint: GPT-2, GPT-NeoX (Pythia), Llama, Mistral, Qwen2, Qwen3, Gemma,
+    OLMo, Phi, Granite, SmolLM3, StableLM, Falcon, OPT and others; any of transformers with --backend torch."""
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    """A folder with config.json and safetensors, a repository on the Hugging Face Hub, or a checkpoint of the demo."""
+    """A folder with config.json and safetensors, a repository on the Hugging Face Hub (org/name, org/name@revision), or
+    a checkpoint of the demo."""
+    revision: str | None = None
+    """Branch, tag or commit of the repository, such as step1000."""
     also: tuple[str, ...] = ()
     """Further data sets, NAME=FILE, whose losses are evaluated at the same draws (data-refined LLCs). Token files
     (.npy, .bin) or text."""
@@ -91,6 +109,8 @@ class SweepGrid(Sampling):
 
     checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
     """As for llc."""
+    revision: str | None = None
+    """As for llc."""
     only: str | None = None
     """Sample one part, as for llc."""
     nbeta: tuple[float, ...] = ()
@@ -112,7 +132,11 @@ class Course(Sampling):
     """Estimate the LLC at many checkpoints of one training run with one setting, and find the stages of training."""
 
     checkpoints: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
-    """Folders, as for llc, whose names end in the training step: step-100, checkpoint-2000."""
+    """Folders, as for llc, whose names end in the training step: step-100, checkpoint-2000. Or one repository."""
+    revisions: tuple[str, ...] = ()
+    """Revisions of the repository: step1000 step2000."""
+    steps: tuple[int, ...] = ()
+    """The training step of each checkpoint; default the number at the end of its name."""
     parts: tuple[str, ...] = ()
     """Parts whose refined LLCs are estimated as well: 'layer 0', 'layer 3 head 5', attention, ..."""
     nbeta: float | None = None

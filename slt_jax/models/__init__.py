@@ -1,4 +1,4 @@
-"""A decoder-only transformer, which loads GPT-2, GPT-NeoX, Llama and Qwen checkpoints."""
+"""A decoder-only transformer, which loads the checkpoints of the architectures in ``layouts``."""
 
 from slt_jax.models.config import DecoderConfig, RopeScaling
 from slt_jax.models.decoder import Decoder

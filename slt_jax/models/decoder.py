@@ -6,25 +6,27 @@ Parameter paths and shapes (biases and norms only if the configuration has them)
     embedding/positions             (context_length, width)
     blocks/norm1/{scale,bias}       (layers, width)                         before attention
     blocks/attention/q              (layers, width, heads, head_width)      k, v: with kv_heads; q_bias: without width
-    blocks/attention/{q,k}_norm/scale  (layers, head_width)
+    blocks/attention/{q,k}_norm/scale  (layers, head_width)              joint: (layers, heads * head_width)
     blocks/attention/o              (layers, heads, head_width, width)      o_bias: (layers, width)
     blocks/norm2/{scale,bias}       (layers, width)                         before the MLP
+    blocks/post_norm1/{scale,bias}  (layers, width)                         after attention; post_norm2: after the MLP
     blocks/mlp/{up,gate}            (layers, width, mlp_width)              up_bias, gate_bias: without width
     blocks/mlp/down                 (layers, mlp_width, width)              down_bias: (layers, width)
     norm/{scale,bias}               (width,)
-    head                            (vocab_size, width)
+    head                            (vocab_size, width)                     head_bias: (vocab_size,)
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Integer
 
-from slt_jax.kernels.cross_entropy import cross_entropy
-from slt_jax.models.attention import attend, rotary_table, rotate
+from slt_jax.models.attention import attend, rotary_kinds, rotary_table, rotary_tables, rotate
 from slt_jax.models.config import DecoderConfig
+from slt_jax.models.losses import mean_of_first, softcapped, token_cross_entropy
 
 ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -32,7 +34,6 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
     "relu": jax.nn.relu,
 }
-MANY_LOGITS = 2**24  # 64 MiB; below that, computing all logits at once is faster
 _KEPT = {
     "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "input": jax.checkpoint_policies.nothing_saveable,
@@ -40,19 +41,33 @@ _KEPT = {
 
 
 class Norm(nnx.Module):
-    """Layer norm, or RMS norm (without centering and bias), over the last axis; computed in float32 at least."""
+    """Layer norm, or RMS norm (without centering), over the last axis; computed in float32 at least."""
 
-    def __init__(self, shape: tuple[int, ...], kind: str, epsilon: float):
-        self.centered, self.epsilon = kind == "layer", epsilon
-        self.scale = nnx.Param(jnp.ones(shape))
-        self.bias = nnx.Param(jnp.zeros(shape)) if self.centered else None
+    def __init__(self, shape: tuple[int, ...], config: DecoderConfig, *, kind: str | None = None):
+        kind = config.norm if kind is None else kind
+        self.centered, self.epsilon, self.offset = kind == "layer", config.norm_epsilon, config.norm_offset
+        self.scale = nnx.Param(jnp.full(shape, 1 - self.offset)) if config.norm_scale else None
+        self.bias = nnx.Param(jnp.zeros(shape)) if self.centered and config.norm_bias else None
 
     def __call__(self, x: Array) -> Array:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if self.centered:
             wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        return _plus(wide * self.scale.get_value(), self.bias).astype(x.dtype)
+        if self.scale is not None:
+            wide = wide * (self.scale.get_value() + self.offset if self.offset else self.scale.get_value())
+        return _plus(wide, self.bias).astype(x.dtype)
+
+
+class LayerConstants(NamedTuple):
+    """What differs between layers besides their weights; None where they do not differ, or have none.
+
+    ``kind``: which of the rotary tables. ``window``: as in ``attend``. ``scale``: factor on attention's scores.
+    """
+
+    kind: Array | None = None
+    window: Array | None = None
+    scale: Array | None = None
 
 
 class Attention(nnx.Module):
@@ -61,6 +76,7 @@ class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         layers, width, inner = config.num_layers, config.width, config.head_width
         self.scale = inner**-0.5 if config.attention_scale is None else config.attention_scale
+        self.softcap, self.pairs, self.joint_norm = config.attention_softcap, config.rotary_pairs, config.joint_qk_norm
         heads, kv_heads = config.num_heads, config.num_kv_heads
         self.q = _weight((layers, width, heads, inner), rngs)
         self.k = _weight((layers, width, kv_heads, inner), rngs)
@@ -70,20 +86,27 @@ class Attention(nnx.Module):
         self.v_bias = _bias((layers, kv_heads, inner), config.qkv_bias)
         self.o = _weight((layers, heads, inner, width), rngs)
         self.o_bias = _bias((layers, width), config.out_bias)
-        self.q_norm = Norm((layers, inner), "rms", config.norm_epsilon) if config.qk_norm else None
-        self.k_norm = Norm((layers, inner), "rms", config.norm_epsilon) if config.qk_norm else None
+        together = (heads, kv_heads) if config.joint_qk_norm else (1, 1)
+        self.q_norm, self.k_norm = (
+            Norm((layers, count * inner), config, kind="rms") if config.qk_norm else None for count in together
+        )
 
-    def __call__(self, x: Array, table: tuple[Array, Array] | None) -> Array:
+    def __call__(self, x: Array, table: tuple[Array, Array] | None, constants: LayerConstants) -> Array:
         q, k, v = (
             _plus(jnp.einsum("mtw,whd->mthd", x, weight.get_value()), bias)
             for weight, bias in ((self.q, self.q_bias), (self.k, self.k_bias), (self.v, self.v_bias))
         )
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self._normed(self.q_norm, q), self._normed(self.k_norm, k)
         if table is not None:
-            q, k = rotate(q, table), rotate(k, table)
-        mixed = attend(q, k, v, self.scale)
+            q, k = rotate(q, table, self.pairs), rotate(k, table, self.pairs)
+        if constants.scale is not None:
+            q = q * constants.scale.astype(q.dtype)
+        mixed = attend(q, k, v, self.scale, constants.window, self.softcap)
         return _plus(jnp.einsum("mthd,hdw->mtw", mixed, self.o.get_value()), self.o_bias)
+
+    def _normed(self, norm: Norm, x: Array) -> Array:
+        return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape) if self.joint_norm else norm(x)
 
 
 class MLP(nnx.Module):
@@ -108,17 +131,26 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and MLP, each after a norm and added to the residual stream. The weights are stacked over layers."""
+    """Attention and MLP, each added to the residual stream, with norms before or after. Weights are stacked."""
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         shape = (config.num_layers, config.width)
-        self.parallel = config.parallel_residual
-        self.norm1, self.norm2 = (Norm(shape, config.norm, config.norm_epsilon) for _ in range(2))
+        self.parallel, self.residual_scale = config.parallel_residual, config.residual_scale
+        before, after = config.norm_placement != "after", config.norm_placement != "before"
+        self.norm1 = Norm(shape, config) if before else None
+        self.norm2 = Norm(shape, config) if before and not config.shared_norm else None
+        self.post_norm1, self.post_norm2 = (Norm(shape, config) if after else None for _ in range(2))
         self.attention, self.mlp = Attention(config, rngs=rngs), MLP(config, rngs=rngs)
 
-    def __call__(self, x: Array, table: tuple[Array, Array] | None) -> Array:
-        attended = x + self.attention(self.norm1(x), table)
-        return attended + self.mlp(self.norm2(x if self.parallel else attended))
+    def __call__(self, x: Array, table: tuple[Array, Array] | None, constants: LayerConstants) -> Array:
+        normed = _through(self.norm1, x)
+        attended = x + self._scaled(_through(self.post_norm1, self.attention(normed, table, constants)))
+        if self.norm2 is not None or not self.parallel:
+            normed = _through(self.norm2, x if self.parallel else attended)
+        return attended + self._scaled(_through(self.post_norm2, self.mlp(normed)))
+
+    def _scaled(self, x: Array) -> Array:
+        return x if self.residual_scale == 1 else self.residual_scale * x
 
 
 class Embedding(nnx.Module):
@@ -128,9 +160,11 @@ class Embedding(nnx.Module):
         self.tokens = _weight((config.vocab_size, config.width), rngs)
         learned = config.positions == "learned"
         self.positions = _weight((config.context_length, config.width), rngs) if learned else None
+        self.scale = config.embedding_scale
 
     def __call__(self, tokens: Array) -> Array:
         x = jnp.take(self.tokens.get_value(), tokens, axis=0)
+        x = x if self.scale == 1 else self.scale * x
         return x if self.positions is None else x + self.positions.get_value()[: tokens.shape[1]]
 
 
@@ -141,8 +175,9 @@ class Decoder(nnx.Module):
         self.config = config
         self.embedding = Embedding(config, rngs=rngs)
         self.blocks = Block(config, rngs=rngs)
-        self.norm = Norm((config.width,), config.norm, config.norm_epsilon)
+        self.norm = Norm((config.width,), config)
         self.head = None if config.tied_head else _weight((config.vocab_size, config.width), rngs)
+        self.head_bias = _bias((config.vocab_size,), config.head_bias)
 
     def hidden(self, tokens: Integer[Array, "batch length"]) -> Float[Array, "batch length width"]:
         """The final hidden states, from which the logits are computed.
@@ -153,44 +188,58 @@ class Decoder(nnx.Module):
         config, length = self.config, tokens.shape[1]
         if length > config.context_length:
             raise ValueError(f"sequences of {length} tokens do not fit context_length = {config.context_length}.")
-        table = rotary_table(config, length) if config.positions == "rotary" else None
+        constants = _layer_constants(config, length)
         graphdef, stacked = nnx.split(self.blocks)
+        rotary = config.positions == "rotary"
+        table = rotary_table(config, length) if rotary and constants.kind is None else None
+        tables = rotary_tables(config, length) if rotary and constants.kind is not None else None
 
-        def apply_layer(x: Array, layer: nnx.State) -> tuple[Array, None]:
-            return nnx.merge(graphdef, layer)(x, table), None
+        def apply_layer(x: Array, layer: tuple[nnx.State, LayerConstants]) -> tuple[Array, None]:
+            state, own = layer
+            turn = table if tables is None else (tables[0][own.kind], tables[1][own.kind])
+            return nnx.merge(graphdef, state)(x, turn, own), None
 
         if config.keep != "all":
             apply_layer = jax.checkpoint(apply_layer, prevent_cse=False, policy=_KEPT[config.keep])
         # One compiled block runs num_layers times: compile time does not grow with depth.
-        x, _ = jax.lax.scan(apply_layer, self.embedding(tokens), stacked)
+        x, _ = jax.lax.scan(apply_layer, self.embedding(tokens), (stacked, constants))
         return self.norm(x)
 
     def __call__(self, tokens: Integer[Array, "batch length"]) -> Float[Array, "batch length vocab_size"]:
-        return self.hidden(tokens) @ self._head().T
+        logits = _plus(self._scaled(self.hidden(tokens)) @ self._head().T, self.head_bias)
+        return softcapped(logits, self.config.logit_softcap)
 
-    def losses(self, tokens: Integer[Array, "batch length"]) -> Float32[Array, " batch"]:
-        """Mean next-token cross-entropy of each sequence, nats per token.
+    def losses(
+        self, tokens: Integer[Array, "batch length"], count: Integer[Array, " batch"] | None = None
+    ) -> Float32[Array, " batch"]:
+        """Mean next-token cross-entropy of each sequence, nats per token; of its first ``count`` tokens, default all.
 
         NaN for a sequence with an id outside the vocabulary. If the logits of all tokens would take much memory, they
         are computed a chunk at a time (``slt_jax.kernels.cross_entropy``).
         """
-        x, targets = self.hidden(tokens)[:, :-1], tokens[:, 1:]
-        token_losses = _token_losses(x.reshape(-1, x.shape[-1]), self._head(), targets.reshape(-1))
+        x, targets = self._scaled(self.hidden(tokens))[:, :-1], tokens[:, 1:]
+        bias = None if self.head_bias is None else self.head_bias.get_value()
+        rows = x.reshape(-1, x.shape[-1])
+        token_losses = token_cross_entropy(rows, self._head(), targets.reshape(-1), bias, self.config.logit_softcap)
         token_losses = token_losses.reshape(targets.shape)
         inside = jnp.all((tokens >= 0) & (tokens < self.config.vocab_size), axis=1)
-        return jnp.where(inside, jnp.mean(token_losses, axis=-1), jnp.nan)
+        return jnp.where(inside, mean_of_first(token_losses, count), jnp.nan)
+
+    def _scaled(self, x: Array) -> Array:
+        return x if self.config.logit_scale == 1 else self.config.logit_scale * x
 
     def _head(self) -> Array:
         return (self.embedding.tokens if self.head is None else self.head).get_value()
 
 
-def _token_losses(x: Array, table: Array, targets: Array) -> Array:
-    """Cross-entropy of each row. The target's logit is a product with its row of the table: it needs no gather."""
-    if len(x) * len(table) > MANY_LOGITS:
-        return cross_entropy(x, table, targets)
-    x, table = x.astype(jnp.float32), table.astype(jnp.float32)
-    chosen = jnp.sum(x * jnp.take(table, targets, axis=0, mode="clip"), axis=-1)
-    return jax.nn.logsumexp(x @ table.T, axis=-1) - chosen
+def _layer_constants(config: DecoderConfig, length: int) -> LayerConstants:
+    """Arrays over layers. Windows that hold the whole sequence are none."""
+    kinds = rotary_kinds(config) if config.positions == "rotary" else [0]
+    kind = jnp.asarray(kinds, jnp.int32) if any(kinds) else None
+    windows = [window or length for window in config.windows or ()]
+    window = jnp.asarray(windows, jnp.int32) if min(windows, default=length) < length else None
+    scale = 1 / jnp.arange(1, config.num_layers + 1, dtype=jnp.float32) if config.scale_by_layer else None
+    return LayerConstants(kind, window, scale)
 
 
 def _weight(shape: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Param:
@@ -203,3 +252,7 @@ def _bias(shape: tuple[int, ...], present: bool) -> nnx.Param | None:
 
 def _plus(x: Array, bias: nnx.Param | None) -> Array:
     return x if bias is None else x + bias.get_value()
+
+
+def _through(norm: Norm | None, x: Array) -> Array:
+    return x if norm is None else norm(x)

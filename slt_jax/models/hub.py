@@ -15,19 +15,24 @@ from jax.sharding import Mesh
 from slt_jax._io import user_path
 from slt_jax.machine import check_room
 from slt_jax.models.config import DecoderConfig
+from slt_jax.models.conversion import safetensors_of
 from slt_jax.models.decoder import Decoder
-from slt_jax.models.layouts import read_config
-from slt_jax.models.tensors import list_tensors
+from slt_jax.models.layouts import Layout, read_config
+from slt_jax.models.tensors import Tensor, list_tensors
 from slt_jax.models.weights import make_plan
 
 FORMAT = 2
-_WANTED = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json"]
+_WANTED = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"]
+_OTHERS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]  # only of repositories without safetensors
+_REPOSITORY = r"\w[\w.-]*(/\w[\w.-]*)?"
 
 
-def load_checkpoint(path: str | os.PathLike, *, mesh: Mesh | None = None) -> tuple[Decoder, dict[str, Any]]:
+def load_checkpoint(
+    path: str | os.PathLike, *, mesh: Mesh | None = None, revision: str | None = None
+) -> tuple[Decoder, dict[str, Any]]:
     """(model, content of config.json) of a folder of either kind, or of a repository on the Hugging Face Hub.
 
-    ``mesh`` as in ``load_pretrained``; slt-jax's own folders go to one device.
+    ``mesh`` and ``revision`` as in ``load_pretrained``; slt-jax's own folders go to one device.
 
     Raises:
         FileNotFoundError, ValueError: as ``load_pretrained`` and ``load_decoder``.
@@ -35,20 +40,21 @@ def load_checkpoint(path: str | os.PathLike, *, mesh: Mesh | None = None) -> tup
     folder = user_path(path).absolute()
     if folder.is_dir() and "model_type" not in _read_record(folder):
         return load_decoder(folder)
-    return load_pretrained(path, mesh=mesh)
+    return load_pretrained(path, mesh=mesh, revision=revision)
 
 
 def load_pretrained(
     path: str | os.PathLike, *, mesh: Mesh | None = None, revision: str | None = None
 ) -> tuple[Decoder, dict[str, Any]]:
-    """A GPT-2, GPT-NeoX (Pythia), Llama, Qwen2 or Qwen3 checkpoint as (model, content of config.json).
+    """A checkpoint of one of the architectures in ``slt_jax.models.layouts``, as (model, content of config.json).
 
     The weights become float32, whatever the type in the file. Besides them, loading needs the memory of one layer's
     tensor, or 32 MiB.
 
     Args:
         path: a folder with ``config.json`` and one or more ``.safetensors`` files; or the name of a repository, such as
-            ``EleutherAI/pythia-160m``, which ``huggingface_hub`` downloads into its cache.
+            ``EleutherAI/pythia-160m`` or ``EleutherAI/pythia-160m@step3000``, which ``huggingface_hub`` downloads into
+            its cache. Files of torch (``pytorch_model.bin``, ``.pt``) are converted if torch is installed.
         mesh: shard each array over the mesh's ``model`` axis; each device reads its own part. Default: everything on
             the first device of this process.
         revision: of the repository, such as Pythia's ``step3000``.
@@ -59,18 +65,25 @@ def load_pretrained(
             message names it. No tensor of the file is ignored, and no parameter is initialized at random.
         MemoryError: the weights do not fit into memory. Raised before they are read.
     """
-    folder = _folder_of(path, revision)
+    folder = folder_of(path, revision)
     record = _read_record(folder)
     layout, config = read_config(record, str(folder / "config.json"))
+    with safetensors_of(folder) as files:
+        return _load(config, layout, folder, list_tensors(files), mesh), record
+
+
+def _load(
+    config: DecoderConfig, layout: Layout, folder: Path, tensors: dict[str, Tensor], mesh: Mesh | None
+) -> Decoder:
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
     paths = {"/".join(map(str, keys)): keys for keys, _ in nnx.to_flat_state(state)}
-    plan = make_plan(config, layout, list(paths), list_tensors(folder), str(folder))
+    plan = make_plan(config, layout, list(paths), tensors, str(folder))
     size = 4 * sum(math.prod(x.shape) for x in jax.tree.leaves(state))
     parts = 1 if mesh is None else mesh.shape.get("model", 1)
     check_room(size / parts, f"{folder} in float32")
     for name, keys in paths.items():
         nnx.replace_by_pure_dict(state, _nested(keys, plan.array(name, mesh)))
-    return nnx.merge(graphdef, state), record
+    return nnx.merge(graphdef, state)
 
 
 def _nested(keys: tuple, value: Any) -> Any:
@@ -79,20 +92,46 @@ def _nested(keys: tuple, value: Any) -> Any:
     return value
 
 
-def _folder_of(path: str | os.PathLike, revision: str | None) -> Path:
-    folder, name = user_path(path).absolute(), os.fspath(path)
+def name_and_revision(path: str | os.PathLike, revision: str | None = None) -> tuple[str, str | None]:
+    """``org/name@step1000`` as the name and the revision; a folder as it is.
+
+    Raises:
+        ValueError: the name and ``revision`` say two different revisions.
+    """
+    name, sign, named = os.fspath(path).rpartition("@")
+    if user_path(path).exists() or not sign or not re.fullmatch(_REPOSITORY, name):
+        return os.fspath(path), revision
+    if revision not in (None, named):
+        raise ValueError(f"{os.fspath(path)!r} names a revision, and revision = {revision!r} another. Leave one out.")
+    return name, named
+
+
+def folder_of(path: str | os.PathLike, revision: str | None = None) -> Path:
+    """The folder of a checkpoint; of a repository, after its download, or from the cache.
+
+    Raises:
+        FileNotFoundError: no such folder or repository. ValueError: two revisions.
+    """
+    name, revision = name_and_revision(path, revision)
+    folder = user_path(name).absolute()
     if folder.is_dir() and revision is None:
         return folder
-    if folder.exists() or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+    if folder.is_dir():
+        raise ValueError(f"{folder} is a folder, which has no revision {revision!r}. Leave the revision out.")
+    if folder.exists() or not re.fullmatch(_REPOSITORY, name):
         raise FileNotFoundError(f"{folder} has no config.json, and {name!r} is not the name of a repository.")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
+        if not any(found.glob("*.safetensors")):
+            found = Path(snapshot_download(name, revision=revision, allow_patterns=[*_WANTED, *_OTHERS]))
+        return found
     except Exception as error:
+        at = "" if revision is None else f" at revision {revision!r}"
         raise FileNotFoundError(
-            f"{name!r} is no folder here, so it must be a repository on the Hugging Face Hub; its download failed with "
-            f"{type(error).__name__}: {str(error).strip()[:300]}"
+            f"{name!r} is no folder here, so it must be a repository on the Hugging Face Hub; its download{at} failed "
+            f"with {type(error).__name__}: {str(error).strip()[:300]}"
         ) from error
 
 

@@ -1,7 +1,8 @@
 """Posteriors restricted to a named part of a decoder: its weights move, all others are frozen (weight-refined LLCs).
 
 Names: ``layer 3``, ``layer 3 head 5``, ``attention``, ``layer 3 mlp``, ``embedding``, ``unembedding``, ``norms``, or
-several of them with commas. All restrictions of one shape, such as every head of a model, share one compiled program:
+several of them with commas. Of a PyTorch model, the parts are named by its modules: ``transformer.h.3.attn``,
+``transformer.h.*.attn``. All restrictions of one shape, such as every head of a model, share one compiled program:
 the chosen slices are an argument of the loss, and so are their indices.
 
 A head consists of its queries, keys, values and its part of the output matrix, with the biases that belong to it alone.
@@ -9,6 +10,7 @@ Under grouped-query attention the heads of a group share keys and values: each h
 heads includes them once.
 """
 
+import fnmatch
 import functools
 import re
 from collections.abc import Callable
@@ -48,10 +50,11 @@ class Shape(NamedTuple):
 
 
 def restricted(posterior: LocalPosterior, name: str) -> LocalPosterior:
-    """The same posterior with only the named weights of its decoder free.
+    """The same posterior with only the named weights free.
 
     Args:
-        posterior: its ``center`` is the parameters of a ``slt_jax.models.Decoder``; it has no mask.
+        posterior: its ``center`` is the parameters of a ``slt_jax.models.Decoder``, or nested dicts by module name, as
+            ``from_torch`` makes; it has no mask.
         name: a part of the decoder, or several with commas, e.g. ``"layer 3 head 5"``; see the module.
 
     Raises:
@@ -75,7 +78,10 @@ def restricted(posterior: LocalPosterior, name: str) -> LocalPosterior:
 
 def head_names(params: PyTree) -> list[str]:
     """``layer L head H`` for every head of the decoder, layer by layer."""
-    layers, heads, _ = _sizes(_paths(params))
+    shapes = _paths(params)
+    if not _is_decoder(shapes):
+        raise ValueError(f"heads by name {_NEEDS_DECODER}; got {_some(shapes)}. Name modules with --only instead.")
+    layers, heads, _ = _sizes(shapes)
     return [f"layer {layer} head {head}" for layer in range(layers) for head in range(heads)]
 
 
@@ -86,22 +92,39 @@ def choose(params: PyTree, name: str) -> dict[Path, Where]:
         ValueError: an unknown name, or a layer, head or part that this decoder does not have.
     """
     shapes = _paths(params)
+    of_term = _term if _is_decoder(shapes) else _module
     chosen: dict[Path, list[Where]] = {}
     for term in name.split(","):
-        for path, where in _term(shapes, term.strip()).items():
+        for path, where in of_term(shapes, term.strip()).items():
             chosen.setdefault(path, []).append(where)
     return {path: _union(chosen[path]) for path in shapes if path in chosen}
 
 
+_NEEDS_DECODER = "need a decoder's parameters, with blocks/attention/q"
+
+
 def _paths(params: PyTree) -> dict[Path, tuple[int, ...]]:
-    shapes = {path_of(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    if ("blocks", "attention", "q") not in shapes:
-        some = ", ".join("/".join(path) for path in list(shapes)[:4])
+    return {path_of(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+
+def _is_decoder(shapes: dict[Path, tuple[int, ...]]) -> bool:
+    return ("blocks", "attention", "q") in shapes
+
+
+def _some(shapes: dict[Path, tuple[int, ...]], sign: str = "/") -> str:
+    return ", ".join(sign.join(path) for path in list(shapes)[:4]) + ", ..."
+
+
+def _module(shapes: dict[Path, tuple[int, ...]], term: str) -> dict[Path, Where]:
+    """The parameters of a module, or of all that a pattern matches."""
+    parts = {path: [".".join(path[:length]) for length in range(1, len(path) + 1)] for path in shapes}
+    chosen = [path for path, names in parts.items() if fnmatch.filter(names, term)]
+    if not chosen:
         raise ValueError(
-            f"restrictions by name need a decoder's parameters, with blocks/attention/q; got {some}, ... Give "
-            "LocalPosterior a mask instead."
+            f"no module is called {term!r}, and parts like 'layer 0' {_NEEDS_DECODER}; got {_some(shapes, '.')} Give "
+            "LocalPosterior a mask, or name modules: 'transformer.h.0', 'transformer.h.*.attn'."
         )
-    return shapes
+    return {path: Where(whole=True) for path in chosen}
 
 
 def _sizes(shapes: dict[Path, tuple[int, ...]]) -> tuple[int, int, int]:
@@ -130,7 +153,8 @@ def _term(shapes: dict[Path, tuple[int, ...]], term: str) -> dict[Path, Where]:
         raise ValueError(f"{term!r}: the {part} belongs to no layer. Write {part!r}.")
     paths = [path for path in shapes if _covers(path, part, layer is not None)]
     if not paths:
-        raise ValueError(f"{term!r}: this decoder has no unembedding of its own; it is tied to the embedding.")
+        reason = "norms have no weights" if part == "norms" else "unembedding is tied to the embedding"
+        raise ValueError(f"{term!r}: this decoder's {reason}.")
     return {path: Where(whole=True) if layer is None else Where(layers=(int(layer),)) for path in paths}
 
 
@@ -139,9 +163,9 @@ def _covers(path: Path, part: str | None, one_layer: bool) -> bool:
         return path[0] == "blocks"
     if part == "norms":
         return any("norm" in step for step in path) and (path[0] == "blocks" or not one_layer)
-    return path[0] == {"embedding": "embedding", "unembedding": "head"}.get(part, "blocks") and (
-        path[0] != "blocks" or path[1] == part
-    )
+    if part == "unembedding":
+        return path[0] in ("head", "head_bias")
+    return path[0] == "embedding" if part == "embedding" else path[:2] == ("blocks", part)
 
 
 def _union(parts: list[Where]) -> Where:

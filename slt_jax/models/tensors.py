@@ -35,6 +35,8 @@ def list_tensors(folder: Path) -> dict[str, Tensor]:
         ValueError: a file is truncated or foreign; a tensor is in two files; or the index and the files differ.
     """
     files = sorted(folder.glob("*.safetensors"))
+    # The same weights under other names, as Mistral's repositories have them.
+    files = [file for file in files if not file.name.startswith("consolidated")] or files
     if not files:
         others = sorted(f.name for f in folder.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".h5", ".msgpack"))
         raise FileNotFoundError(f"{folder} has no .safetensors file, but {', '.join(others) or 'no weights'}.")

@@ -12,7 +12,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from slt_jax.models.config import DecoderConfig
-from slt_jax.models.layouts import Layout, Source
+from slt_jax.models.layouts import Layout
+from slt_jax.models.sources import Source
 from slt_jax.models.tensors import Tensor
 
 PIECE_BYTES = 32 * 2**20
@@ -21,11 +22,12 @@ _FLOATS = ("F16", "BF16", "F32", "F64")
 # The axes of a parameter's array; a block's parameters have a layer axis before them.
 _AXES = {
     "embedding/tokens": "vocab width", "embedding/positions": "context width", "head": "vocab width",
+    "head_bias": "vocab",
     "blocks/attention/q": "width heads head_width", "blocks/attention/q_bias": "heads head_width",
     "blocks/attention/k": "width kv_heads head_width", "blocks/attention/k_bias": "kv_heads head_width",
     "blocks/attention/v": "width kv_heads head_width", "blocks/attention/v_bias": "kv_heads head_width",
-    "blocks/attention/o": "heads head_width width", "blocks/attention/q_norm/scale": "head_width",
-    "blocks/attention/k_norm/scale": "head_width", "blocks/mlp/up": "width mlp", "blocks/mlp/up_bias": "mlp",
+    "blocks/attention/o": "heads head_width width", "blocks/attention/q_norm/scale": "q_norm",
+    "blocks/attention/k_norm/scale": "k_norm", "blocks/mlp/up": "width mlp", "blocks/mlp/up_bias": "mlp",
     "blocks/mlp/gate": "width mlp", "blocks/mlp/gate_bias": "mlp", "blocks/mlp/down": "mlp width",
 }  # fmt: skip
 
@@ -99,6 +101,9 @@ def make_plan(config: DecoderConfig, layout: Layout, paths: list[str], tensors: 
         "heads": config.num_heads, "kv_heads": config.num_kv_heads, "head_width": config.head_width,
         "mlp": config.mlp_width,
     }  # fmt: skip
+    joint = config.joint_qk_norm
+    sizes["q_norm"] = config.head_width * (config.num_heads if joint else 1)
+    sizes["k_norm"] = config.head_width * (config.num_kv_heads if joint else 1)
     named = _without_prefix(tensors, layout.prefix, where)
     heads = [name for name in layout.head_names if name in named]
     plan, missing = Plan(sizes, {}), []
@@ -163,8 +168,14 @@ def _size(axis: str, sizes: dict[str, int]) -> int:
     return int(axis) if axis.isdigit() else sizes[axis]
 
 
+def _rows(blocks: tuple[str, ...], sizes: dict[str, int]) -> int:
+    """Length of blocks of a first dimension."""
+    return sum(math.prod(_size(axis, sizes) for axis in block.split()) for block in blocks)
+
+
 def _check_tensor(tensor: Tensor, source: Source, sizes: dict[str, int]) -> None:
-    shape = tuple(math.prod(_size(axis, sizes) for axis in group) for group in _groups(source))
+    first, *others = (math.prod(_size(axis, sizes) for axis in group) for group in _groups(source))
+    shape = (_rows(source.blocks, sizes) if source.blocks else first, *others)
     if tensor.shape != shape:
         raise ValueError(f"{tensor.file}: '{tensor.name}' has shape {tensor.shape}; config.json asks for {shape}.")
     if tensor.dtype not in _FLOATS:
@@ -204,6 +215,7 @@ def _piece(
 ) -> np.ndarray:
     """Read the part ``cuts`` from the file, with its axes in the order ``axes``."""
     ranges, shape, inner, names = [], [], [], []
+    before = _rows(source.blocks[: source.part], sizes)
     for group in _groups(source):
         start, stop, sliced = 0, math.prod(_size(axis, sizes) for axis in group), False
         for axis in group:
@@ -219,7 +231,8 @@ def _piece(
                 inner.append(slice(None))
                 sliced = cut.stop - cut.start > 1
             names.append(axis)
-        ranges.append(slice(start, stop))
+        ranges.append(slice(start + before, stop + before))
+        before = 0  # only the first dimension has blocks
     values = tensor.read(*ranges).reshape(shape)[tuple(inner)]
     fused = tuple(i for i, name in enumerate(names) if name.isdigit())
     kept = [name for name in names if not name.isdigit()]

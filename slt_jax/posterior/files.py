@@ -19,7 +19,10 @@ BLOCK = 2**20
 
 
 class TokenFile(HostData):
-    """Examples of ``seq_len`` consecutive tokens from a memory-mapped file: example i starts at token i seq_len."""
+    """Examples of ``seq_len`` consecutive tokens from a memory-mapped file.
+
+    Of a stream, example i starts at token i seq_len. Rows are cut one by one, each from its beginning.
+    """
 
     def __init__(self, path: str | os.PathLike, seq_len: int, dtype: Any = None, vocab_size: int | None = None):
         self.path = user_path(path)
@@ -27,10 +30,13 @@ class TokenFile(HostData):
         if vocab_size is not None:
             check_count("vocab_size", vocab_size, 1)
         self.seq_len, self.vocab_size = int(seq_len), vocab_size
-        self.tokens = _open_tokens(self.path, dtype)
-        self.num_data = len(self.tokens) // self.seq_len
+        stored = _open_tokens(self.path, dtype, vocab_size)
+        self.columns = stored.shape[-1] if stored.ndim == 2 else stored.size
+        self.tokens = stored.reshape(-1)
+        self.num_data = self.columns // self.seq_len * (stored.size // max(self.columns, 1))
         if self.num_data == 0:
-            raise ValueError(f"{self.path} holds {len(self.tokens)} tokens, less than one seq_len = {seq_len}.")
+            kind = "rows of " if stored.ndim == 2 else ""
+            raise ValueError(f"{self.path} holds {kind}{self.columns} tokens, less than one seq_len = {seq_len}.")
         if len(self.tokens) <= SCAN_LIMIT:
             for start in range(0, len(self.tokens), BLOCK):
                 self._check(np.asarray(self.tokens[start : start + BLOCK]), lambda i, s=start: s + int(i))
@@ -38,9 +44,15 @@ class TokenFile(HostData):
     def fetch(self, indices: Integer[np.ndarray, " *batch"]) -> Int32[np.ndarray, "*batch {self.seq_len}"]:
         """Tokens of the examples ``indices``."""
         flat = np.asarray(indices).reshape(-1)
-        examples = self.tokens[: self.num_data * self.seq_len].reshape(self.num_data, self.seq_len)
-        rows = np.asarray(examples[flat])
-        self._check(rows.reshape(-1), lambda i: int(flat[i // self.seq_len]) * self.seq_len + int(i % self.seq_len))
+        per_row = self.columns // self.seq_len
+        row, piece = np.divmod(flat, per_row)
+        starts = row * self.columns + piece * self.seq_len
+        if self.columns == len(self.tokens):
+            rows = np.asarray(self.tokens[: self.num_data * self.seq_len].reshape(self.num_data, self.seq_len)[flat])
+        else:
+            whole = self.tokens.reshape(-1, self.columns)[row][:, : per_row * self.seq_len]
+            rows = whole.reshape(len(flat), per_row, self.seq_len)[np.arange(len(flat)), piece]
+        self._check(rows.reshape(-1), lambda i: int(starts[i // self.seq_len]) + int(i % self.seq_len))
         return rows.astype(np.int32).reshape(*np.shape(indices), self.seq_len)
 
     def fingerprint(self) -> str:
@@ -50,7 +62,8 @@ class TokenFile(HostData):
         bytes.
         """
         raw = self.tokens.view(np.uint8)
-        digest = hashlib.sha256(f"{self.tokens.dtype} {len(self.tokens)} {self.seq_len}".encode())
+        rows = "" if self.columns == len(self.tokens) else f" in rows of {self.columns}"
+        digest = hashlib.sha256(f"{self.tokens.dtype} {len(self.tokens)} {self.seq_len}{rows}".encode())
         if raw.size <= HASH_LIMIT:
             starts = range(0, raw.size, BLOCK)
         else:
@@ -125,9 +138,11 @@ def token_file(path: str | os.PathLike, seq_len: int, *, dtype: Any = None, voca
     """A token file larger than memory as a data set of ``seq_len``-token examples.
 
     Args:
-        path: ``.npy`` (one-dimensional, integer), or raw little-endian ``.bin``.
-        seq_len: tokens in one example; a shorter remainder at the end of the file is dropped.
-        dtype: of a raw file, uint16 (default) or uint32. A ``.npy`` file contains its own.
+        path: ``.npy`` of any integer type, or raw little-endian ``.bin``. The rows of a two-dimensional ``.npy`` are
+            sequences of their own.
+        seq_len: tokens in one example; a shorter remainder at the end of the file, or of a row, is dropped.
+        dtype: of a raw file: uint16, uint32, or another integer type. Default: uint16 where the file can be nothing
+            else. A ``.npy`` file contains its own.
         vocab_size: if given, every id must be below it.
 
     Raises:
@@ -154,29 +169,57 @@ def hf_dataset(path: str | os.PathLike, columns: list[str] | None = None) -> HFD
     return HFDataset(path, columns)
 
 
-def _open_tokens(path: Path, dtype: Any) -> Integer[np.ndarray, " token"]:
+def columns_of(path: str | os.PathLike) -> int | None:
+    """Tokens in a row of a two-dimensional ``.npy`` file; None for a stream."""
+    path = user_path(path)
+    if path.suffix != ".npy" or not path.is_file():
+        return None
+    tokens = _open_npy(path, None)
+    return tokens.shape[1] if tokens.ndim == 2 else None
+
+
+def _open_tokens(path: Path, dtype: Any, vocab_size: int | None) -> Integer[np.ndarray, "..."]:
     if not path.is_file():
         raise FileNotFoundError(f"no token file at {path}.")
-    return _open_npy(path, dtype) if path.suffix == ".npy" else _open_raw(path, dtype)
+    return _open_npy(path, dtype) if path.suffix == ".npy" else _open_raw(path, dtype, vocab_size)
 
 
-def _open_npy(path: Path, dtype: Any) -> Integer[np.ndarray, " token"]:
+def _open_npy(path: Path, dtype: Any) -> Integer[np.ndarray, "..."]:
     try:
         tokens = np.lib.format.open_memmap(path, mode="r")
     except Exception as error:  # NumPy raises many types for a damaged header
         raise ValueError(f"{path} is not a readable .npy file (truncated or foreign): {error}") from None
-    if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
-        raise ValueError(f"{path} must hold a 1-D array of integers, it holds shape {tokens.shape} of {tokens.dtype}.")
+    if tokens.ndim not in (1, 2) or not np.issubdtype(tokens.dtype, np.integer):
+        raise ValueError(
+            f"{path} must hold a 1-D or 2-D array of integers, it holds shape {tokens.shape} of {tokens.dtype}."
+        )
     if dtype is not None and np.dtype(dtype) != tokens.dtype:
         raise ValueError(f"{path} holds {tokens.dtype}, but dtype = {np.dtype(dtype)} was asked for. Leave dtype out.")
-    return tokens
+    return np.ascontiguousarray(tokens) if not tokens.flags.c_contiguous else tokens
 
 
-def _open_raw(path: Path, dtype: Any) -> Integer[np.ndarray, " token"]:
+def _open_raw(path: Path, dtype: Any, vocab_size: int | None) -> Integer[np.ndarray, " token"]:
     kind = np.dtype(np.uint16 if dtype is None else dtype).newbyteorder("<")
-    if kind not in (np.dtype("<u2"), np.dtype("<u4")):
-        raise ValueError(f"dtype of a raw token file must be uint16 or uint32, got {dtype!r}.")
+    if kind.kind not in "iu":
+        raise ValueError(f"dtype of a raw token file must be an integer type such as uint16, got {dtype!r}.")
     size = path.stat().st_size
     if size == 0 or size % kind.itemsize:
         raise ValueError(f"{path} has {size} bytes, not a positive multiple of {kind.itemsize}. Is it truncated?")
-    return np.memmap(path, dtype=kind, mode="r")
+    tokens = np.memmap(path, dtype=kind, mode="r")
+    if dtype is None:
+        _check_uint16(path, tokens, vocab_size)
+    return tokens
+
+
+def _check_uint16(path: Path, tokens: Integer[np.ndarray, " token"], vocab_size: int | None) -> None:
+    """Raise ValueError if the file may be of a wider type."""
+    if vocab_size is not None and vocab_size > 2**16:
+        raise ValueError(
+            f"{path} does not say its type, and uint16 cannot hold the ids of a vocabulary of {vocab_size}. Say "
+            "--dtype uint32 (dtype='uint32'), or --dtype uint16 if it is."
+        )
+    if len(tokens) >= 2 and len(tokens) % 2 == 0 and not tokens[1 : 2 * BLOCK : 2].any():
+        raise ValueError(
+            f"{path} may be of uint16 or of uint32: every second 16-bit number is 0. Say --dtype uint32 "
+            "(dtype='uint32'), or --dtype uint16 if every second id is 0."
+        )

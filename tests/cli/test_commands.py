@@ -300,12 +300,15 @@ def test_trajectory_reads_steps_from_names(files, tmp_path, capsys):
     found = slt.load_trajectory(tmp_path / "t.zarr")
     assert found.steps == (5, 40)
     assert list(found.results) == ["all", "layer 0 head 1"]
-    assert capsys.readouterr().out == f"{found}\n"
+    table, summary = capsys.readouterr().out.split("\n\n", 1)
+    assert summary == f"{found}\n"
+    rows = [line.split(" | ")[:2] for line in table.splitlines()[2:]]
+    assert rows == [[f"| {step}", part] for step in (5, 40) for part in found.results]
     assert (tmp_path / "t.png").stat().st_size > 10_000
     assert main(["trajectory", str(files / "model"), *words[3:]]) == 2
     assert "has no training step. Name it step-100" in capsys.readouterr().err
     assert main(["trajectory", words[1], words[1], *words[3:]]) == 2
-    assert "both say that they are of step 40" in capsys.readouterr().err
+    assert "are both of step 40" in capsys.readouterr().err
 
 
 def test_report_of_each_kind(files, tmp_path, capsys):

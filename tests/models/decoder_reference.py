@@ -13,39 +13,63 @@ ACTIVATIONS = {
 }
 
 
-def norm(x, p, kind, epsilon):
-    if kind == "layer":
-        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon) * p["scale"] + p["bias"]
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + epsilon) * p["scale"]
+def norm(x, p, config, kind=None):
+    if (kind or config.norm) == "layer":
+        x = x - x.mean(-1, keepdims=True)
+    x = x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_epsilon)
+    return x * (p["scale"] + config.norm_offset if "scale" in p else 1) + p.get("bias", 0)
 
 
-def rotated(x, config):
+def rotated(x, config, theta):
     """One head's ``(T, head_width)``: number i and its partner half a rotary width on are one complex number."""
     half = config.rotary_width // 2
-    frequencies = config.rope_theta ** (-2 * np.arange(half) / config.rotary_width)
+    frequencies = theta ** (-2 * np.arange(half) / config.rotary_width)
     turn = np.exp(1j * np.arange(len(x))[:, None] * frequencies)
-    z = (x[:, :half] + 1j * x[:, half : 2 * half]) * turn
-    return np.concatenate([z.real, z.imag, x[:, 2 * half :]], axis=1)
+    order = np.arange(2 * half)  # the components as (first of every pair, second of every pair)
+    if config.rotary_pairs == "neighbours":
+        order = order.reshape(half, 2).T.ravel()
+    a, b = x[:, order[:half]], x[:, order[half:]]
+    z, out = (a + 1j * b) * turn, x.copy()
+    out[:, order[:half]], out[:, order[half:]] = z.real, z.imag
+    return out
 
 
-def attention(x, p, config):
+def joint_norm(heads, p, config):
+    """One norm over all heads ``(T, head_width)`` of a token, side by side."""
+    return np.split(norm(np.concatenate(heads, 1), p, config, "rms"), len(heads), axis=1)
+
+
+def attention(x, p, config, layer):
     """One sequence ``(T, width)``, one head after the other."""
+    window = config.windows[layer] if config.windows else 0
+    local = window and config.local_rope_theta is not None
+    all_heads = {
+        name: [x @ p[name][:, h] + (p[f"{name}_bias"][h] if config.qkv_bias else 0) for h in range(p[name].shape[1])]
+        for name in "qkv"
+    }
+    if config.joint_qk_norm:
+        all_heads |= {name: joint_norm(all_heads[name], p[f"{name}_norm"], config) for name in "qk"}
     out = np.zeros_like(x)
     for head in range(config.num_heads):
         shared = head // (config.num_heads // config.num_kv_heads)
-        q, k, v = (
-            x @ p[name][:, h] + (p[f"{name}_bias"][h] if config.qkv_bias else 0)
-            for name, h in (("q", head), ("k", shared), ("v", shared))
-        )
-        if config.qk_norm:
-            q, k = (norm(y, p[name], "rms", config.norm_epsilon) for y, name in ((q, "q_norm"), (k, "k_norm")))
-        if config.positions == "rotary":
-            q, k = rotated(q, config), rotated(k, config)
+        q, k, v = all_heads["q"][head], all_heads["k"][shared], all_heads["v"][shared]
+        if config.qk_norm and not config.joint_qk_norm:
+            q, k = (norm(y, p[name], config, "rms") for y, name in ((q, "q_norm"), (k, "k_norm")))
+        if config.positions == "rotary" and layer not in config.unrotated_layers:
+            q, k = (rotated(y, config, config.local_rope_theta if local else config.rope_theta) for y in (q, k))
         scores = q @ k.T * (config.attention_scale or 1 / math.sqrt(config.head_width))
+        scores /= layer + 1 if config.scale_by_layer else 1
+        scores = capped(scores, config.attention_softcap)
         scores[np.triu_indices(len(x), 1)] = -np.inf
+        if window:
+            scores[np.tril_indices(len(x), -window)] = -np.inf
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         out += weights / weights.sum(-1, keepdims=True) @ v @ p["o"][head]
     return out + (p["o_bias"] if config.out_bias else 0)
+
+
+def capped(x, cap):
+    return x if cap is None else cap * np.tanh(x / cap)
 
 
 def mlp(x, p, config):
@@ -70,16 +94,23 @@ def logits(params, config, tokens):
 
 
 def _one(params, config, row):
-    x = params["embedding"]["tokens"][row]
+    x = params["embedding"]["tokens"][row] * config.embedding_scale
     if config.positions == "learned":
         x = x + params["embedding"]["positions"][: len(row)]
     for layer in range(config.num_layers):
         p = take_layer(params["blocks"], layer)
-        mixed = x + attention(norm(x, p["norm1"], config.norm, config.norm_epsilon), p["attention"], config)
-        read = x if config.parallel_residual else mixed
-        x = mixed + mlp(norm(read, p["norm2"], config.norm, config.norm_epsilon), p["mlp"], config)
-    x = norm(x, params["norm"], config.norm, config.norm_epsilon)
-    return x @ (params["embedding"]["tokens"] if config.tied_head else params["head"]).T
+
+        def through(name, y, p=p):
+            unused = "before" if name.startswith("post") else "after"
+            return y if config.norm_placement == unused else norm(y, p.get(name, {}), config)
+
+        mixed = attention(through("norm1", x), p["attention"], config, layer)
+        mixed = x + config.residual_scale * through("post_norm1", mixed)
+        read = through("norm1" if config.shared_norm else "norm2", x if config.parallel_residual else mixed)
+        x = mixed + config.residual_scale * through("post_norm2", mlp(read, p["mlp"], config))
+    x = norm(x, params.get("norm", {}), config) * config.logit_scale
+    head = params["embedding"]["tokens"] if config.tied_head else params["head"]
+    return capped(x @ head.T + params.get("head_bias", 0), config.logit_softcap)
 
 
 def gpt2_tensors(params, config):
@@ -142,4 +173,15 @@ def llama_tensors(params, config):
         own |= {f"mlp.{x}_proj.weight": p["mlp"][x].T for x in ("up", "gate", "down")}
         own |= {"input_layernorm.weight": p["norm1"]["scale"], "post_attention_layernorm.weight": p["norm2"]["scale"]}
         tensors |= {f"model.layers.{i}.{name}": value for name, value in own.items()}
+    return tensors
+
+
+def phi3_tensors(params, config):
+    """As Llama's, with queries, keys and values in one tensor, and both inner layers of the MLP in another."""
+    tensors = llama_tensors(params, config)
+    for i in range(config.num_layers):
+        for fused, names in (("self_attn.qkv", "qkv"), ("mlp.gate_up", ("gate", "up"))):
+            block, _ = fused.split(".")
+            parts = [tensors.pop(f"model.layers.{i}.{block}.{name}_proj.weight") for name in names]
+            tensors[f"model.layers.{i}.{fused}_proj.weight"] = np.concatenate(parts)
     return tensors

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 import slt_jax as slt
-from slt_jax.models import Decoder, DecoderConfig, RopeScaling, decoder
+from slt_jax.models import Decoder, DecoderConfig, RopeScaling, losses
 from slt_jax.models.attention import causal_attention, device_attention, rotary_frequencies, rotary_table, rotate
 from tests.models import decoder_reference as reference
 
@@ -34,7 +34,24 @@ LAYOUTS = {
     "llama with all biases": dataclasses.replace(LLAMA, qkv_bias=True, out_bias=True, mlp_bias=True),
     "qwen2": dataclasses.replace(LLAMA, qkv_bias=True, tied_head=False),
     "qwen3": dataclasses.replace(LLAMA, head_width=6, rotary_width=6, qk_norm=True),
-}
+    "phi3": dataclasses.replace(LLAMA, windows=(5, 5)),
+    "gpt2 scaled by layer": dataclasses.replace(CONFIG, scale_by_layer=True),
+    "gpt-neo": dataclasses.replace(CONFIG, windows=(0, 3), attention_scale=1.0, qkv_bias=False),
+    "gptj": dataclasses.replace(NEOX, rotary_pairs="neighbours", shared_norm=True, head_bias=True),
+    "olmo": dataclasses.replace(LLAMA, norm="layer", norm_scale=False, norm_bias=False),
+    "olmo3": dataclasses.replace(
+        LLAMA, norm_placement="after", qk_norm=True, joint_qk_norm=True, windows=(4, 0), local_rope_theta=100.0
+    ),
+    "gemma3": dataclasses.replace(
+        LLAMA, norm_placement="around", norm_offset=1.0, qk_norm=True, windows=(4, 0), local_rope_theta=7.0,
+        embedding_scale=4.9,
+    ),
+    "gemma2": dataclasses.replace(
+        LLAMA, norm_placement="around", norm_offset=1.0, windows=(0, 4), attention_softcap=2.0, logit_softcap=9.0,
+    ),
+    "granite": dataclasses.replace(LLAMA, embedding_scale=3.0, residual_scale=0.4, logit_scale=2.0),
+    "smollm3": dataclasses.replace(LLAMA, unrotated_layers=(1,)),
+}  # fmt: skip
 
 
 def random_decoder(config, seed=0):
@@ -72,7 +89,8 @@ def model():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_logits_against_numpy(layout):
     """Kills: a rotation the other way, heads that read another's keys, a norm's epsilon or mean, the other GELU,
-    the MLP reading the wrong residual, a bias forgotten, a scale forgotten, layers in another order."""
+    the MLP reading the wrong residual, a bias forgotten, a scale forgotten, layers in another order; a window one token
+    too wide, or of the other layer; a softcap or a scale left out or at another place; a norm before for one after."""
     decoder = random_decoder(LAYOUTS[layout])
     want = reference.logits(params_of(decoder), LAYOUTS[layout], TOKENS)
     np.testing.assert_allclose(logits_of(decoder), want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
@@ -177,11 +195,14 @@ def test_attention_is_jax_own(kv_heads):
     np.testing.assert_allclose(own, jax_own, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_a_device_without_cudnn_takes_the_plain_kernel(dtype):
+def test_a_device_without_cudnn_takes_the_plain_kernel(dtype, window):
     q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 5, 2, 8), dtype)
-    own = jax.jit(functools.partial(device_attention, scale=0.2))(q, k, v)
-    np.testing.assert_allclose(own, causal_attention(q, k, v, 0.2), rtol=1e-5 if dtype == jnp.float32 else 0.1)
+    window = None if window is None else jnp.asarray(window)
+    own = jax.jit(functools.partial(device_attention, scale=0.2))(q, k, v, window)
+    want = causal_attention(q, k, v, 0.2, window)
+    np.testing.assert_allclose(own, want, rtol=1e-5 if dtype == jnp.float32 else 0.1, atol=1e-6)
 
 
 def test_parameters_have_their_names_and_axes():
@@ -230,20 +251,21 @@ def test_shapes_that_do_not_fit_each_other_are_refused():
         RopeScaling("yarn", 8.0)  # pyright: ignore
 
 
-def test_losses_do_not_depend_on_how_the_logits_are_made(monkeypatch):
+@pytest.mark.parametrize("more", [{}, {"head_bias": True}, {"head_bias": True, "logit_softcap": 2.0}])
+def test_losses_do_not_depend_on_how_the_logits_are_made(more, monkeypatch):
     """All at once, or some rows at a time as for a large vocabulary."""
-    model = Decoder(DecoderConfig(31, 8, 12, 2, 4), rngs=nnx.Rngs(0))
+    model = random_decoder(DecoderConfig(31, 8, 12, 2, 4, **more))
     params, loss_fn = slt.from_nnx(model, lambda m, tokens: m.losses(tokens))
     tokens = np.random.default_rng(0).integers(0, 31, (5, 8)).astype(np.int32)
     tokens[2, 3] = 31
     # a new function each time: jit would keep the first program
     run = lambda rows: jax.jit(jax.value_and_grad(lambda p: loss_fn(p, rows).mean()))(params)  # noqa: E731
-    plain, losses = run(tokens[:2]), jax.jit(lambda p: loss_fn(p, tokens))(params)
-    monkeypatch.setattr(decoder, "MANY_LOGITS", 0)
+    plain, whole = run(tokens[:2]), jax.jit(lambda p: loss_fn(p, tokens))(params)
+    monkeypatch.setattr(losses, "MANY_LOGITS", 0)
     for a, b in zip(*map(jax.tree.leaves, (run(tokens[:2]), plain)), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(jax.jit(lambda p: loss_fn(p, tokens))(params), losses, rtol=1e-5)
-    assert np.flatnonzero(np.isnan(losses)).tolist() == [2]
+    np.testing.assert_allclose(jax.jit(lambda p: loss_fn(p, tokens))(params), whole, rtol=1e-5)
+    assert np.flatnonzero(np.isnan(whole)).tolist() == [2]
 
 
 @pytest.mark.parametrize(("sequences", "held"), [(1, True), (8, False)])

@@ -31,6 +31,7 @@ NEOX = {
     **SHAPE, "model_type": "gpt_neox", "num_attention_heads": 2, "intermediate_size": 96, "rotary_pct": 0.34,
     "layer_norm_eps": 0.1,
 }  # fmt: skip
+FALCON = {**SHAPE, "model_type": "falcon"}
 FILES = {
     "gpt2": (GPT2, CONFIG, reference.gpt2_tensors),
     "neox": (NEOX, LAYOUTS["neox"], reference.neox_tensors),
@@ -39,6 +40,10 @@ FILES = {
     "qwen3": (
         {**SHAPE, "model_type": "qwen3", "head_dim": 6, "tie_word_embeddings": True},
         LAYOUTS["qwen3"], reference.llama_tensors,
+    ),
+    "phi3": (
+        {**SHAPE, "model_type": "phi3", "sliding_window": 5, "tie_word_embeddings": True}, LAYOUTS["phi3"],
+        reference.phi3_tensors,
     ),
 }  # fmt: skip
 
@@ -164,9 +169,9 @@ def test_a_tied_head_may_be_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "fields", "words"),
     [
-        ("gpt2", {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}, r"'mamba' \(architectures \['Mamba"),
+        ("gpt2", {"model_type": "mamba", "architectures": ["Mamba"]}, r"'mamba' \(archit.*\['Mamba'.*--backend torch"),
         ("gpt2", {"activation_function": "tanh"}, "activation_function = 'tanh' is not known"),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True changes the math"),
+        ("llama", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx = True changes the math"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention = True"),
         ("gpt2", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("gpt2", {"n_head": 5}, "num_heads = 5 does not divide width = 24"),
@@ -180,8 +185,26 @@ def test_a_tied_head_may_be_left_out(tmp_path):
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling of type 'dynamic'"),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "it needs .*'low_freq_factor'"),
         ("llama", {"rope_parameters": {"mrope_section": [1]}}, "has the fields .*mrope_section"),
-        ("qwen2", {"use_sliding_window": True}, "use_sliding_window = True"),
-        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types holds .'sliding_attention'"),
+        ("llama", {"use_sliding_window": True}, "use_sliding_window = True"),
+        ("llama", {"layer_types": ["sliding_attention"] * 2}, "layer_types holds .'sliding_attention'.*in this archit"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_window is not set, or not used"),
+        ("qwen3", {"layer_types": ["chunked_attention"] * 2}, "layer_types holds .'chunked_attention'"),
+        ("qwen3", {"layer_types": ["full_attention"]}, "layer_types has 1 entries for 2 layers"),
+        ("phi3", {"rope_scaling": {"type": "longrope", "factor": 2.0}}, "'longrope' is not supported.*--backend torch"),
+        ("phi3", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+        ("phi3", {"model_type": "gemma3_text", "attn_logit_softcapping": 5.0}, "attn_logit_softcapping = 5.0"),
+        ("phi3", {"model_type": "phi", "sliding_window": None, "qk_layernorm": True}, "qk_layernorm = True"),
+        ("phi3", {"model_type": "cohere", "use_qk_norm": True}, "use_qk_norm = True"),
+        ("phi3", {"model_type": "olmo", "clip_qkv": 8.0}, "clip_qkv = 8.0"),
+        ("phi3", {"model_type": "falcon", "alibi": True}, "alibi = True"),
+        (
+            "phi3",
+            {"model_type": "falcon", "new_decoder_architecture": True, "sliding_window": None},
+            "new_decoder_arch",
+        ),
+        ("phi3", {"model_type": "falcon", "multi_query": False}, "multi_query = False"),
+        ("phi3", {"model_type": "opt", "do_layer_norm_before": False, "ffn_dim": 3}, "do_layer_norm_before = False"),
+        ("phi3", {"model_type": "gpt_neo", "num_layers": 2, "attention_types": [[["local"], 3]]}, "each of 2 lay"),
     ],
 )
 def test_a_field_that_changes_the_mathematics_is_named(kind, fields, words, tmp_path):
@@ -312,7 +335,7 @@ def test_loading_takes_little_more_memory_than_the_weights(tmp_path, width, laye
 
 @pytest.mark.quick
 def test_disk_gives_back_the_same_model(tmp_path):
-    for name in ("gpt2", "llama"):
+    for name in ("gpt2", "llama", "olmo3", "smollm3"):
         config = dataclasses.replace(LAYOUTS[name], rope_scaling=None)
         model = random_decoder(config)
         save_decoder(tmp_path / name, model, {"step": 7})
