@@ -18,6 +18,7 @@ from slt_jax.cli.program_cache import keep_programs
 from slt_jax.machine import versions
 
 _INTERRUPTED = 130
+_DRAWS, _PRECISION = 200, 0.03  # by default
 
 
 def run() -> None:
@@ -89,7 +90,7 @@ def _llc(command: Llc) -> int:
         command.checkpoint, **_input_options(command), nbeta=command.nbeta, localization=command.localization,
         also=_files_by_name(command.also),
     )  # fmt: skip
-    options = {**_estimator_options(command, command.step_size), "also": case.also}
+    options = {**_estimator_options(command, command.step_size), **_precision(command), "also": case.also}
     posterior = case.posterior if command.only is None else restricted(case.posterior, command.only)
     Request.checked(posterior, case.data, **options)
     if not command.quiet:
@@ -126,12 +127,13 @@ def _check_outputs(command: Any) -> None:
 
 def _check_numbers(command: Sampling) -> None:
     """Raise TypeError or ValueError for a number that no run can have. Called before a checkpoint is read."""
-    least = {"chains": 1, "draws": 1, "warmup": 0, "thinning": 1, "batch_size": 1, "micro_batches": 1, "seq_len": 2}
+    least = {"chains": 1, "draws": 1, "warmup": 0, "thinning": 1, "batch_size": 1, "micro_batches": 1, "seq_len": 2,
+             "budget": 1}  # fmt: skip
     for name, smallest in least.items():
-        if (value := getattr(command, name)) is not None:
+        if (value := getattr(command, name, None)) is not None:
             check_count(f"--{name.replace('_', '-')}", value, smallest)
-    for name in ("nbeta", "localization", "step_size"):
-        given = getattr(command, name)
+    for name in ("nbeta", "localization", "step_size", "precision", "minutes"):
+        given = getattr(command, name, None)
         for value in given if isinstance(given, tuple) else () if given is None else (given,):
             check_positive(f"--{name.replace('_', '-')}", value, "Leave it out for the default.")
 
@@ -142,10 +144,29 @@ def _estimator_options(command: Sampling, step_size: float | None) -> dict[str, 
 
     samplers = {"sgld": slt.sgld, "preconditioned": slt.preconditioned_sgld, "underdamped": slt.underdamped}
     return {
-        "sampler": samplers[command.sampler](step_size), "num_chains": command.chains, "num_draws": command.draws,
-        "num_warmup": command.warmup, "thinning": command.thinning, "batch_size": command.batch_size,
+        "sampler": samplers[command.sampler or "sgld"](step_size), "num_chains": command.chains,
+        "num_draws": _DRAWS if command.draws is None else command.draws, "num_warmup": command.warmup,
+        "thinning": 1 if command.thinning is None else command.thinning, "batch_size": command.batch_size,
         "micro_batches": command.micro_batches, "key": command.seed,
     }  # fmt: skip
+
+
+def _precision(command: Llc) -> dict[str, Any]:
+    """The sampler and the arguments of a run that goes on until it is precise, where they are not given otherwise."""
+    import slt_jax as slt
+
+    limits = {"budget": command.budget, "minutes": command.minutes}
+    default = command.sampler in (None, "underdamped") and not command.heads
+    sampler = {"sampler": slt.underdamped(command.step_size)} if default else {}
+    if command.draws is None and (default or command.precision is not None):
+        target = _PRECISION if command.precision is None else command.precision
+        return {**sampler, "num_draws": None, "thinning": command.thinning, "target_error": target, **limits}
+    for name, value in {"precision": command.precision, **limits}.items():
+        if value is not None:
+            raise ValueError(
+                f"--{name} is for a run of no fixed length. Give --precision with it, and leave --draws out."
+            )
+    return sampler
 
 
 def _output(command: Any, result: Any, *, interrupted: bool) -> None:

@@ -1,5 +1,6 @@
 """Language models on the command line: a checkpoint with its data, the plan of a run, tables of refined LLCs."""
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float32, PyTree
 from slt_jax.cli.documents import Documents
 from slt_jax.cli.inputs import Read, Reader
 from slt_jax.estimators.llc import estimate_llc
+from slt_jax.estimators.precision import round_budgets
 from slt_jax.models.decoder import Decoder
 from slt_jax.models.hub import folder_of, load_checkpoint
 from slt_jax.models.restrict import restricted
@@ -124,6 +126,7 @@ def open_case(
     posterior = LocalPosterior(
         model.loss_fn, model.params, data.num_data, NBETA if nbeta is None else nbeta,
         LOCALIZATION if localization is None else localization, forward_dtype=jnp.bfloat16 if bfloat16 else None,
+        chance_loss=math.log(model.vocab_size) if model.vocab_size and model.vocab_size > 1 else None,
     )  # fmt: skip
     given = {name for name, value in {"nbeta": nbeta, "localization": localization}.items() if value is not None}
     return Case(posterior, data, length, frozenset(given), others)
@@ -143,21 +146,35 @@ def plan_of(case: Case, free: LocalPosterior, options: dict[str, Any]) -> list[s
         options: of ``estimate_llc``.
     """
     weights = sum(x.size for x in jax.tree.leaves(case.posterior.center))
-    chains, draws, batch_size = (options[name] for name in ("num_chains", "num_draws", "batch_size"))
-    warmup = draws if options["num_warmup"] is None else options["num_warmup"]
-    steps = warmup + draws * options["thinning"]
+    batch_size = options["batch_size"]
     step_size = options["sampler"].step_size
     source = {name: "given" if name in case.given else "as published" for name in ("nbeta", "localization")}
     return [
         f"model: {weights:,} weights, {free.num_free:,} of them free",
         f"data: {free.num_data:,} examples of {case.length} tokens, {batch_size} a step"
         + "".join(f"; also {name}: {other.num_data:,}" for name, other in case.also.items()),
-        f"run: {chains} chains of {warmup} + {steps - warmup} steps, {chains * steps:,} gradients, "
-        f"{chains * steps * batch_size * case.length:,} tokens",
+        _length_of(case, free, options),
         f"nbeta {free.nbeta:g} ({source['nbeta']}), localization {free.localization:g} ({source['localization']}), "
         f"step_size {'calibrated' if step_size is None else f'{step_size:g} (given)'}",
         f"one copy of the weights that move: {4 * free.num_free / 2**20:,.1f} MiB",
     ]
+
+
+def _length_of(case: Case, free: LocalPosterior, options: dict[str, Any]) -> str:
+    chains, draws = options["num_chains"], options["num_draws"]
+    tokens = options["batch_size"] * case.length
+    if (target := options.get("target_error")) is not None:
+        first, most = round_budgets(free.num_free, options["budget"])
+        text = f"run: {chains} chains, until the error is {target:.1%} of the LLC: {first:,} gradients first, at most "
+        text += f"{most:,}, of {tokens:,} tokens each"
+        return text if options["minutes"] is None else f"{text}; {options['minutes']:g} minutes"
+    warmup = draws if options["num_warmup"] is None else options["num_warmup"]
+    steps = warmup + draws * options["thinning"]
+    gradients = chains * steps
+    return (
+        f"run: {chains} chains of {warmup} + {steps - warmup} steps, {gradients:,} gradients, {gradients * tokens:,} "
+        "tokens"
+    )
 
 
 def refined(

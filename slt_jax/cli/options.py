@@ -47,16 +47,17 @@ class Sampling:
     backend: Literal["jax", "torch"] = "jax"
     """jax: the reader of this library. torch: any causal language model of transformers, through torch (extra torch);
     its parts are named by its modules."""
-    sampler: Literal["sgld", "preconditioned", "underdamped"] = "sgld"
-    """The sampler. Published work on language models uses sgld."""
+    sampler: Literal["sgld", "preconditioned", "underdamped"] | None = None
+    """The sampler. Default: underdamped for llc, which needs the fewest steps; sgld, that of published work on language
+    models, for sweep, trajectory and --heads."""
     chains: int = 4
     """Independent chains of each estimate, started at the checkpoint."""
-    draws: int = 200
-    """Losses recorded in each chain."""
+    draws: int | None = None
+    """Losses recorded in each chain; default 200, or for llc as many as --precision takes."""
     warmup: int | None = None
     """Steps before the first draw; default as many as draws."""
-    thinning: int = 1
-    """Steps from one draw to the next."""
+    thinning: int | None = None
+    """Steps from one draw to the next; default 1, or 4 with --precision."""
     batch_size: int = 32
     """Examples in the batch of a step, drawn with replacement, independently for each chain."""
     micro_batches: int = 1
@@ -97,6 +98,13 @@ class Llc(Sampling):
     """gamma, the strength of the pull to the trained weights; default 300, as in published work on language models."""
     step_size: float | None = None
     """The step size epsilon of the sampler; default calibrated."""
+    precision: float | None = None
+    """Go on until the standard error is this share of the LLC and no check asks for more steps. Default 0.03; none if
+    --draws or another sampler than underdamped is given."""
+    budget: int | None = None
+    """With --precision, the most minibatch gradients in total; default ten times the budget of the library."""
+    minutes: float | None = None
+    """With --precision, the time after which no further steps are begun."""
     out: Path | None = None
     """Write the traces to this file (zarr); with --heads, one file for each head to this folder."""
     plot: Path | None = None

@@ -30,17 +30,20 @@ _ENDS = 0.06  # of the steps' gradients, for the measurements at the end of a ro
 
 def first_round(request: Request) -> Request:
     """The request whose budget is that of the first round."""
-    most = most_gradients(request)
-    first = min(most, max(_FIRST, int(_FIRST_SHARE * default_budget(request.posterior.num_free))))
+    first, _ = round_budgets(request.posterior.num_free, request.budget)
     thinning = _FIRST_THINNING if request.thinning is None and first >= _FIRST else request.thinning
     return dataclasses.replace(request, budget=int(first), thinning=thinning)
 
 
+def round_budgets(num_free: int, budget: int | None) -> tuple[int, int]:
+    """(minibatch gradients of the first round, of all rounds together at most) for so many weights."""
+    most = int(_MOST_BUDGETS * default_budget(num_free)) if budget is None else budget
+    return min(most, max(_FIRST, int(_FIRST_SHARE * default_budget(num_free)))), most
+
+
 def most_gradients(request: Request) -> int:
     """Minibatch gradients of all rounds together, at most."""
-    if request.budget is not None:
-        return request.budget
-    return int(_MOST_BUDGETS * default_budget(request.posterior.num_free))
+    return round_budgets(request.posterior.num_free, request.budget)[1]
 
 
 class Sampled(Protocol):
