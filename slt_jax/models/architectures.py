@@ -69,8 +69,9 @@ def _rotary(fields: Fields, positions: Rope, **own: Any) -> DecoderConfig:
     width, heads = fields["hidden_size"], fields["num_attention_heads"]
     head_width = own.get("head_width") or width // heads
     own.setdefault("tied_head", fields.get("tie_word_embeddings", False))
+    context = own.pop("context_length", None) or fields["max_position_embeddings"]
     return DecoderConfig(
-        fields["vocab_size"], fields["max_position_embeddings"], width, fields["num_hidden_layers"], heads,
+        fields["vocab_size"], context, width, fields["num_hidden_layers"], heads,
         positions="rotary", rotary_width=int(head_width * positions.fraction), rope_theta=positions.theta,
         rope_scaling=positions.scaling, local_rope_theta=positions.local_theta, **own,
     )  # fmt: skip
@@ -92,6 +93,7 @@ def falcon(fields: Fields) -> DecoderConfig:
     parallel, bias = fields.given("parallel_attn", True), fields.given("bias", False)
     return _rotary(
         fields, rope(fields), norm_epsilon=fields.get("layer_norm_epsilon", 1e-5), num_kv_heads=1,
+        context_length=fields.given("max_position_embeddings", 2048),
         mlp_width=fields.given("ffn_hidden_size", 4 * fields["hidden_size"]),
         activation=activation(fields, "activation", "gelu"), qkv_bias=bias, out_bias=bias, mlp_bias=bias,
         parallel_residual=parallel, shared_norm=parallel, tied_head=fields.get("tie_word_embeddings", True),

@@ -58,9 +58,10 @@ class Fields(dict[str, Any]):
         types = super().get("layer_types") or ()
         if "layer_types" not in self.read and (other := set(types) - {_FULL}):
             raise ValueError(f"layer_types holds {sorted(other)}; only {_FULL} is supported in this architecture.")
-        code = super().get("auto_map") or {}
-        if "AutoModelForCausalLM" in code:
-            raise ValueError(f"auto_map names code of its own, {code['AutoModelForCausalLM']!r}, which is not run.")
+        code = (super().get("auto_map") or {}).get("AutoModelForCausalLM", "")
+        # Older repositories have a copy of transformers' own code, which transformers does not run either.
+        if code and not code.split("--")[-1].startswith(f"modeling_{super().get('model_type')}."):
+            raise ValueError(f"auto_map names code of its own, {code!r}, which is not run.")
 
 
 def activation(fields: Fields, field: str, default: str) -> Any:

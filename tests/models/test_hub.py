@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from slt_jax.models import hub, weights
 from slt_jax.models.hub import load_checkpoint, load_decoder, load_pretrained, save_decoder
+from slt_jax.models.layouts import read_config
 from tests.models import decoder_reference as reference
 from tests.models.test_decoder import CONFIG, LAYOUTS, losses_of, params_of, random_decoder
 
@@ -210,6 +211,18 @@ def test_a_tied_head_may_be_left_out(tmp_path):
 def test_a_field_that_changes_the_mathematics_is_named(kind, fields, words, tmp_path):
     with pytest.raises(ValueError, match=rf"config\.json: .*{words}"):
         load_pretrained(write(tmp_path / "ck", kind, {}, **fields))
+
+
+def test_code_that_transformers_has_is_no_code_of_its_own(tmp_path):
+    code = {"AutoModelForCausalLM": "someone/model--modeling_phi3.Phi3ForCausalLM"}
+    assert_same_weights(load_pretrained(write(tmp_path / "ck", "phi3", auto_map=code))[0], LAYOUTS["phi3"])
+
+
+def test_the_context_of_an_old_falcon():
+    """Its config.json names none: it is the default of transformers."""
+    fields = {"vocab_size": 37, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+    _, config = read_config({**fields, "model_type": "falcon", "num_kv_heads": 71}, "here")
+    assert (config.context_length, config.num_kv_heads, config.shared_norm) == (2048, 1, True)
 
 
 def test_a_missing_field_is_named(tmp_path):
