@@ -48,7 +48,7 @@ def small_result():
 
 @pytest.mark.quick
 def test_llc_is_the_librarys_own_call(files, capsys):
-    assert llc(files, "--json", "--step-size", "1e-5", "--seed", "3") == 0
+    assert llc(files, "--json", "--sampler", "sgld", "--step-size", "1e-5", "--seed", "3") == 0
     printed = json.loads(capsys.readouterr().out)
     model = Decoder(CONFIG, rngs=nnx.Rngs(0))
     params, loss_fn = slt.from_nnx(model, lambda m, batch: m.losses(batch))
@@ -59,6 +59,22 @@ def test_llc_is_the_librarys_own_call(files, capsys):
     )  # fmt: skip
     assert printed["llc"] == pytest.approx(own.llc, rel=1e-5)
     assert printed["settings"]["num_free"] == sum(x.size for x in nnx.to_flat_state(nnx.state(model)).leaves)
+
+
+def test_llc_goes_on_until_it_is_precise(files, capsys):
+    """Kills: a default of so many draws; limits that are not passed on; the plan of another run."""
+    call = ["llc", str(files / "model"), "--tokens", str(files / "t.npy"), "--batch-size", "8", "--json"]
+    assert main([*call, "--precision", "0.2", "--budget", "3000"]) == 0
+    told = capsys.readouterr()
+    found = json.loads(told.out)
+    assert "until the error is 20.0% of the LLC: 3,000 gradients first, at most 3,000, of 64 tokens each" in told.err
+    assert found["settings"]["sampler"] == "underdamped"
+    assert found["settings"]["chance_loss"] == pytest.approx(np.log(64))
+    assert 2500 < sum(found["settings"]["gradients"].values()) <= 3000
+    assert main([*call, "--quiet", "--draws", "5", "--budget", "100"]) == 2
+    assert "--budget is for a run of no fixed length" in capsys.readouterr().err
+    assert main([*call, "--quiet", "--precision", "-1"]) == 2
+    assert "--precision must be a finite number > 0, got -1" in capsys.readouterr().err
 
 
 def test_every_kind_of_token_file_gives_the_same(files, capsys):
@@ -363,7 +379,7 @@ def test_ctrl_c_prints_the_result_so_far_and_resumes(files, tmp_path, capsys):
             os.kill(os.getpid(), signal.SIGINT)
         return advance(self, run, *rest, **more)
 
-    options = ["--step-size", "1e-5", "--draws", "30", "--out", str(tmp_path / "r.zarr")]
+    options = ["--sampler", "sgld", "--step-size", "1e-5", "--draws", "30", "--out", str(tmp_path / "r.zarr")]
     resumable = [*options, "--checkpoint-dir", str(tmp_path / "run")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "advance", sending)
