@@ -53,12 +53,13 @@ $(VENV)/.installed-docs: pyproject.toml
 	$(PIP) --editable '.[docs]'
 	@touch $@ $(VENV)/.installed
 
+EXTRA = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["torch"])
 SITE = import sysconfig; print(sysconfig.get_path("purelib"))
 $(PARITY)/.installed: $(VENV)/.installed-test
 	@test -x $(PARITY)/bin/python || $(BIN)/python -m venv $(PARITY)
 	@echo "import site; site.addsitedir('$$($(BIN)/python -c '$(SITE)')')" \
 		> "$$($(PARITY)/bin/python -c '$(SITE)')/first.pth"
-	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[parity]'
+	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check $$($(BIN)/python -c '$(EXTRA)')
 	@touch $@
 
 clean:

@@ -108,16 +108,15 @@ def test_the_same_draws_as_the_reader(tmp_path):
         flat, treedef = jax.tree_util.tree_flatten_with_path(own_params)
         return of_torch(jax.tree.unflatten(treedef, [named[".".join(path_of(path))] for path, _ in flat]), batch)
 
-    first, second, apart = (
+    first, second = (
         slt.estimate_llc(
-            slt.LocalPosterior(loss_fn, at, num_data=64, nbeta=20.0, localization=100.0), tokens,
+            slt.LocalPosterior(loss_fn, params, num_data=64, nbeta=20.0, localization=100.0), tokens,
             sampler=slt.sgld(1e-4), num_chains=2, num_draws=40, num_warmup=20, batch_size=16,
         )
-        for loss_fn, at in ((own, params), (through_torch, params), (of_torch, own_params))
+        for loss_fn in (own, through_torch)
     )  # fmt: skip
     np.testing.assert_allclose(second.loss_trace, first.loss_trace, rtol=1e-4)
-    np.testing.assert_allclose(second.llc, first.llc, rtol=1e-3)
-    assert abs(apart.llc - first.llc) < 4 * np.hypot(first.llc_stderr, apart.llc_stderr)
+    assert abs(second.llc - first.llc) < 0.01 * first.llc_stderr
 
 
 def test_a_vision_model_keeps_its_running_statistics():
@@ -256,8 +255,9 @@ def test_padding_through_torch(unknown_layout):
     model = load_torch_checkpoint(unknown_layout / "model")
     assert (model.vocab_size, model.context_length) == (61, 24)
     tokens = np.where(np.arange(8) < np.array([[8], [5], [3]]), TOKENS, 0)
-    losses = model.loss_fn(model.params, {"tokens": tokens, "count": np.array([8, 5, 3])})
-    alone = [float(model.loss_fn(model.params, jnp.asarray(TOKENS[i : i + 1, :n]))[0]) for i, n in enumerate((8, 5, 3))]
+    loss_fn = jax.jit(model.loss_fn)
+    losses = loss_fn(model.params, {"tokens": tokens, "count": np.array([8, 5, 3])})
+    alone = [float(loss_fn(model.params, jnp.asarray(TOKENS[i : i + 1, :n]))[0]) for i, n in enumerate((8, 5, 3))]
     np.testing.assert_allclose(losses, alone, rtol=1e-5)
     with pytest.raises(FileNotFoundError, match="transformers cannot load"):
         load_torch_checkpoint(unknown_layout / "nothing")
