@@ -1,6 +1,5 @@
 """From a finished run to a result: its draws, the measurements at its end, and the record of what it was given."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -88,7 +87,7 @@ def _record(
         localization=float(posterior.localization or 0.0),
         num_data=posterior.num_data,
         num_free=posterior.num_free,
-        chance_loss=math.nan if posterior.chance_loss is None else posterior.chance_loss,
+        chance_loss=posterior.chance_loss,
         sampler=engine.sampler.name,
         family=engine.sampler.theory.family,
         metric=engine.sampler.metric,

@@ -107,6 +107,7 @@ _MEANINGS = {
     "num_warmup": "steps before the first draw",
     "thinning": "steps from one draw to the next", "batch_size": "examples in the batch of a step",
     "num_data": "examples in the data set", "num_free": "weights that move",
+    "chance_loss": "loss of a model that has learned nothing, nats per example",
     "baseline": "loss at w*: on the same batch (paired) or over all data (full)",
     "control_variate": "gradients minus their noise at w*", "hot": "factor by which every other chain started hotter",
 }  # fmt: skip

@@ -183,7 +183,7 @@ class LLCResult:
             example_spread=self._example_spread,
             gradients=sum(s.spent.values()) or math.nan,
             loss=float(t.loss[kept].mean(dtype=np.float64)),
-            chance_loss=s.chance_loss,
+            chance_loss=math.nan if s.chance_loss is None else s.chance_loss,
         )
 
     @property

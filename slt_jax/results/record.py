@@ -72,7 +72,7 @@ class RunRecord:
     localization: float = math.nan
     num_data: int = 0
     num_free: int = 0
-    chance_loss: float = math.nan
+    chance_loss: float | None = None
     sampler: str = ""
     family: str = ""
     metric: bool = False
