@@ -12,6 +12,7 @@ import slt_jax as slt
 from scaling.known_answers import by_name
 from slt_jax._checks import check_key
 from slt_jax.calibration import choose
+from slt_jax.engine.clock import Clock
 from slt_jax.engine.mesh import chain_mesh
 from slt_jax.engine.plan import Schedule
 from slt_jax.estimators.outcome import evenly_in_time, result_of
@@ -85,7 +86,7 @@ def _result(limit, target=CUSP, step_size=STEP, friction=0.03, plan=SHORT):
     run = engine.start(inputs)
     for _ in engine.steps(run, inputs):
         pass
-    return result_of(engine, run, posterior, numbers)
+    return result_of(engine, run, posterior, numbers, Clock())
 
 
 def test_a_result_s_draws_are_at_equal_times():

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import Mesh
 
 import slt_jax as slt
+from slt_jax._checks import shown
 from tests.small import DATA, PLAN, estimate, posterior, refuses, square
 
 # Numbers
@@ -27,7 +28,7 @@ def test_positive_numbers(name, value):
     kind = TypeError if value is None or any(value is v for v in NOT_NUMBERS) else ValueError
     call = slt.sgld if name == "step_size" else posterior
     remedy = {"nbeta": "num_data / log(num_data)", "localization": "common values", "step_size": "try 1e-4"}[name]
-    refuses(kind, lambda: call(**{name: value}), f"{name} must be a finite number > 0, got {value!r}", remedy)
+    refuses(kind, lambda: call(**{name: value}), f"{name} must be a finite number > 0, got {shown(value)}", remedy)
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), "60", True, None])
@@ -98,7 +99,7 @@ def test_meshes(regression):
     refuses(ValueError, lambda: estimate(mesh=extra), "mesh must have an axis 'chain'", "'data'")
     for bad in (jax.devices(), "chain", 4):
         refuses(
-            TypeError, lambda bad=bad: estimate(mesh=bad), "mesh must be a jax.sharding.Mesh", repr(bad), "make_mesh"
+            TypeError, lambda bad=bad: estimate(mesh=bad), "mesh must be a jax.sharding.Mesh", shown(bad), "make_mesh"
         )
 
 

@@ -185,7 +185,8 @@ BAD_NPY = {
     "zip": (zip_named_npy, "not a readable .npy"),
     "empty": (lambda path: path.write_bytes(b""), "not a readable .npy"),
     "object": (lambda path: np.save(path, np.array([[1], None], object)), "not a readable .npy"),
-    "matrix": (lambda path: np.save(path, np.ones((4, 5), int)), r"1-D array of integers, it holds shape \(4, 5\)"),
+    "matrix": (lambda path: np.save(path, np.ones((4, 5), int)), "holds rows of 5 tokens, less than one seq_len = 10"),
+    "cube": (lambda path: np.save(path, np.ones((4, 5, 6), int)), r"holds shape \(4, 5, 6\)"),
     "float": (lambda path: np.save(path, np.ones(40)), "integers, it holds shape .* of float64"),
     "short": (lambda path: np.save(path, np.ones(9, int)), "holds 9 tokens, less than one seq_len = 10"),
 }
@@ -208,8 +209,8 @@ def test_a_bad_raw_file_is_refused(tmp_path):
         with pytest.raises(ValueError, match=rf"t\.bin has {size} bytes"):
             token_file(path, 10, dtype=dtype)
     path.write_bytes(b"\0" * 2000)
-    for dtype in (np.int64, np.float32, np.uint8):
-        with pytest.raises(ValueError, match="must be uint16 or uint32"):
+    for dtype in (np.float32, bool):
+        with pytest.raises(ValueError, match="dtype of a raw token file must be"):
             token_file(path, 10, dtype=dtype)
 
 

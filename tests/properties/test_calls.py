@@ -20,7 +20,7 @@ def searched(examples):
                     suppress_health_check=CHECKS)  # fmt: skip
 
 
-@searched(80)
+@searched(50)
 @given(cases())
 def test_calls(case):
     judged(case)
