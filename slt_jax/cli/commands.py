@@ -81,7 +81,7 @@ def _llc(command: Llc) -> int:
     import slt_jax as slt
     from slt_jax.cli import language
     from slt_jax.estimators.request import Request
-    from slt_jax.models.restrict import restricted
+    from slt_jax.models.restrict import head_names, restricted
 
     _check_outputs(command)
     _check_numbers(command)
@@ -90,13 +90,14 @@ def _llc(command: Llc) -> int:
         command.checkpoint, **_input_options(command), nbeta=command.nbeta, localization=command.localization,
         also=_files_by_name(command.also),
     )  # fmt: skip
+    heads = head_names(case.posterior.center) if command.heads else []
     options = {**_estimator_options(command, command.step_size), **_precision(command), "also": case.also}
     posterior = case.posterior if command.only is None else restricted(case.posterior, command.only)
     Request.checked(posterior, case.data, **options)
     if not command.quiet:
         print(*language.plan_of(case, posterior, options), sep="\n", file=sys.stderr)
     if command.heads:
-        return _heads(command, case, options)
+        return _heads(command, case, heads, options)
     result = slt.estimate_llc(
         posterior, case.data, checkpoint_dir=command.checkpoint_dir, progress=not command.quiet, **options
     )
@@ -259,9 +260,8 @@ def _check_heads(command: Llc) -> None:
         raise ValueError(f"--heads makes a table of many results and takes no {', '.join(given)}. Leave it out.")
 
 
-def _heads(command: Llc, case: Any, options: dict[str, Any]) -> int:
+def _heads(command: Llc, case: Any, names: list[str], options: dict[str, Any]) -> int:
     from slt_jax.cli import language
-    from slt_jax.models.restrict import head_names
     from slt_jax.report.heatmaps import plot_heads
 
     def report(name: str, result: Any) -> None:
@@ -274,7 +274,6 @@ def _heads(command: Llc, case: Any, options: dict[str, Any]) -> int:
 
     if command.out is not None:
         command.out.mkdir()
-    names = head_names(case.posterior.center)
     results = language.refined(
         case.posterior, case.data, names, on_result=report, progress=False if command.quiet else None, **options
     )
