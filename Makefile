@@ -63,5 +63,5 @@ $(PARITY)/.installed: $(VENV)/.installed-test
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(PARITY) .venv312 .pytest_cache .ruff_cache build dist *.egg-info demo-run
+	rm -rf $(VENV) $(PARITY) .venv312 .pytest_cache .ruff_cache .hypothesis build dist *.egg-info demo-run
 	find slt_jax kernels scaling tests -name __pycache__ -type d -prune -exec rm -rf {} +
