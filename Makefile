@@ -1,12 +1,13 @@
 PYTHON ?= python3
 VENV := .venv
 PARITY := .venv-parity
+COMPILERS := .venv-compilers
 BIN := $(VENV)/bin
 # Processes of the test suite: compiling, which takes most of its time, is done by one core each.
 WORKERS ?= 2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test parity lint docs dist clean
+.PHONY: demo test parity plans lint docs dist clean
 
 demo: $(VENV)/.installed
 	$(BIN)/slt-jax demo
@@ -20,6 +21,11 @@ parity: $(PARITY)/.installed
 	XLA_FLAGS=--xla_backend_optimization_level=0 $(PARITY)/bin/python -m pytest -q -n $(WORKERS) \
 		tests/models/test_parity.py tests/models/test_torch.py tests/models/test_revisions.py \
 		tests/scaling/test_accelerator_script.py
+
+# Programs compiled for TPUs that are not there, in an environment of its own that also sees the first one: where the
+# compiler is installed, JAX looks for TPUs at every start. Takes a wheel of 137 MB.
+plans: $(COMPILERS)/.installed
+	$(COMPILERS)/bin/python -m pytest -q tests/estimators/test_described_devices.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -55,13 +61,15 @@ $(VENV)/.installed-docs: pyproject.toml
 
 EXTRA = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["torch"])
 SITE = import sysconfig; print(sysconfig.get_path("purelib"))
-$(PARITY)/.installed: $(VENV)/.installed-test
-	@test -x $(PARITY)/bin/python || $(BIN)/python -m venv $(PARITY)
+$(PARITY)/.installed $(COMPILERS)/.installed: $(VENV)/.installed-test
+	@test -x $(@D)/bin/python || $(BIN)/python -m venv $(@D)
 	@echo "import site; site.addsitedir('$$($(BIN)/python -c '$(SITE)')')" \
-		> "$$($(PARITY)/bin/python -c '$(SITE)')/first.pth"
-	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check $$($(BIN)/python -c '$(EXTRA)')
+		> "$$($(@D)/bin/python -c '$(SITE)')/first.pth"
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $(MORE)
 	@touch $@
+$(PARITY)/.installed: MORE = $$($(BIN)/python -c '$(EXTRA)')
+$(COMPILERS)/.installed: MORE = 'jax[tpu]'
 
 clean:
-	rm -rf $(VENV) $(PARITY) .venv312 .pytest_cache .ruff_cache .hypothesis build dist *.egg-info demo-run
+	rm -rf $(VENV) $(PARITY) $(COMPILERS) .venv312 .pytest_cache .ruff_cache .hypothesis build dist *.egg-info demo-run
 	find slt_jax kernels scaling tests -name __pycache__ -type d -prune -exec rm -rf {} +

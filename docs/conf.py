@@ -51,6 +51,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(?!slt_jax\.).*"),  # types of other packages have no page here
     ("py:.*", r"slt_jax\.posterior\.flax\.Model"),  # a type variable
+    ("py:.*", r"slt_jax\.diagnostics\.quadrature\..*"),  # inside an effective dimension, not for users
 ]
 toc_object_entries_show_parents = "hide"
 autodoc_member_order = "bysource"

@@ -45,7 +45,7 @@ def _grid(count: int, reach: float, least: float = 1e-7) -> tuple[np.ndarray, np
     return least * np.sinh(scale * u), least * scale * np.cosh(scale * u) * (u[1] - u[0])
 
 
-def _plane(energy: Callable, count: int = 1600, reach: float = 12.0) -> Callable[[float, float], float]:
+def plane(energy: Callable, count: int = 1600, reach: float = 12.0) -> Callable[[float, float], float]:
     """Quadrature over two weights; ``reach`` is in units of 1 / sqrt(localization), at most ``reach`` itself."""
 
     def exact(nbeta: float, localization: float) -> float:
@@ -73,7 +73,7 @@ def _cusp(nbeta: float, localization: float) -> float:
     return float(held / total)
 
 
-def _radial(power: int, dimension: int) -> Callable[[float, float], float]:
+def radial(power: int, dimension: int) -> Callable[[float, float], float]:
     def exact(nbeta: float, localization: float) -> float:
         r = np.geomspace(1e-6, 12.0, 40_001)
         density = np.exp(-nbeta * r**power - 0.5 * localization * r**2) * r**dimension  # the last r is dr / dlog r
@@ -203,7 +203,7 @@ def _mixture() -> Target:
         return total / len(x)
 
     center = {"a": np.zeros((), np.float32), "b": np.zeros((), np.float32)}
-    return Target("Gaussian mixture", Fraction(1, 2), 2, loss_fn, center, data, _plane(energy, 600))
+    return Target("Gaussian mixture", Fraction(1, 2), 2, loss_fn, center, data, plane(energy, 600))
 
 
 def _deep_linear(widths: tuple[int, int, int], truth: Fraction, multiplicity: int) -> Target:
@@ -222,19 +222,19 @@ def _norm(power: int) -> Callable:
 
 TARGETS: tuple[Target, ...] = (
     _regular(1, 0), _regular(2, 0), _regular(10, 2), _regular(20, 1), _regression(),
-    _geometric("x^4", Fraction(1, 4), 1, _norm(4), 1, _radial(4, 1)),
-    _geometric("x^6", Fraction(1, 6), 1, _norm(6), 1, _radial(6, 1)),
-    _geometric("|w|^4, d = 2", Fraction(1, 2), 1, _norm(4), 2, _radial(4, 2)),
-    _geometric("|w|^4, d = 4", Fraction(1), 1, _norm(4), 4, _radial(4, 4)),
-    _geometric("|w|^6, d = 3", Fraction(1, 2), 1, _norm(6), 3, _radial(6, 3)),
-    _geometric("x^2 + y^4", Fraction(3, 4), 1, lambda v: v[0] ** 2 + v[1] ** 4, 2, _plane(lambda x, y: x**2 + y**4)),
+    _geometric("x^4", Fraction(1, 4), 1, _norm(4), 1, radial(4, 1)),
+    _geometric("x^6", Fraction(1, 6), 1, _norm(6), 1, radial(6, 1)),
+    _geometric("|w|^4, d = 2", Fraction(1, 2), 1, _norm(4), 2, radial(4, 2)),
+    _geometric("|w|^4, d = 4", Fraction(1), 1, _norm(4), 4, radial(4, 4)),
+    _geometric("|w|^6, d = 3", Fraction(1, 2), 1, _norm(6), 3, radial(6, 3)),
+    _geometric("x^2 + y^4", Fraction(3, 4), 1, lambda v: v[0] ** 2 + v[1] ** 4, 2, plane(lambda x, y: x**2 + y**4)),
     _geometric("(y^2 - x^3)^2", Fraction(5, 12), 1, lambda v: (v[1] ** 2 - v[0] ** 3) ** 2, 2, _cusp),
-    _geometric("x^2 y^4", Fraction(1, 4), 1, lambda v: v[0] ** 2 * v[1] ** 4, 2, _plane(lambda x, y: x**2 * y**4)),
+    _geometric("x^2 y^4", Fraction(1, 4), 1, lambda v: v[0] ** 2 * v[1] ** 4, 2, plane(lambda x, y: x**2 * y**4)),
     _geometric("x^2 (y^2 + z^2)", Fraction(1, 2), 1, lambda v: v[0] ** 2 * (v[1] ** 2 + v[2] ** 2), 3, None),
-    _geometric("x^2 y^2", Fraction(1, 2), 2, lambda v: v[0] ** 2 * v[1] ** 2, 2, _plane(lambda x, y: x**2 * y**2)),
+    _geometric("x^2 y^2", Fraction(1, 2), 2, lambda v: v[0] ** 2 * v[1] ** 2, 2, plane(lambda x, y: x**2 * y**2)),
     _geometric("x^2 y^2 z^2", Fraction(1, 2), 3, lambda v: jnp.prod(v**2), 3, _triple),
     _geometric("x^2 y^2 + z^2", Fraction(1), 2, lambda v: v[0] ** 2 * v[1] ** 2 + v[2] ** 2, 3,
-               lambda t, g: _plane(lambda x, y: x**2 * y**2)(t, g) + t / (2 * t + g)),
+               lambda t, g: plane(lambda x, y: x**2 * y**2)(t, g) + t / (2 * t + g)),
     _tanh(), _mixture(),
     _deep_linear((1, 2, 2), Fraction(1), 2), _deep_linear((2, 3, 3), Fraction(5, 2), 1),
     _deep_linear((2, 2, 2), Fraction(3, 2), 1),

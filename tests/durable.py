@@ -102,6 +102,22 @@ def watched(stop_at=None, part=0):
         yield begun
 
 
+def signalled(number, at, times=1):
+    """Sends ``number`` to this process in the chunk that begins at step ``at`` or later."""
+    advance, sent = Engine.advance, []
+
+    def sending(self, run, *rest, **more):
+        if run.step >= at and not sent:
+            sent.append(run.step)
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        return advance(self, run, *rest, **more)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Engine, "advance", sending)
+    return patch, sent
+
+
 def broken_orbax(test):
     """Marks a test after which Orbax's threads complain: of futures never read, of closed event loops."""
     ignored = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

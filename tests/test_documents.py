@@ -11,7 +11,7 @@ import pytest
 
 from scaling.dln.records import Store
 from scaling.samplers import gradients, metric, networks, teachers, verdicts
-from scaling.throughput import compare, memory, sweep
+from scaling.throughput import compare, memory, plans, sweep
 from slt_jax.kernels import timing
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +26,7 @@ TABLES = [
     ("docs/performance.md", compare.costs, "scaling/throughput/results/cpu-intel.json"),
     ("docs/performance.md", sweep.table, "scaling/throughput/results/sweep.json"),
     ("docs/performance.md", sweep.table, "scaling/throughput/results/sweep-accelerator.json"),
+    ("docs/devices.md", plans.table, "scaling/throughput/results/plans.json"),
     ("docs/how-to/language-models.md", memory.table, "scaling/throughput/results/memory.json"),
     ("kernels/langevin/README.md", timing.table, "kernels/langevin/results/cpu.json"),
     ("kernels/cross_entropy/README.md", timing.table, "kernels/cross_entropy/results/cpu.json"),

@@ -1,4 +1,4 @@
-"""Trained models and their data: two networks on scikit-learn's digits, and checkpoints of language models."""
+"""Trained models and their data: networks on scikit-learn's digits, and checkpoints of language models."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +69,38 @@ def digits(kind: type[nnx.Module], seed: int = 0) -> Problem:
     (params, _), _ = jax.jit(lambda carry: jax.lax.scan(step, carry, None, FIT_STEPS))((params, optimizer.init(params)))
     n = len(data[1])
     return Problem(slt.LocalPosterior(loss_fn, params, n, chance_loss=float(np.log(10))), data, 256)
+
+
+def autoencoder(seed: int = 0) -> Problem:
+    """Tanh, 16-4-16, on the 16 central pixels of the digits: 148 weights, trained by L-BFGS."""
+    from sklearn.datasets import load_digits
+
+    images = load_digits().images[:, 2:6, 2:6].reshape(-1, 16) / 16
+    data = jnp.asarray(images, jnp.float32)
+    shapes = {"encode": (16, 4), "code": (4,), "decode": (4, 16), "out": (16,)}
+    keys = dict(zip(shapes, jax.random.split(jax.random.key(seed), 4), strict=True))
+    start = {name: jax.random.normal(keys[name], shape) / 4 for name, shape in shapes.items()}
+
+    def loss_fn(w: dict, x: jax.Array) -> jax.Array:
+        return 0.5 * jnp.sum((jnp.tanh(x @ w["encode"] + w["code"]) @ w["decode"] + w["out"] - x) ** 2, axis=-1)
+
+    center = minimum(lambda w: jnp.mean(loss_fn(w, data.astype(jnp.asarray(w["out"]).dtype))), start)
+    return Problem(slt.LocalPosterior(loss_fn, center, len(data)), data, 256)
+
+
+def minimum(mean_loss: Callable, start: Any, steps: int = 1000) -> Any:
+    """Where L-BFGS, in float64, ends."""
+    from jax.flatten_util import ravel_pytree
+    from scipy.optimize import minimize
+
+    with jax.enable_x64(True):
+        flat, unravel = ravel_pytree(jax.tree.map(lambda w: np.asarray(w, np.float64), start))
+        both = jax.jit(jax.value_and_grad(lambda w: mean_loss(unravel(w))))
+        options = {"maxiter": steps, "maxcor": 50, "ftol": 0, "gtol": 1e-9}
+        values = lambda w: [np.asarray(x, np.float64) for x in both(w)]  # noqa: E731
+        found = minimize(values, np.asarray(flat), jac=True, method="L-BFGS-B", options=options)
+        at = unravel(jnp.asarray(found.x))
+    return jax.tree.map(lambda w: jnp.asarray(np.asarray(w), jnp.float32), at)
 
 
 def language(folder: Path, seq_len: int) -> Problem:

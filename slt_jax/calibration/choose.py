@@ -14,10 +14,11 @@ from typing import Any, ClassVar
 import jax
 
 from slt_jax.calibration.effort import effort_for
-from slt_jax.calibration.localization import choose_localization, localization_line
+from slt_jax.calibration.localization import choose_localization, is_set_by_curvature, localization_line
 from slt_jax.calibration.metric_pilot import run_metric_pilot
 from slt_jax.calibration.noise import (
     CONTROL_PASS,
+    MOST_FRICTION,
     SHORT,
     Damping,
     choose_control,
@@ -31,16 +32,21 @@ from slt_jax.engine.keys import KeyTag
 from slt_jax.engine.loop import Engine
 from slt_jax.engine.plan import Numbers
 from slt_jax.engine.problem import Problem
+from slt_jax.kernels.langevin import fold_in_on_host
 from slt_jax.posterior.local import LocalPosterior
 from slt_jax.samplers.base import Metric, Sampler
 
+FAILED = "the calibration failed: the chains of its pilot run diverged in every attempt, and its step size is a guess"
 VARIED = 1.5  # curvature met over that at w*, from which on the chains will meet yet more
 GROWTH = 4.0  # of the curvature met, from which on steps shorten
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was chosen, and why in ``lines``; ``gradients``: minibatches spent on it; ``limit``: see ``Hyper``."""
+    """What was chosen, and why in ``lines``; ``gradients``: minibatches spent on it; ``limit``: see ``Hyper``;
+    ``chose_step``: whether the step size was left open; ``failed``: whether no pilot run stayed near w*;
+    ``by_curvature``: whether the largest curvature set the localization.
+    """
 
     step_size: float
     friction: float
@@ -50,6 +56,9 @@ class Choice:
     curvature: float = math.nan
     lines: tuple[str, ...] = ()
     limit: float | None = None
+    chose_step: bool = False
+    failed: bool = False
+    by_curvature: bool = False
 
     REQUIRED: ClassVar[tuple[str, ...]] = ("step_size", "friction", "localization", "control_variate", "lines")
 
@@ -68,7 +77,7 @@ class Choice:
 
 def calibration_probe(problem: Problem, nbeta: float, key: jax.Array, total: float) -> Probe:
     """What the stages measure with, of an estimate of ``total`` minibatch gradients."""
-    return Probe(problem, nbeta, effort_for(total).blocks, jax.random.fold_in(key, KeyTag.PILOT))
+    return Probe(problem, nbeta, effort_for(total).blocks, fold_in_on_host(key, KeyTag.PILOT))
 
 
 def calibrate(
@@ -86,6 +95,8 @@ def calibrate(
     sampler, problem, nbeta = engine.sampler, engine.problem, float(posterior.nbeta)
     effort, probe = effort_for(total), calibration_probe(problem, nbeta, engine.key, total)
     check(*probe.loss_and_grad_norm(probe.center))
+    if nbeta == 0:
+        return _of_control(sampler, float(posterior.localization or 0.0), bool(control), probe.gradients), ()
     at_center = probe.sharpness(probe.center, effort.rounds)
 
     def localization(curvature: float) -> float:
@@ -101,9 +112,12 @@ def calibrate(
         settled = localization(pilot.curvature)
     else:
         pilot = Pilot(at_center, ())
-    lines = [_curvature_line(sampler, at_center, pilot)]
+    lines = [FAILED] if pilot.failed else []
+    lines.append(_curvature_line(sampler, at_center, pilot))
+    by_curvature = False
     if posterior.localization is None:
         stiffest = at_center if sampler.metric else pilot.curvature
+        by_curvature = is_set_by_curvature(settled, stiffest, metric=sampler.metric)
         lines.append(localization_line(settled, stiffest, metric=sampler.metric))
     limit = _limit(engine, pilot, at_center) if limits_steps else None
     if sampler.step_size is None or sampler.friction is None or control is None:
@@ -113,9 +127,22 @@ def calibrate(
         damping = Damping(sampler.friction, sampler.step_size, None)
     spent = probe.gradients + pilot.gradients
     choice = Choice(
-        damping.step_size, damping.friction, settled, bool(control), spent, pilot.curvature, tuple(lines), limit
-    )
+        damping.step_size, damping.friction, settled, bool(control), spent, pilot.curvature, tuple(lines), limit,
+        chose_step=sampler.step_size is None, failed=pilot.failed, by_curvature=by_curvature,
+    )  # fmt: skip
     return choice, pilot.metric
+
+
+def _of_control(sampler: Sampler, localization: float, control: bool, spent: float) -> Choice:
+    """At nbeta = 0 the curvature is the localization, everywhere and in every direction: nothing needs to be measured.
+
+    A step that biases the draws is a quarter as long; friction is near the critical one.
+    """
+    share = step_scale(sampler, rich=not sampler.theory.second_order)
+    step_size = share / localization if sampler.step_size is None else sampler.step_size
+    friction = MOST_FRICTION if sampler.friction is None else sampler.friction
+    lines = (f"nbeta = 0: the curvature is the localization alone; step_size {step_size:.3g}, friction {friction:.2g}",)
+    return Choice(step_size, friction, localization, control, spent, 0.0, lines)
 
 
 def _curvature_line(sampler: Sampler, at_center: float, pilot: Pilot) -> str:

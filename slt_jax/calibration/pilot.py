@@ -4,13 +4,12 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import jax
-
 from slt_jax.calibration.effort import Effort
 from slt_jax.calibration.probe import Probe
 from slt_jax.engine.keys import KeyTag
 from slt_jax.engine.loop import Engine, Run
 from slt_jax.engine.plan import Numbers
+from slt_jax.kernels.langevin import fold_in_on_host
 from slt_jax.samplers.base import Metric, Position, Sampler
 
 DIVERGED = 250.0  # step_size times curvature, 4 being stable, where a pilot's chain has not come by honest steps
@@ -23,7 +22,7 @@ class Pilot:
 
     ``curvature``: the largest of nbeta L that it met. ``positions``: where chains ended, made one at a time. ``llc``: a
     rough one; infinite where there is none. ``force_sq``: mean of |G|^2. ``gradients``: spent by its steps.
-    ``rounds``, ``metric``: of a pilot that measures a metric.
+    ``rounds``, ``metric``: of a pilot that measures a metric. ``failed``: whether chains diverged in every attempt.
     """
 
     curvature: float
@@ -33,6 +32,7 @@ class Pilot:
     gradients: float = 0.0
     rounds: int = 0
     metric: Metric = ()
+    failed: bool = False
 
 
 def step_scale(sampler: Sampler, rich: bool) -> float:
@@ -64,7 +64,7 @@ def run_pilot(
     one_measurement = 2 * rounds * probe.num_blocks * min(2, num_chains)
     measurements = int(min(24, max(3, effort.allowed / 4 / one_measurement)))
     shares = (0.1, *[0.9 / (measurements - 1)] * (measurements - 1))
-    key = jax.random.fold_in(engine.key, KeyTag.PILOT)
+    key = fold_in_on_host(engine.key, KeyTag.PILOT)
     least, gradients = curvature, 0.0
     for _ in range(_ATTEMPTS):
         run = None
@@ -87,7 +87,7 @@ def run_pilot(
             return Pilot(curvature, iter([center]), gradients=gradients)
         curvature = least = 8 * max(curvature, least)
     # Some example's loss may be non-finite wherever a chain goes: let the run name the chains that meet it.
-    return Pilot(curvature, iter([center]), gradients=gradients)
+    return Pilot(curvature, iter([center]), gradients=gradients, failed=True)
 
 
 def _finished(engine: Engine, run: Run, curvature: float, localization: float, gradients: float) -> Pilot:

@@ -10,12 +10,18 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from slt_jax.engine.problem import Problem
+from slt_jax.engine.problem import Problem, added, batch_grad
+from slt_jax.kernels.langevin import fold_in_on_host
 from slt_jax.posterior.program import LossProgram, can_be_lowered
 from slt_jax.samplers.base import Metric, Position, displacement, inner, noise_like, pull_back, root
 
 _ROWS = 16  # of a Hessian, side by side where the model is small
 _FEW = 10_000  # weights of such a model
+MOST_ROUNDING = 3e-6  # of the largest eigenvalue of a Hessian
+BOTH_SIDES = 1.5  # the largest rounded eigenvalue over the most negative one, at most
+_SHRINKS = 0.9  # how far the secant's length is off, over what it was a round ago, at most, while it settles
+_STEEPEST = 10.0  # half of the degree of a loss, at most
+_LENGTHENED = 100.0  # times as long a secant in one round, at most
 _TANGENTS = 2.2  # times what a gradient takes, for its derivative along a direction
 
 
@@ -81,29 +87,31 @@ def _sharpness(program: LossProgram, position, frozen, blocks, nbeta, floor, rea
 
     The product with the Hessian is (grad L(w + s v) - grad L(w - s v)) / (2 s): two gradients, no second derivative of
     the model. s settles at 1 / sqrt(curvature), so that where the Hessian vanishes (a quartic) this is the curvature
-    that a chain meets. The length is averaged with the last one's logarithm: by itself, a quartic's would never
-    settle.
+    that a chain meets. For a loss of degree k, g = log s + log(curvature) / 2 has the slope k / 2 in log s: a Newton
+    step by a slope of 2 settles for degrees below 8. Where g changes its sign and hardly shrinks, the slope is that of
+    the last two lengths. On ground that is flat in float32 the length grows, up to 1 + |w|.
     """
 
     def body(_, carry):
-        v, s, _ = carry
+        v, s, _, slope, (last_s, last_g) = carry
         unit = s / _norm(v)
         product = optax.tree.scale(nbeta / (2 * s), _grad_change(program, frozen, blocks, position, v, unit))
         curvature = _norm(product)
         good = jnp.isfinite(curvature) & (curvature > 0)
         product = tuple(jnp.where(good, p, x).astype(x.dtype) for p, x in zip(product, v, strict=True))
-        s = jnp.where(good, jnp.sqrt(s / jnp.sqrt(curvature + floor)), s / 10).astype(scalar)
-        return product, s, jnp.where(good, curvature, 0.0).astype(scalar)
+        g = jnp.log(s) + 0.5 * jnp.log(curvature + floor)
+        swings = good & (g * last_g < 0) & (jnp.abs(g) > _SHRINKS * jnp.abs(last_g))
+        slope = jnp.where(swings, jnp.clip((g - last_g) / jnp.log(s / last_s), 2.0, _STEEPEST), slope)
+        moved = jnp.where(slope > 2, s * jnp.exp(-g / slope), jnp.sqrt(s / jnp.sqrt(curvature + floor)))
+        lost = jnp.where(curvature == 0, jnp.minimum(10 * s, jnp.maximum(s, 1e3 * reach)), s / 10)
+        new = jnp.where(good, jnp.minimum(moved, _LENGTHENED * s), lost).astype(scalar)
+        last = jnp.where(good, s, last_s), jnp.where(good, g, last_g)
+        return product, new, jnp.where(good, curvature, 0.0).astype(scalar), slope.astype(scalar), last
 
     scalar = _scalar_type(position)
-    begun = (start, reach.astype(scalar), jnp.zeros((), scalar))
-    _, _, curvature = jax.lax.fori_loop(0, iterations, body, begun)
-    return curvature
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _grad_blocks(program: LossProgram, position, frozen, blocks):
-    return _grad_over(program, frozen, blocks, position)
+    zero, begun = jnp.zeros((), scalar), reach.astype(scalar)
+    carry = (start, begun, zero, jnp.full((), 2.0, scalar), (begun, zero))
+    return jax.lax.fori_loop(0, iterations, body, carry)[2]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -138,6 +146,18 @@ def _dense_hessian(program: LossProgram, position, frozen, blocks, nbeta):
         return ravel_pytree(hessian_product(program, position, unravel(unit), frozen, blocks, nbeta, 0.0))[0]
 
     return jax.lax.map(row, jnp.eye(flat.size, dtype=flat.dtype), batch_size=_ROWS if weights < _FEW else 1)
+
+
+def rounding_of(hessian: np.ndarray, eigenvalues: np.ndarray) -> float:
+    """How far rounding in float32 may have moved the eigenvalues near 0 of a Hessian that was computed row by row.
+
+    By the norm of the antisymmetric part, which is rounding alone, and the most negative eigenvalue: flat directions
+    are rounded to both sides. ``MOST_ROUNDING`` of the largest where that is more, since w* may be a saddle.
+    """
+    antisymmetric = float(np.linalg.norm((hessian - hessian.T) / 2, 2))
+    largest = float(np.abs(eigenvalues).max(initial=0.0))
+    negative = -float(eigenvalues.min(initial=0.0))
+    return min(MOST_ROUNDING * largest, max(BOTH_SIDES * negative, antisymmetric))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -212,14 +232,14 @@ class Probe:
         num = problem.source.num_data
         self.num_blocks = max(1, min(blocks, num // self._batch))
         chosen = self._random.choice(num, self.num_blocks * self._batch, replace=num < self._batch)
-        fetched = problem.fetch(np.sort(chosen))
-        self.blocks = jax.tree.map(lambda x: x.reshape(self.num_blocks, self._batch, *x.shape[1:]), fetched)
+        self._chosen = np.sort(chosen).reshape(self.num_blocks, self._batch)
+        self.blocks = problem.fetch(self._chosen)
         self.center, self.frozen = problem.on_first_device(problem.center), problem.on_first_device(problem.frozen)
         self.gradients = 0.0
 
     def _next_key(self) -> jax.Array:
-        self._key, out = jax.random.split(self._key)
-        return out
+        self._key, out = (fold_in_on_host(self._key, number) for number in (0, 1))  # those of jax.random.split
+        return out if self.problem.per_chain.is_fully_addressable else self.problem.put(out)
 
     def temporaries(self, *, calibrates: bool, metric: bool = False) -> list[int]:
         """Bytes that its measurements take beside their arguments, on one device; compiled here, and not again later.
@@ -231,7 +251,8 @@ class Probe:
         programs = [(noise_squares, self._for_noise(self.center, ()))]
         if calibrates:
             programs.append((_sharpness, self._for_sharpness(self.center, 1, self.center)))
-            programs.append((_grad_blocks, self._for_gradient(self.center)))
+            block = self.problem.fetch(self._chosen[0])
+            programs.append((batch_grad, (self.problem.program, self.center, self.frozen, block)))
         else:
             programs.append((acceptance, self._for_acceptance(self.center, 1.0, 1.0, (), self.center)))
         sizes = [_temporaries(program, given) for program, given in programs]
@@ -239,13 +260,13 @@ class Probe:
 
     def sharpness(self, position: Position, iterations: int) -> float:
         """Largest curvature of nbeta L at ``position``, from below, by ``iterations`` rounds; 0 on flat ground."""
-        start = noise_like(self._next_key(), position)
+        start = noise_like(self._next_key(), position, self.problem.program.blocks)
         largest = _sharpness(*self._for_sharpness(position, iterations, start))
         self.gradients += 2 * iterations * self.num_blocks
         return float(largest)
 
     def _for_sharpness(self, position: Position, iterations: int, start: Position) -> tuple:
-        size = float(jnp.sqrt(_square(position)))
+        size = float(np.sqrt(np.asarray(_square(position))))
         numbers = (jnp.float32(x) for x in (self._nbeta, 1e-12, 1e-3 * (1 + size)))
         return self.problem.program, position, self.frozen, self.blocks, *numbers, start, iterations
 
@@ -273,16 +294,18 @@ class Probe:
         numbers = (jnp.float32(x) for x in (self._nbeta, localization))
         return self.problem.program, position, direction, self.frozen, self.blocks, *numbers
 
-    def curvatures(self, position: Position) -> np.ndarray:
-        """All eigenvalues of the Hessian of nbeta L, ascending, float64; two gradients for each free weight.
+    def curvatures(self, position: Position) -> tuple[np.ndarray, float]:
+        """All eigenvalues of the Hessian of nbeta L, ascending, float64, and how far rounding may have moved those near
+        0; two gradients for each free weight.
 
         NaN where the Hessian is not finite.
         """
         hessian = np.asarray(_dense_hessian(*self._for_dense_hessian(position)), np.float64)
         self.gradients += 2 * len(hessian) * self.num_blocks
         if not np.isfinite(hessian).all():
-            return np.full(len(hessian), np.nan)
-        return np.linalg.eigvalsh((hessian + hessian.T) / 2)
+            return np.full(len(hessian), np.nan), math.nan
+        eigenvalues = np.linalg.eigvalsh((hessian + hessian.T) / 2)
+        return eigenvalues, rounding_of(hessian, eigenvalues)
 
     def hessian_temporaries(self) -> int:
         """Bytes that ``curvatures`` takes beside its arguments, on one device."""
@@ -293,12 +316,14 @@ class Probe:
 
     def loss_and_grad_norm(self, position: Position) -> tuple[float, float]:
         """Mean loss over the fixed examples, and the norm of its gradient."""
-        loss, grad = _grad_blocks(*self._for_gradient(position))
         self.gradients += self.num_blocks
-        return float(loss), float(jnp.sqrt(_square(grad)))
-
-    def _for_gradient(self, position: Position) -> tuple:
-        return self.problem.program, position, self.frozen, self.blocks
+        loss, total = 0.0, None
+        for rows in self._chosen:
+            batch = self.problem.fetch(rows)
+            loss += self.problem.loss_at(position, batch)
+            grad = batch_grad(self.problem.program, position, self.frozen, batch)
+            total = grad if total is None else added(total, grad)
+        return loss / self.num_blocks, math.sqrt(float(_square(total))) / self.num_blocks
 
     def noise(self, position: Position, repeats: int, metric: Metric = ()) -> tuple[Noise, Noise]:
         """Mean and standard error over ``repeats`` fresh batches, by the difference of a batch's two halves.
@@ -317,15 +342,14 @@ class Probe:
 
     def _for_noise(self, position: Position, metric: Metric) -> tuple:
         problem, half = self.problem, max(1, self._batch // 2)
-        drawn = self._random.integers(0, problem.source.num_data, 2 * half)
-        halves = jax.tree.map(lambda x: x.reshape(2, half, *x.shape[1:]), problem.fetch(drawn))
+        halves = problem.fetch(self._random.integers(0, problem.source.num_data, (2, half)))
         around = (problem.program, position, self.center, self.frozen)
         return *around, halves, problem.on_first_device(metric), jnp.float32(self._nbeta)
 
     def acceptance(self, position: Position, step_size: float, localization: float, metric: Metric = ()) -> float:
         """Metropolis acceptance of one Euler-Maruyama step of this size from ``position``, on the fixed examples."""
         self.gradients += 2 * self.num_blocks
-        momentum = noise_like(self._next_key(), position)
+        momentum = noise_like(self._next_key(), position, self.problem.program.blocks)
         return float(acceptance(*self._for_acceptance(position, step_size, localization, metric, momentum)))
 
     def _for_acceptance(

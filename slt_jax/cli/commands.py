@@ -1,4 +1,5 @@
-"""The command line: ``slt-jax demo | llc | sweep | trajectory | report``, and ``slt-jax --version``.
+"""The command line: ``slt-jax demo | llc | sweep | trajectory | susceptibilities | influence | plan | report``, and
+--version.
 
 Exit codes: 0 success; 2 unusable input; 3 no chain stayed finite; 130 interrupted (with the result so far, if any).
 """
@@ -13,8 +14,22 @@ from typing import Any
 import tyro
 
 from slt_jax._checks import check_count, check_positive
-from slt_jax.cli.options import Command, Course, Demo, Llc, Report, Sampling, SweepGrid
+from slt_jax.cli.keyboard import keep_interrupts
+from slt_jax.cli.options import (
+    Command,
+    Course,
+    Demo,
+    Influence,
+    Llc,
+    Planned,
+    Probing,
+    Report,
+    Respond,
+    Sampling,
+    SweepGrid,
+)
 from slt_jax.cli.program_cache import keep_programs
+from slt_jax.cli.wording import in_options, result_in_options
 from slt_jax.machine import versions
 
 _INTERRUPTED = 130
@@ -23,6 +38,7 @@ _DRAWS, _PRECISION = 200, 0.03  # by default
 
 def run() -> None:
     """The command ``slt-jax``."""
+    keep_interrupts()
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -42,13 +58,14 @@ def main(argv: list[str] | None = None) -> int:
         config=(tyro.conf.FlagCreatePairsOff,),
     )  # fmt: skip
     _use_all_cores()
-    keep_programs()
+    if not isinstance(command, Planned):  # which says how long compiling takes
+        keep_programs()
     try:
         return _COMMANDS[type(command)](command)
     except KeyboardInterrupt:
         return _interrupted(command)
     except (ValueError, TypeError, FloatingPointError, ImportError, OSError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_options(str(error))}", file=sys.stderr)
         return 2
 
 
@@ -107,45 +124,46 @@ def _llc(command: Llc) -> int:
     return 3 if result.verdict == "diverged" and not len(result.kept_chains) else 0
 
 
-def _files_by_name(also: tuple[str, ...]) -> dict[str, Path]:
+def _files_by_name(also: tuple[str, ...], option: str = "--also") -> dict[str, Path]:
     files: dict[str, Path] = {}
     for text in also:
         name, sign, file = text.partition("=")
         if not (name and sign and file) or name in files:
-            raise ValueError(f"--also takes NAME=FILE, each name once, got {text!r}. Write --also code=code.npy.")
+            raise ValueError(f"{option} takes NAME=FILE, each name once, got {text!r}. Write {option} code=code.npy.")
         files[name] = Path(file)
     return files
 
 
 def _check_outputs(command: Any) -> None:
     """Raise OSError if an output file exists or cannot be written. Called before anything is sampled."""
-    for path in (command.out, command.plot):
+    for path in (command.out, command.plot, getattr(command, "page", None)):
         if path is not None and path.exists():
             raise FileExistsError(f"{path} exists. Remove it, or give another path.")
         if path is not None and not os.access(path.absolute().parent, os.W_OK):
             raise PermissionError(f"{path.absolute().parent} is not a folder that can be written to.")
 
 
-def _check_numbers(command: Sampling) -> None:
+def _check_numbers(command: Sampling | Planned) -> None:
     """Raise TypeError or ValueError for a number that no run can have. Called before a checkpoint is read."""
     least = {"chains": 1, "draws": 1, "warmup": 0, "thinning": 1, "batch_size": 1, "micro_batches": 1, "seq_len": 2,
-             "budget": 1}  # fmt: skip
+             "budget": 1, "examples": 1, "top": 1}  # fmt: skip
     for name, smallest in least.items():
         if (value := getattr(command, name, None)) is not None:
             check_count(f"--{name.replace('_', '-')}", value, smallest)
     for name in ("nbeta", "localization", "step_size", "precision", "minutes"):
         given = getattr(command, name, None)
         for value in given if isinstance(given, tuple) else () if given is None else (given,):
-            check_positive(f"--{name.replace('_', '-')}", value, "Leave it out for the default.")
+            control = name == "nbeta" and isinstance(command, Probing)
+            check_positive(f"--{name.replace('_', '-')}", value, "Leave it out for the default.", zero=control)
 
 
-def _estimator_options(command: Sampling, step_size: float | None) -> dict[str, Any]:
-    """The arguments that all estimators share."""
+def _estimator_options(command: Sampling, step_size: float | None, default: str = "sgld") -> dict[str, Any]:
+    """The arguments that all estimators share. ``default``: the sampler."""
     import slt_jax as slt
 
     samplers = {"sgld": slt.sgld, "preconditioned": slt.preconditioned_sgld, "underdamped": slt.underdamped}
     return {
-        "sampler": samplers[command.sampler or "sgld"](step_size), "num_chains": command.chains,
+        "sampler": samplers[command.sampler or default](step_size), "num_chains": command.chains,
         "num_draws": _DRAWS if command.draws is None else command.draws, "num_warmup": command.warmup,
         "thinning": 1 if command.thinning is None else command.thinning, "batch_size": command.batch_size,
         "micro_batches": command.micro_batches, "key": command.seed,
@@ -175,7 +193,7 @@ def _output(command: Any, result: Any, *, interrupted: bool) -> None:
 
     One that was interrupted, and can be resumed, is not written: the same command will write all of it.
     """
-    print(json.dumps(result.to_dict(), indent=1) if command.json else result)
+    print(json.dumps(result.to_dict(), indent=1) if command.json else result_in_options(str(result)))
     if interrupted and command.checkpoint_dir is not None:
         return
     if command.out is not None:
@@ -245,6 +263,65 @@ def _input_options(command: Any) -> dict[str, Any]:
     return options if isinstance(command, Course) else {**options, "revision": command.revision}
 
 
+def _susceptibilities(command: Respond) -> int:
+    from slt_jax.cli.observing import show_susceptibilities, susceptibilities_of
+
+    setting, probe, _ = _setting(command)
+    found, texts = susceptibilities_of(command, setting, probe)
+    show_susceptibilities(command, found, texts)
+    if found.interrupted:
+        return _interrupted(command)
+    return 3 if all(not len(result.kept_chains) for result in found.results.values()) else 0
+
+
+def _influence(command: Influence) -> int:
+    from slt_jax.cli.observing import check_target, influence_of
+
+    check_target(command)
+    code = influence_of(command, *_setting(command, command.on))
+    return _interrupted(command) if code is None else code
+
+
+def _setting(command: Probing, on: tuple[str, ...] = ()) -> tuple[Any, list[str], list[str]]:
+    """(what is sampled, names of the data sets of the probe, of those that are influenced)."""
+    from slt_jax.cli import language
+    from slt_jax.cli.observing import Setting
+    from slt_jax.estimators.request import Request
+
+    _check_outputs(command)
+    _check_numbers(command)
+    probes, influenced = _files_by_name(command.probe, "--probe"), _files_by_name(on, "--on")
+    if twice := [name for name in probes if influenced.get(name, probes[name]) != probes[name]]:
+        raise ValueError(f"--probe and --on have different files called {twice[0]!r}. Give them different names.")
+    case = language.open_case(
+        command.checkpoint,
+        **_input_options(command),
+        nbeta=command.nbeta,
+        localization=command.localization,
+        also={**probes, **influenced},
+    )
+    options = _estimator_options(command, command.step_size, "underdamped")
+    options["thinning"] = 4 if command.thinning is None else command.thinning
+    Request.checked(case.posterior, case.data, **options)
+    if not command.quiet:
+        print(*language.plan_of(case, case.posterior, options), sep="\n", file=sys.stderr)
+    setting = Setting(case, language.folder_of_tokenizer(command.checkpoint, command.revision), options)
+    return setting, list(probes), list(influenced)
+
+
+def _plan(command: Planned) -> int:
+    import jax
+
+    from slt_jax.cli.planning import planned, show
+
+    settings: Any = jax.config  # its class does not declare its settings
+    if settings.jax_platforms is None:  # compiling needs no device, and looking for one prints warnings
+        settings.update("jax_platforms", "cpu")
+    _check_numbers(command)
+    show(command, planned(command))
+    return 0
+
+
 def _report(command: Report) -> int:
     from slt_jax.report.write import write_report
 
@@ -262,6 +339,7 @@ def _check_heads(command: Llc) -> None:
 
 def _heads(command: Llc, case: Any, names: list[str], options: dict[str, Any]) -> int:
     from slt_jax.cli import language
+    from slt_jax.models.restrict import shared_heads
     from slt_jax.report.heatmaps import plot_heads
 
     def report(name: str, result: Any) -> None:
@@ -272,6 +350,9 @@ def _heads(command: Llc, case: Any, names: list[str], options: dict[str, Any]) -
         if command.out is not None:
             result.save(command.out / f"{name.replace(' ', '-')}.zarr")
 
+    if (count := shared_heads(case.posterior.center)) > 1 and not command.quiet:
+        told = f"heads share keys and values, {count} by {count}: these move with each of the heads that use them."
+        print(told, file=sys.stderr)
     if command.out is not None:
         command.out.mkdir()
     results = language.refined(
@@ -287,5 +368,6 @@ def _heads(command: Llc, case: Any, names: list[str], options: dict[str, Any]) -
 
 
 _COMMANDS: dict[type, Callable[[Any], int]] = {
-    Demo: _demo, Llc: _llc, SweepGrid: _sweep, Course: _trajectory, Report: _report,
+    Demo: _demo, Llc: _llc, SweepGrid: _sweep, Course: _trajectory, Respond: _susceptibilities, Influence: _influence,
+    Planned: _plan, Report: _report,
 }  # fmt: skip

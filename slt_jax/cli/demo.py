@@ -22,7 +22,7 @@ from rich.table import Table
 
 from slt_jax.estimators.llc import estimate_llc
 from slt_jax.estimators.trajectory import trajectory
-from slt_jax.models.decoder import Decoder, DecoderConfig
+from slt_jax.models.decoder import Decoder, DecoderConfig, sequence_loss
 from slt_jax.models.hub import load_decoder, save_decoder
 from slt_jax.posterior.flax import from_nnx
 from slt_jax.posterior.local import LocalPosterior
@@ -120,10 +120,6 @@ def train(size: DemoSize, data: np.ndarray, folder: Path, show: bool) -> list[Pa
     return paths
 
 
-def _model_loss(model: Decoder, batch: jax.Array) -> jax.Array:
-    return model.losses(batch)
-
-
 def run_demo(out: Path, *, smoke: bool = False, show: bool = True) -> list[dict]:
     """Run ``slt-jax demo`` and return the rows of its table."""
     size, console, began = SMOKE if smoke else FULL, Console(), time.monotonic()
@@ -139,7 +135,7 @@ def run_demo(out: Path, *, smoke: bool = False, show: bool = True) -> list[dict]
     data = source_bytes(size.num_files, size.config.context_length)
     paths = train(size, data, folder / "checkpoints", show)
     opened = [load_decoder(path) for path in paths]
-    pairs = {record["step"]: from_nnx(model, _model_loss) for model, record in opened}
+    pairs = {record["step"]: from_nnx(model, sequence_loss) for model, record in opened}
     centers = {step: params for step, (params, _) in pairs.items()}
     params, loss_fn = pairs[max(pairs)]
     posterior = LocalPosterior(loss_fn, params, num_data=len(data), nbeta=30.0, localization=300.0)

@@ -47,12 +47,18 @@ class Tokenizer:
         return [*ids, self.end] if ended and self.end is not None and ids[-1:] != [self.end] else ids
 
 
+def shorter(tokens: int) -> str:
+    """What to give for shorter examples of so many tokens: a batch of the default size if they suffice, or two."""
+    count = 32 if tokens >= 32 * 16 else 2
+    return f", or examples that are shorter: --seq-len {tokens // count} makes {count}" if tokens >= 2 * count else ""
+
+
 def packed(ids: Sequence[int] | np.ndarray, length: int, where: str) -> Int32[np.ndarray, "example {length}"]:
     """One stream of tokens cut into examples; a shorter remainder is dropped."""
     rows = len(ids) // length
     if rows < 2:
-        found = f"{len(ids)} tokens, fewer than two examples of {length}"
-        raise ValueError(f"{where} has {found}. Give more, or --seq-len.")
+        found = f"{len(ids):,} tokens, fewer than two examples of {length:,}"
+        raise ValueError(f"{where} has {found}. Give more{shorter(len(ids))}.")
     return np.asarray(ids[: rows * length], np.int32).reshape(rows, length)
 
 
@@ -74,7 +80,8 @@ def arranged(documents: Sequence[Sequence[int]], how: Documents, length: int, wh
     rows = [cut for cut in cuts if len(cut) == length or (how == "pad" and len(cut) > 1)]
     if len(rows) < 2:
         found = f"{len(rows)} examples of {length} tokens"
-        raise ValueError(f"{where} gives {found}. Give more, or --seq-len, or --documents pad.")
+        total = sum(len(document) for document in documents)
+        raise ValueError(f"{where} gives {found}. Give more, or --documents pad{shorter(total)}.")
     if how == "split":
         return np.asarray(rows, np.int32)
     filled = np.zeros((len(rows), length), np.int32)

@@ -9,13 +9,14 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32, PyTree
+from jaxtyping import Array, PyTree
 
+from slt_jax.calibration.effort import default_budget
 from slt_jax.cli.documents import Documents
 from slt_jax.cli.inputs import Read, Reader
 from slt_jax.estimators.llc import estimate_llc
 from slt_jax.estimators.precision import round_budgets
-from slt_jax.models.decoder import Decoder
+from slt_jax.models.decoder import sequence_loss
 from slt_jax.models.hub import folder_of, load_checkpoint
 from slt_jax.models.restrict import restricted
 from slt_jax.models.torch_checkpoint import load_torch_checkpoint
@@ -45,7 +46,7 @@ class Case:
     """A checkpoint, its data, and the posterior around it.
 
     ``length``: tokens in one example. ``given``: the settings of the posterior that the user gave, by name. ``also``:
-    further data sets by name.
+    further data sets by name. ``vocab_size``: None if it is not known.
     """
 
     posterior: LocalPosterior
@@ -53,13 +54,7 @@ class Case:
     length: int
     given: frozenset[str]
     also: dict[str, Any]
-
-
-def model_losses(model: Decoder, batch: PyTree) -> Float32[Array, " batch"]:
-    """Of tokens, or of ``{"tokens", "count"}`` where the rows are filled up (``documents.arranged``)."""
-    if isinstance(batch, Mapping):
-        return model.losses(batch["tokens"], batch["count"])
-    return model.losses(batch)
+    vocab_size: int | None = None
 
 
 def load_model(checkpoint: str | os.PathLike, backend: Backend = "jax", revision: str | None = None) -> Model:
@@ -71,7 +66,7 @@ def load_model(checkpoint: str | os.PathLike, backend: Backend = "jax", revision
     if backend == "torch":
         return Model(*load_torch_checkpoint(checkpoint, revision=revision))
     model, _ = load_checkpoint(checkpoint, revision=revision)
-    return Model(*from_nnx(model, model_losses), model.config.vocab_size, model.config.context_length)
+    return Model(*from_nnx(model, sequence_loss), model.config.vocab_size, model.config.context_length)
 
 
 def open_case(
@@ -129,7 +124,15 @@ def open_case(
         chance_loss=math.log(model.vocab_size) if model.vocab_size and model.vocab_size > 1 else None,
     )  # fmt: skip
     given = {name for name, value in {"nbeta": nbeta, "localization": localization}.items() if value is not None}
-    return Case(posterior, data, length, frozenset(given), others)
+    return Case(posterior, data, length, frozenset(given), others, model.vocab_size)
+
+
+def folder_of_tokenizer(checkpoint: str | os.PathLike, revision: str | None) -> Path | None:
+    """The folder of a checkpoint, which was read before; None where it has none."""
+    try:
+        return folder_of(checkpoint, revision)
+    except (OSError, ValueError, ImportError):
+        return None
 
 
 def _read(reader: Reader, tokens: Path | None, text: Sequence[Path], dataset: str | None) -> Read:
@@ -164,7 +167,7 @@ def _length_of(case: Case, free: LocalPosterior, options: dict[str, Any]) -> str
     chains, draws = options["num_chains"], options["num_draws"]
     tokens = options["batch_size"] * case.length
     if (target := options.get("target_error")) is not None:
-        first, most = round_budgets(free.num_free, options["budget"])
+        first, most = round_budgets(default_budget(free.num_free), options["budget"])
         text = f"run: {chains} chains, until the error is {target:.1%} of the LLC: {first:,} gradients first, at most "
         text += f"{most:,}, of {tokens:,} tokens each"
         return text if options["minutes"] is None else f"{text}; {options['minutes']:g} minutes"

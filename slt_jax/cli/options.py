@@ -48,8 +48,8 @@ class Sampling:
     """jax: the reader of this library. torch: any causal language model of transformers, through torch (extra torch);
     its parts are named by its modules."""
     sampler: Literal["sgld", "preconditioned", "underdamped"] | None = None
-    """The sampler. Default: underdamped for llc, which needs the fewest steps; sgld, that of published work on language
-    models, for sweep, trajectory and --heads."""
+    """The sampler. Default: underdamped, which needs the fewest steps; sgld, that of published work on language models,
+    for sweep, trajectory and --heads."""
     chains: int = 4
     """Independent chains of each estimate, started at the checkpoint."""
     draws: int | None = None
@@ -57,7 +57,7 @@ class Sampling:
     warmup: int | None = None
     """Steps before the first draw; default as many as draws."""
     thinning: int | None = None
-    """Steps from one draw to the next; default 1, or 4 with --precision."""
+    """Steps from one draw to the next; default 1, or 4 with --precision and where losses are observed."""
     batch_size: int = 32
     """Examples in the batch of a step, drawn with replacement, independently for each chain."""
     micro_batches: int = 1
@@ -163,11 +163,115 @@ class Course(Sampling):
 
 
 @_option
+class Probing(Sampling):
+    """Options of the commands that observe the losses of fixed examples."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    """As for llc."""
+    revision: str | None = None
+    """As for llc."""
+    probe: tuple[str, ...] = ()
+    """Data sets whose losses are observed, NAME=FILE: token files (.npy, .bin) or text. Default: the data that are
+    sampled with."""
+    examples: int = 32
+    """Examples taken from each of them, evenly spaced over the file."""
+    nbeta: float | None = None
+    """n times the inverse temperature; default 30. 0 is a control, whose draws do not know the data."""
+    localization: float | None = None
+    """gamma, the strength of the pull to the trained weights; default 300."""
+    step_size: float | None = None
+    """The step size epsilon of the sampler; default calibrated."""
+    out: Path | None = None
+    """Write the result to this file (zarr)."""
+    plot: Path | None = None
+    """Write the picture to this file (png, pdf, svg)."""
+    page: Path | None = None
+    """Write a page with tables, pictures and coloured texts to this file (html)."""
+
+
+@_option
+class Respond(Probing):
+    """Estimate the susceptibility of each component of a language model to each token or example of a probe."""
+
+    level: Literal["token", "example"] = "token"
+    """Observe the loss of each predicted token, or of whole examples."""
+    components: tuple[str, ...] = ("all",)
+    """heads, layers, all (embedding, heads, MLPs), or parts by name as for llc --only: 'layer 3 head 5'."""
+    estimator: Literal["two-chain", "one-chain"] = "two-chain"
+    """two-chain, as published, also samples all weights; one-chain is the covariance within the component's draws."""
+    show: str | None = None
+    """The component whose strongest responses are on the page; default the most reliable one."""
+
+
+@_option
+class Influence(Probing):
+    """Find which examples or tokens influence which others, by the covariance of their losses over the draws."""
+
+    on: tuple[str, ...] = ()
+    """Data sets whose losses are influenced, NAME=FILE; default the probe itself."""
+    target: str = "0"
+    """Whose strongest influences are shown: an example of --on (3), by the losses of whole examples, or one of its
+    predicted tokens (3:17), by the losses of tokens. Both are numbered from 0."""
+    only: str | None = None
+    """Sample one part of the model, as for llc."""
+    top: int = 10
+    """How many that help, and that harm, are shown."""
+
+
+@_option
+class Planned:
+    """Compile a run for TPUs or GPUs that are not at hand, and report what it would take: memory, chains that fit,
+    exchange between devices, time. Nothing is sampled, and of the checkpoint only config.json is read."""
+
+    checkpoint: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")]
+    """As for llc."""
+    device: str
+    """v5e:2x2, v5p:2x2x1, v6e:4x4 (TPUs by their topology), h100, h100x8, h200 (GPUs by their number). The compilers
+    are the extras tpu-compiler and gpu-compiler, and run on any Linux machine."""
+    revision: str | None = None
+    """As for llc."""
+    only: str | None = None
+    """Sample one part, as for llc."""
+    sampler: Literal["sgld", "preconditioned", "underdamped"] | None = None
+    """As for llc."""
+    chains: int | None = None
+    """Independent chains, a multiple of the devices; default 4, or one on each device if those are more."""
+    model: int = 1
+    """Devices that share the weights of a chain."""
+    draws: int | None = None
+    """As for llc."""
+    warmup: int | None = None
+    """As for llc."""
+    thinning: int | None = None
+    """As for llc."""
+    precision: float | None = None
+    """As for llc."""
+    budget: int | None = None
+    """As for llc."""
+    seq_len: int | None = None
+    """Tokens in one example; default the model's context length."""
+    examples: int = 100_000
+    """Examples in the data set."""
+    batch_size: int = 32
+    """Examples in the batch of a step."""
+    micro_batches: int = 1
+    """Number of parts into which a batch is split, to save memory."""
+    bfloat16: bool = False
+    """Run the model in bfloat16. The chains keep float32 weights."""
+    utilization: float = 0.4
+    """Share of the device's peak arithmetic that is assumed for the time of a step."""
+    json: bool = False
+    """Print the plan as JSON."""
+    quiet: bool = False
+    """Print the plan alone."""
+
+
+@_option
 class Report:
-    """Write one self-contained HTML page about a saved result, sweep or trajectory."""
+    """Write one self-contained HTML page about a saved result, sweep, trajectory or susceptibilities."""
 
     run: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN.zarr")]
-    """A file that llc, sweep or trajectory wrote with --out."""
+    """A file that llc, sweep, trajectory or susceptibilities wrote with --out."""
     out: Path | None = None
     """The HTML file; default the name of the run with .html."""
     overwrite: bool = False
@@ -182,5 +286,8 @@ Command = (
     | Annotated[Llc, tyro.conf.subcommand("llc")]
     | Annotated[SweepGrid, tyro.conf.subcommand("sweep")]
     | Annotated[Course, tyro.conf.subcommand("trajectory")]
+    | Annotated[Respond, tyro.conf.subcommand("susceptibilities")]
+    | Annotated[Influence, tyro.conf.subcommand("influence")]
+    | Annotated[Planned, tyro.conf.subcommand("plan")]
     | Annotated[Report, tyro.conf.subcommand("report")]
 )

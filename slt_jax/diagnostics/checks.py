@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from slt_jax.diagnostics.sensitivity import Slope
+from slt_jax.diagnostics.sensitivity import UNKNOWN, Slope
 
 UNKNOWN_TEXT = "not known"
 
@@ -14,7 +14,7 @@ class Fault(NamedTuple):
 
     verdict: str
     reason: str
-    end: float = math.nan
+    end: Slope = UNKNOWN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class Check:
             raise ValueError(f"the check {self.name!r} needs a fault exactly where it fails, got ok {self.ok}")
 
 
-def fault_if(ok: bool | None, verdict: str, reason: str, end: float = math.nan) -> Fault | None:
+def fault_if(ok: bool | None, verdict: str, reason: str, end: Slope = UNKNOWN) -> Fault | None:
     """The fault of a check that fails, None of any other."""
     return Fault(verdict, reason, end) if ok is False else None
 

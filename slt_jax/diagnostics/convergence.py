@@ -3,10 +3,13 @@
 import math
 
 from slt_jax.diagnostics.checks import UNKNOWN_TEXT, Check, Fault, fault_if, number, outcome
+from slt_jax.diagnostics.end import end_of_trend
 from slt_jax.diagnostics.evidence import Sample
 from slt_jax.diagnostics.limits import (
     BRACKET_SHARE,
     BRACKET_SIGMA,
+    CURVATURE_SHARE,
+    CURVATURE_SIGMA,
     ERROR_SHARE,
     ERROR_SHARE_OF_FEW,
     FEW_DRAWS,
@@ -21,13 +24,13 @@ from slt_jax.diagnostics.limits import (
     UNRELAXED_SHARE,
     VIRIAL_LIMIT,
 )
-from slt_jax.diagnostics.series import extrapolate
+from slt_jax.diagnostics.sensitivity import Slope
 
 
 def finite_chains(sample: Sample) -> Check:
     kept, stopped = sample.draws.shape[0], sample.evidence.num_stopped
     ok = kept > 0 and not stopped
-    cause = f": {found}" if (found := sample.evidence.stopped_by) else "; take a smaller step_size."
+    cause = f": {found}" if (found := sample.evidence.stopped_by) else f"; {_shorter_step(sample)}"
     reason = f"every chain went non-finite{cause}"
     if kept:
         reason = f"{stopped} chains went non-finite and are left out{cause}"
@@ -40,6 +43,16 @@ def finite_chains(sample: Sample) -> Check:
         value_text=f"{kept} of {kept + stopped}",
         limit_text="all",
         fault=fault_if(ok, "diverged", reason),
+    )
+
+
+def _shorter_step(sample: Sample) -> str:
+    step = sample.evidence.chosen_step
+    if math.isnan(step):
+        return "take a smaller step_size."
+    return (
+        f"the calibration chose step_size {step:.3g}, and the chains met a larger curvature than it had. Raise "
+        f"localization, so that they stay closer to w*, or give the sampler a shorter step: step_size={step / 4:.1g}."
     )
 
 
@@ -159,16 +172,21 @@ def trend(sample: Sample) -> Check:
 
 
 def _moving(sample: Sample) -> Fault:
-    end = extrapolate(sample.draws)
-    where = (
-        f"the estimate would end near {end:.4g} (extrapolated)" if math.isfinite(end) else "no end can be extrapolated"
-    )
+    end = sample.evidence.end
+    if sample.trend < 0 or not math.isfinite(end.stderr):
+        end = end_of_trend(sample.draws)
     reason = (
         f"the mean of the second half of the draws differs by {sample.trend:+.3g} from that of the first "
-        f"({sample.trend_z:+.1f} standard errors); {where}. "
+        f"({sample.trend_z:+.1f} standard errors); {_end_text(end)}. "
         f"{_run_longer(sample)}."
     )
     return Fault("still rising" if sample.trend > 0 else "still falling", reason, end)
+
+
+def _end_text(end: Slope) -> str:
+    if not math.isfinite(end.stderr):
+        return "no end can be extrapolated"
+    return f"the estimate would end near {end.value:.4g} +/- {end.stderr:.2g} (extrapolated)"
 
 
 def rise(sample: Sample) -> Check:
@@ -181,7 +199,7 @@ def rise(sample: Sample) -> Check:
     reason = (
         f"the last two doublings of the run changed the mean of the chains that started at w* by "
         f"{measured.before:+.3g} and {measured.value:+.3g}: they are still spreading into soft "
-        f"directions. {_run_longer(sample, 4.0)}, or raise localization."
+        f"directions; {_end_text(sample.evidence.end)}. {_run_longer(sample, 4.0)}."
     )
     return Check(
         name="Rise in one more doubling of the run",
@@ -191,7 +209,7 @@ def rise(sample: Sample) -> Check:
         meaning="Chains that start at w* spread into ever softer directions; this is what more steps would add.",
         value_text=UNKNOWN_TEXT if math.isnan(measured.stderr) else text,
         limit_text=f"at most {RISE_SHARE:.0%} of the LLC, or not sure",
-        fault=fault_if(ok, "still rising", reason),
+        fault=fault_if(ok, "still rising", reason, sample.evidence.end),
     )
 
 
@@ -202,7 +220,7 @@ def hot_starts(sample: Sample) -> Check:
     ok = outcome(apart, gap, sample.bracket_error)
     reason = (
         f"chains that started at w* give {cold:.4g}, and those that started hot give {hot:.4g}: the answer lies "
-        f"between, unless the hot ones left the neighbourhood of w*. {_run_longer(sample)}, or raise localization."
+        f"between, unless the hot ones left the neighbourhood of w*. {_run_longer(sample)}."
     )
     return Check(
         name="From w*, from hot starts",
@@ -222,7 +240,7 @@ def virial(sample: Sample) -> Check:
     ok = outcome(measured < VIRIAL_LIMIT, measured)
     reason = (
         f"the chains have equilibrated in about {max(0.0, measured):.0%} of the directions (virial ratio), and what "
-        f"the others would add is unknown. {_run_longer(sample, 4.0)}, or raise localization."
+        f"the others would add is unknown. {_run_longer(sample, 4.0)}."
     )
     return Check(
         name="Virial ratio",
@@ -237,17 +255,25 @@ def virial(sample: Sample) -> Check:
 
 
 def unrelaxed_bias(sample: Sample) -> Check:
-    """Not made where the draws fall: such chains come from somewhere else than w*."""
+    """Not made where the draws fall: such chains come from somewhere else than w*. Nor where the curvatures at w* give
+    far more than the draws, but for what going downhill takes: the loss is then no quadratic where the chains are.
+    """
     measured, times = sample.evidence.unrelaxed_bias, sample.evidence.times_longer
     falls = sample.trend_z < -TREND_SIGMA
-    ok = None if falls else outcome(measured > UNRELAXED_SHARE * sample.size, measured)
-    end = sample.mean + measured
+    tilt = sample.evidence.tilt.value
+    downhill = max(0.0, -tilt) if math.isfinite(tilt) else 0.0
+    above = sample.evidence.expected - sample.mean - downhill
+    wrong = above > max(CURVATURE_SHARE * sample.evidence.expected, CURVATURE_SIGMA * sample.error)
+    ok = None if falls or wrong else outcome(measured > UNRELAXED_SHARE * sample.size, measured)
+    end = Slope(sample.mean + measured, math.hypot(measured / 2, sample.error))
     remedy = "Take a longer step_size, or leave it out"
+    if math.isfinite(sample.evidence.chosen_step):
+        remedy = "The curvatures span too wide a range: rescale the inputs or the weights"
     if times < MOST_TIMES:
         remedy = _run_longer(sample, times)
     reason = (
         f"by the curvatures at w*, directions that have not relaxed in a run of this length would still add "
-        f"{measured:.3g}: the estimate would end near {end:.4g} (extrapolated). {remedy}, or raise localization."
+        f"{measured:.3g}: {_end_text(end)}. {remedy}."
     )
     return Check(
         name="Bias of unrelaxed directions",

@@ -7,7 +7,7 @@ import numpy as np
 
 from slt_jax.diagnostics.bias import Bias
 from slt_jax.diagnostics.sensitivity import UNKNOWN, Slope
-from slt_jax.diagnostics.series import Rise, ess_and_rhat, standard_error, trend_of
+from slt_jax.diagnostics.series import Rise, error_of_mean, ess_and_rhat, standard_error, trend_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +27,12 @@ class Evidence:
     little of it, over the length of this run; both from ``diagnostics.relaxation``. ``spacing``: nbeta times the
     distance from the loss at w* to the next number of float32. ``example_spread``: nbeta times the standard deviation
     over examples of their losses less those at w*. ``gradients``: minibatch gradients that the estimate took in all.
-    ``loss``: mean loss of the draws, and ``chance_loss`` that of a model that has learned nothing, nats per example.
+    ``end``: where the mean of the chains that started at w* would end, see ``end_of_spread``. ``loss``: mean loss of
+    the draws, and ``chance_loss`` that of a model that has learned nothing, nats per example. ``scatter``: share of the
+    variance of the draws that is minibatch noise. ``chosen_step``: the step size, where a calibration chose it.
+    ``expected``: the LLC by the curvatures at w*, of a run of this length; ``hidden``: directions whose curvature there
+    is below the localization, and ``hides``: by how much it lowers the estimate, where the largest curvature set it.
+    ``scatter_error``: standard error of the mean of the draws by minibatch noise alone.
     """
 
     virial: float = math.nan
@@ -51,8 +56,15 @@ class Evidence:
     spacing: float = math.nan
     example_spread: float = math.nan
     gradients: float = math.nan
+    end: Slope = UNKNOWN
     loss: float = math.nan
     chance_loss: float = math.nan
+    scatter: float = 0.0
+    chosen_step: float = math.nan
+    expected: float = math.nan
+    hidden: int = 0
+    hides: float = math.nan
+    scatter_error: float = math.nan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +108,6 @@ def sample_of(draws: np.ndarray, evidence: Evidence) -> Sample:
         bracket_error = math.hypot(*(standard_error(part, ess_and_rhat(part)[0]) for part in (draws[hot], draws[~hot])))
     return Sample(
         draws=draws, evidence=evidence, mean=float(draws.mean()) if draws.size else math.nan,
-        error=standard_error(draws, ess), ess=ess, rhat=rhat, trend=trend, trend_z=trend_z, bracket=bracket,
-        bracket_error=bracket_error,
+        error=error_of_mean(draws, ess, evidence.scatter) if draws.size else math.nan, ess=ess, rhat=rhat,
+        trend=trend, trend_z=trend_z, bracket=bracket, bracket_error=bracket_error,
     )  # fmt: skip

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-ROUNDING = 3e-6  # of the largest curvature: what lies under it is rounding in float32
 LONGEST = 1e6  # most times as long that is looked for
 RELAXED = 0.01  # of the LLC, that may be lacking at the length that is recommended
 Relaxation = Callable[[np.ndarray, float, float], np.ndarray]
@@ -55,17 +54,47 @@ class ChainLength(NamedTuple):
         return np.exp(-twice * self.first) * np.where(span > 1e-9, -np.expm1(-span) / np.maximum(span, 1e-9), 1.0)
 
 
-def unrelaxed_bias(curvature: np.ndarray, localization: float, chain: ChainLength) -> tuple[float, float]:
+class Directions(NamedTuple):
+    """What the curvatures at w* say of an estimate.
+
+    ``expected``: the LLC by them, of this run. ``hidden``: number of directions of a positive curvature below the
+    localization, and ``hides``: by how much it lowers the estimate in all directions of positive curvature.
+    ``quadratic``: the LLC by them of a run that is long enough.
+    """
+
+    expected: float
+    hidden: int
+    hides: float
+    quadratic: float
+
+
+def directions(curvature: np.ndarray, localization: float, chain: ChainLength, rounding: float) -> Directions:
+    """See ``Directions``. The arguments are those of ``unrelaxed_bias``."""
+    x = curvature[curvature > rounding]
+    total = x + localization
+    parts = x / total / 2
+    return Directions(
+        expected=float((parts * (1 - chain.lacking(total))).sum()),
+        hidden=int((x < localization).sum()),
+        hides=float((localization / total / 2).sum()),
+        quadratic=float(parts.sum()),
+    )
+
+
+def unrelaxed_bias(
+    curvature: np.ndarray, localization: float, chain: ChainLength, rounding: float = 0.0
+) -> tuple[float, float]:
     """(what the estimate lacks in slow directions, how many times as long a chain has to be to lack ``RELAXED``).
 
     Args:
         curvature: the eigenvalues of the Hessian of nbeta L at w*, where the chain starts, ``(direction,)``.
+        rounding: up to which they are taken for 0.
 
     Returns:
         The first in units of the LLC, and a little too much: directions that are stiffer away from
         w*, and all in chains that started hot, are filled by more.
     """
-    counting = np.where(curvature > ROUNDING * curvature.max(initial=0.0), curvature, 0.0)
+    counting = np.where(curvature > rounding, curvature, 0.0)
     total = counting + localization
     parts = counting / total / 2
     bias, times = float((parts * chain.lacking(total)).sum()), 1.0

@@ -17,6 +17,7 @@ class Slope(NamedTuple):
 
 
 UNKNOWN = Slope(math.nan, math.nan)
+DROWNED = 1 / 3  # of the LLC: a slope with a larger error is not told
 
 
 def slopes(
@@ -43,6 +44,18 @@ def slopes(
     away = np.abs(draws - draws.mean())
     least = gamma_error(float(energy.mean()), ess_and_rhat((away / (away.max() or 1.0)) ** 2)[0])  # in float32's range
     return Slope(up.value, max(up.stderr, least)), _mean_of(-_product(energy, pull))
+
+
+def bounded(slope: Slope, llc: float) -> Slope:
+    """A slope of the LLC as it may be told: within what is possible, and unknown where noise drowns it.
+
+    d LLC / d log nbeta is LLC - nbeta^2 Var(L), which is no more than the LLC; on a quadratic it lies between 0 and the
+    LLC, and that in localization between minus the LLC and 0. An error of a third of that range says nothing.
+    """
+    size = abs(llc)
+    if not slope.stderr <= DROWNED * size:
+        return UNKNOWN
+    return Slope(min(max(slope.value, -size), size), slope.stderr)
 
 
 def gamma_error(shape: float, count: float) -> float:

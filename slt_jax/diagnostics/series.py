@@ -8,6 +8,9 @@ from jaxtyping import Float
 
 from slt_jax.diagnostics.mixing import ess_of_mean, rank_rhat
 
+_BLOCKS = 100  # of a chain
+_SCATTER = 0.5  # of the variance of the draws, from which on minibatch noise hides slow directions
+
 
 class Rise(NamedTuple):
     """Of the mean over windows that double, [1/8, 1/4], [1/4, 1/2] and [1/2, 1] of a run: ``before``, from the first to
@@ -57,6 +60,23 @@ def standard_error(draws: np.ndarray, ess: float) -> float:
     return float(draws.std(ddof=1) / math.sqrt(ess)) if draws.size > 1 else math.nan
 
 
+def error_of_mean(draws: Float[np.ndarray, "chain draw"], ess: float, scatter: float) -> float:
+    """``standard_error``; where minibatches scatter the draws, the larger of that and of that of means over blocks.
+
+    Scatter that is independent from draw to draw hides slow directions: the sum of autocorrelations ends where they are
+    lost in it. In means over blocks of draws it is averaged out.
+
+    Args:
+        ess: of the draws. scatter: share of their variance that is minibatch noise, NaN if unknown.
+    """
+    error, size = standard_error(draws, ess), draws.shape[1] // _BLOCKS
+    if scatter <= _SCATTER or size < 2:
+        return error
+    blocks = draws[:, : _BLOCKS * size].reshape(len(draws), _BLOCKS, size).mean(2)
+    both = (error, standard_error(blocks, ess_and_rhat(blocks)[0]))
+    return max((float(x) for x in both if not math.isnan(x)), default=math.nan)
+
+
 def trend_of(draws: Float[np.ndarray, "chain draw"]) -> tuple[float, float]:
     """Mean of the second half of the draws less that of the first, and the same over its standard error."""
     half = draws.shape[1] // 2
@@ -68,22 +88,14 @@ def trend_of(draws: Float[np.ndarray, "chain draw"]) -> tuple[float, float]:
     return change, change / max(math.hypot(*errors), 1e-30)
 
 
-def extrapolate(draws: Float[np.ndarray, "chain draw"], blocks: int = 12) -> float:
-    """Where the draws would end: the a of a + b exp(-t / tau), by least squares over block means.
-
-    NaN when no tau up to twice the run explains them, that is when they go on in a straight line or faster.
-    """
-    length = draws.shape[1] // blocks
-    if length < 1 or draws.shape[0] == 0:
-        return math.nan
-    means = draws[:, : blocks * length].reshape(len(draws), blocks, length).mean((0, 2), dtype=np.float64)
-    t, fits = np.arange(blocks) + 0.5, []
-    for tau in np.geomspace(1.0, 2.0 * blocks, 25):
-        basis = np.stack([np.ones(blocks), np.exp(-t / tau)], 1)
-        solution, *_ = np.linalg.lstsq(basis, means, rcond=None)
-        fits.append((float(np.sum((basis @ solution - means) ** 2)), tau, solution[0]))
-    _, tau, end = min(fits)
-    return float(end) if tau < 1.9 * blocks else math.nan
+def since_start(
+    warmup: Float[np.ndarray, "chain step"], draws: Float[np.ndarray, "chain draw"], thinning: int
+) -> tuple[np.ndarray, int]:
+    """(means over ``thinning`` steps of the warm-up, then the draws; how many of the former), chain by chain."""
+    count = warmup.shape[1] // thinning
+    skipped = warmup.shape[1] - count * thinning
+    early = warmup[:, skipped:].reshape(len(warmup), count, thinning).mean(2, dtype=np.float64)
+    return np.concatenate([early, draws], axis=1), count
 
 
 def rise_of(warmup: np.ndarray, draws: np.ndarray, thinning: int, offset_stderr: float = 0.0) -> Rise:
@@ -97,10 +109,7 @@ def rise_of(warmup: np.ndarray, draws: np.ndarray, thinning: int, offset_stderr:
         warmup: nbeta (L_m(w) - L(w*)), (chain, step), of all warm-up steps. draws: the same of the kept draws.
         thinning: steps from one draw to the next. offset_stderr: of what was subtracted in ``warmup``.
     """
-    count = warmup.shape[1] // thinning
-    skipped = warmup.shape[1] - count * thinning
-    early = warmup[:, skipped:].reshape(len(warmup), count, thinning).mean(2, dtype=np.float64)
-    values = np.concatenate([early, draws], axis=1)
+    values, _ = since_start(warmup, draws, thinning)
     total = values.shape[1]
     windows = [values[:, total // 8 : total // 4], values[:, total // 4 : total // 2], values[:, total // 2 :]]
     if len(values) == 0 or windows[0].shape[1] < 8 or not np.isfinite(values).all():

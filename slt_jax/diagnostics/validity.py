@@ -1,6 +1,7 @@
 """Checks of what was sampled: is w* a minimum, do step and noise bias the estimate, does it depend on nbeta?"""
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from slt_jax.diagnostics.limits import (
     DITHER_SHARE,
     DITHER_SPACINGS,
     HEAT_SIGMA,
+    HIDDEN_SHARE,
     KINETIC_LIMIT,
     KINETIC_LIMIT_METRIC,
     LOCALIZED_DEGREE_LIMIT,
@@ -30,7 +32,7 @@ from slt_jax.diagnostics.limits import (
     TILT_SHARE,
     TILT_SIGMA,
 )
-from slt_jax.diagnostics.sensitivity import rises_with_nbeta
+from slt_jax.diagnostics.sensitivity import Slope, bounded, rises_with_nbeta
 
 _QUARTILES_OF_NORMAL = 1.349  # standard deviations from the lower to the upper
 
@@ -87,7 +89,13 @@ def _is_dithered(sample: Sample) -> bool:
 
 
 def lower_loss(sample: Sample) -> Check:
+    """At a minimum all draws are positive but for minibatch noise, which is independent from draw to draw: the error
+    that counts is that of this noise, where it is known. That of the mean is inflated where chains drift away.
+    """
     draws, mean, error = sample.draws, sample.mean, sample.error
+    if math.isfinite(scatter := sample.evidence.scatter_error):
+        rounding = sample.evidence.spacing
+        error = float(min(error, max(scatter, rounding if math.isfinite(rounding) else 0.0)))
     lowest, part_error = math.nan, math.nan
     if draws.size:
         count = max(1, draws.shape[1] // LOWER_PARTS)
@@ -266,8 +274,8 @@ def _spread_out(sample: Sample, times: float) -> Fault:
         )
     return Fault(
         "depends on nbeta or localization",
-        f"{text}a factor e in nbeta would move the estimate by {sample.evidence.nbeta_slope.value:+.3g}, as around "
-        "weights that are no minimum. Train further, or raise localization.",
+        f"{text}the estimate falls as nbeta grows, as around weights that are no minimum. Train further, or raise "
+        "localization.",
     )
 
 
@@ -279,11 +287,11 @@ def nbeta_slope(sample: Sample) -> Check:
     ok, fault = _slopes(sample)
     return Check(
         name="Slope in log nbeta",
-        value=sample.evidence.nbeta_slope.value,
+        value=bounded(sample.evidence.nbeta_slope, sample.mean).value,
         limit=SLOPE_SHARE * sample.size,
         ok=ok,
         meaning="How far the estimate rises when nbeta grows by a factor e.",
-        value_text=with_error(sample.evidence.nbeta_slope),
+        value_text=with_error(bounded(sample.evidence.nbeta_slope, sample.mean)),
         limit_text=f"under {SLOPE_SIGMA:g} standard errors, or {SLOPE_SHARE:.0%} of the LLC",
         fault=fault,
     )
@@ -293,13 +301,34 @@ def localization_slope(sample: Sample) -> Check:
     ok, fault = _slopes(sample)
     return Check(
         name="Slope in log localization",
-        value=sample.evidence.localization_slope.value,
+        value=bounded(sample.evidence.localization_slope, sample.mean).value,
         limit=None,
         ok=ok,
         meaning="The same for the localization, which lowers the estimate where it confines flat directions.",
-        value_text=with_error(sample.evidence.localization_slope),
+        value_text=with_error(bounded(sample.evidence.localization_slope, sample.mean)),
         limit_text="weighed with the one above",
         fault=fault,
+    )
+
+
+def hidden_directions(sample: Sample) -> Check:
+    """Where the range of the curvatures, not the size of the weights, sets the localization."""
+    e = sample.evidence
+    ok = outcome(e.hides > HIDDEN_SHARE * sample.size and e.hidden > 0, e.hides)
+    reason = (
+        f"{e.hidden} of {e.num_free} directions have a curvature at w* below the localization, which the range of the "
+        f"curvatures demands; without it the estimate would be up to {e.hides:.3g} higher. Rescale the inputs, such as "
+        "to mean 0 and standard deviation 1, or the weights, so that the curvatures are more alike."
+    )
+    return Check(
+        name="Directions below the localization",
+        value=sample.share(e.hides),
+        limit=HIDDEN_SHARE,
+        ok=ok,
+        meaning="What the localization takes from the estimate, where the range of the curvatures demands it.",
+        value_text=UNKNOWN_TEXT if math.isnan(e.hides) else f"{sample.share(e.hides):.0%} ({e.hidden} directions)",
+        limit_text=f"under {HIDDEN_SHARE:.0%} of the LLC",
+        fault=fault_if(ok, "depends on nbeta or localization", reason),
     )
 
 
@@ -310,12 +339,21 @@ def _slopes(sample: Sample) -> tuple[bool | None, Fault | None]:
     measured = rises_with_nbeta(up, down, degree)
     rises = any(x.value > max(SLOPE_SIGMA * x.stderr, SLOPE_SHARE * sample.size) for x in measured)
     ok = not rises if measured else None
+    told = {name: bounded(x, sample.mean) for name, x in {"nbeta": up, "localization": down}.items()}
     reason = (
-        f"a factor e in nbeta changes the estimate by {up.value:+.3g}, and one in localization by {down.value:+.3g}: "
-        "it describes this posterior, and is not yet the learning coefficient. Raise nbeta, or lower localization, "
-        "until the estimate no longer changes."
+        f"{_changes(told)}: it describes this posterior, and is not yet the learning coefficient. Raise nbeta until "
+        "the estimate no longer changes."
     )
     return ok, fault_if(ok, "depends on nbeta or localization", reason)
+
+
+def _changes(told: Mapping[str, Slope]) -> str:
+    """What a factor e in these settings adds to the estimate."""
+    known = [(name, f"by {x.value:+.3g} +/- {x.stderr:.2g}") for name, x in told.items() if x.stderr > 0]
+    if not known:
+        return "the estimate changes with nbeta or localization, by how much is not sure"
+    (first, change), *others = known
+    return f"a factor e in {first} changes the estimate {change}" + "".join(f", one in {n} {c}" for n, c in others)
 
 
 def degree(sample: Sample) -> Check:
@@ -330,7 +368,7 @@ def degree(sample: Sample) -> Check:
     ok = outcome(measured.value - most > SLOPE_SIGMA * measured.stderr, measured.value)
     reason = (
         f"where the chains are, the loss grows like the power {measured.value:.2g} of the distance to w*: they are "
-        "too far out for w* to determine its shape. Raise nbeta or localization until the estimate no longer changes."
+        "too far out for w* to determine its shape. Raise nbeta until the estimate no longer changes."
     )
     return Check(
         name="Degree of the loss",

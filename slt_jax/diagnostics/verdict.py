@@ -20,11 +20,13 @@ from slt_jax.diagnostics.convergence import (
     virial,
 )
 from slt_jax.diagnostics.evidence import Evidence, Sample, sample_of
+from slt_jax.diagnostics.sensitivity import bounded
 from slt_jax.diagnostics.validity import (
     acceptance,
     below_chance,
     degree,
     heat_in_a_metric,
+    hidden_directions,
     kinetic_temperature,
     localization_slope,
     lower_loss,
@@ -42,7 +44,7 @@ Rule = Callable[[Sample], Check]
 CHECKS: tuple[Rule, ...] = (
     finite_chains, usable_draws, rhat, effective_draws, error_of_the_mean, trend, rise, hot_starts, virial,
     unrelaxed_bias, kinetic_temperature, heat_in_a_metric, acceptance, step_size_bias, noise_bias, spread_of_losses,
-    resolution, below_chance, nbeta_slope, localization_slope, lower_loss, slope_at_center, degree,
+    resolution, below_chance, hidden_directions, nbeta_slope, localization_slope, lower_loss, slope_at_center, degree,
 )  # fmt: skip
 
 # A run that fails one of these has no other fault: what is left says little.
@@ -57,6 +59,7 @@ PRECEDENCE: tuple[tuple[Rule, ...], ...] = (
     (trend, rise),
     (hot_starts, rhat),
     (virial,),
+    (hidden_directions,),
     (error_of_the_mean, effective_draws),
     (kinetic_temperature, heat_in_a_metric, step_size_bias, noise_bias),
     (spread_of_losses,),
@@ -64,6 +67,10 @@ PRECEDENCE: tuple[tuple[Rule, ...], ...] = (
 )
 
 CONVERGED = Fault("converged", "trend, R-hat, bias and sensitivities are all in order.")
+
+# At nbeta = 0 the LLC is 0, and the draws can only fail to be draws.
+OF_CONTROL: tuple[Rule, ...] = (finite_chains, usable_draws, rhat)
+CONTROL = Fault("converged", "nbeta = 0: a control; draws from the localization alone.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +80,8 @@ class Health:
     ``ess``: effective number of independent draws over all chains. ``rhat``: split R-hat. ``trend``: mean of the
     second half less mean of the first, in units of the LLC; ``trend_z``: the same over its standard error.
     ``bracket``: means of the chains started at w* and of those started hot, NaN without such. ``verdict``: few words;
-    ``reason``: why, and what to do. ``extrapolated``: where a moving estimate would end, NaN otherwise. ``flags``: the
+    ``reason``: why, and what to do. ``extrapolated``: where a moving estimate would end, NaN otherwise, and
+    ``extrapolated_stderr``: its standard error. ``flags``: the
     verdicts of all faults, the verdict first; none where it converged. ``checks``: every number beside its limit.
     """
 
@@ -86,6 +94,7 @@ class Health:
     verdict: str
     reason: str
     extrapolated: float = math.nan
+    extrapolated_stderr: float = math.nan
     flags: tuple[str, ...] = ()
     checks: tuple[Check, ...] = ()
 
@@ -97,19 +106,39 @@ class Health:
     def virial(self) -> float:
         return self.evidence.virial
 
+    def numbers(self, llc: float) -> dict[str, float]:
+        """Every number of the checks by its name in JSON, NaN where it is not known; ``llc``: the estimate."""
+        e = self.evidence
+        slopes = {
+            "nbeta_slope": bounded(e.nbeta_slope, llc), "localization_slope": bounded(e.localization_slope, llc),
+            "degree": e.degree, "tilt": e.tilt,
+        }  # fmt: skip
+        return {
+            "rhat": self.rhat, "ess": self.ess, "trend": self.trend, "virial": e.virial, "kinetic": e.kinetic,
+            "acceptance": e.acceptance, "from_center": self.bracket[0], "from_hot": self.bracket[1],
+            "extrapolated": self.extrapolated, "extrapolated_stderr": self.extrapolated_stderr,
+            **{name: slope.value for name, slope in slopes.items()},
+            **{f"{name}_stderr": slope.stderr for name, slope in slopes.items()},
+            "held": e.localized_share, "owed": e.unrelaxed_bias,
+        }  # fmt: skip
 
-def assess(draws: np.ndarray, evidence: Evidence) -> Health:
-    """The Health of ``draws`` (chain, draw), of the chains that stayed finite."""
+
+def assess(draws: np.ndarray, evidence: Evidence, *, control: bool = False) -> Health:
+    """The Health of ``draws`` (chain, draw), of the chains that stayed finite.
+
+    ``control``: whether nbeta is 0, and the draws are L_m(w_t) - L_m(w*).
+    """
     sample = sample_of(draws, evidence)
-    checks = {rule: rule(sample) for rule in CHECKS}
+    checks = {rule: rule(sample) for rule in (OF_CONTROL if control else CHECKS)}
     faults = list(_faults(checks))
-    verdict, reason, end = faults[0] if faults else CONVERGED
+    verdict, reason, end = faults[0] if faults else CONTROL if control else CONVERGED
     flags = tuple(dict.fromkeys(fault.verdict for fault in faults))
     if len(flags) > 1:
         reason += f" Also: {', '.join(flags[1:])}."
     return Health(
         ess=sample.ess, rhat=sample.rhat, trend=sample.trend, trend_z=sample.trend_z, evidence=evidence,
-        bracket=sample.bracket, verdict=verdict, reason=reason, extrapolated=end, flags=flags,
+        bracket=sample.bracket, verdict=verdict, reason=reason, extrapolated=end.value,
+        extrapolated_stderr=end.stderr, flags=flags,
         checks=tuple(checks.values()),
     )  # fmt: skip
 
@@ -121,6 +150,6 @@ def _faults(checks: dict[Rule, Check]) -> Iterator[Fault]:
             yield fault
             return
     for group in PRECEDENCE:
-        faults = (checks[rule].fault for rule in group)
+        faults = (checks[rule].fault for rule in group if rule in checks)
         if fault := next(filter(None, faults), None):
             yield fault

@@ -23,7 +23,7 @@ from slt_jax.engine.mesh import allgather, is_main_process, spans_processes
 from slt_jax.posterior.tree import to_host
 
 MANIFEST = "manifest.json"
-FORMAT = 3
+FORMAT = 4
 DIGEST = "sha256"  # in the manifest, in notes, and of a save
 _NOTE_FORMAT = "note_format"
 _BEGUN = ".orbax-checkpoint-tmp"  # in the name of a save that is not finished

@@ -15,10 +15,11 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Bool, Key
 
 from slt_jax.engine.keys import KeyTag
-from slt_jax.engine.trace import Trace, blank
+from slt_jax.engine.observe import Seen, Sums, Watch, blank_values, recorded, values_of_all
+from slt_jax.engine.trace import Rows, Trace, blank_rows, columns
 from slt_jax.posterior.data import draw_indices, gather
 from slt_jax.posterior.program import LossProgram
-from slt_jax.samplers.base import Hyper, Metric, Position, displacement, inner
+from slt_jax.samplers.base import Blocks, Hyper, Metric, Position, displacement, inner
 
 PyTree = Any
 
@@ -38,12 +39,15 @@ class Static(NamedTuple):
     full_batch: bool = False
     also_data: tuple[int, ...] = ()  # examples of each further data set
     slope_method: str = ""  # how the slope at w* is measured, see ``SlopeSchedule``
+    watches: tuple[Watch, ...] = ()
+    slots: int = 0  # draws of a chunk, at most, whose observed values are kept
 
 
 class Window(NamedTuple):
     """Which steps a chunk takes, and what depends on their numbers. ``offset``: of the first one in ``batches``.
 
-    ``tilt_every``: draws from one measurement of the slope at w* to the next. Scalars of int32, ``hot`` of float32.
+    ``tilt_every``: draws from one measurement of the slope at w* to the next. ``parts``: (a, b) where moments are kept,
+    draw t being in their block (a (t + 1) - 1) // b; else (). Scalars of int32, ``hot`` of float32.
     """
 
     start: Any
@@ -53,6 +57,11 @@ class Window(NamedTuple):
     thinning: Any
     tilt_every: Any
     hot: Any
+    parts: Any = ()
+
+    def draws_before(self, step: Any) -> Any:
+        """Draws of a chain before this step."""
+        return jax.lax.div(jnp.maximum(0, step - self.num_warmup), self.thinning)
 
 
 class Row(NamedTuple):
@@ -73,7 +82,7 @@ class Shared(NamedTuple):
     """What all chains use, held once on each device.
 
     ``arrays``: the data, () where the host gives batches. ``center_grad``: grad L_n(w*), () where it is not needed.
-    ``also``: the arrays of further data sets.
+    ``also``: the arrays of further data sets. ``observed``: those of observables, in blocks.
     """
 
     center: Position
@@ -82,6 +91,7 @@ class Shared(NamedTuple):
     metric: Metric
     center_grad: Position | tuple[()]
     also: tuple[PyTree, ...]
+    observed: tuple[PyTree, ...] = ()
 
 
 def loss_and_grad_on(static: Static, frozen: PyTree, batch: PyTree) -> Callable:
@@ -179,35 +189,42 @@ def _losses_at_center(static: Static, kept, slope_too, position: PyTree, center:
     return jax.lax.cond(kept, losses_alone, nothing)
 
 
-def _at_step(window: Window, step: jax.Array, row: Row, metric: Metric) -> Hyper:
+def _at_step(window: Window, step: jax.Array, row: Row, metric: Metric, blocks: Blocks) -> Hyper:
     """The step's own numbers: statistics adapt, and the odd chains cool, over the first half of the warm-up.
 
     A chain hotter by F moves with a step longer by its root: right for a quartic, on the safe side for a quadratic.
     """
-    cooling = jnp.maximum(1, window.num_warmup // 2)
-    heat = jnp.where(row.number % 2 == 1, window.hot ** jnp.maximum(0.0, 1.0 - step / cooling), 1.0)
-    step_size, adapt = row.step_size * jnp.sqrt(heat), step < window.num_warmup // 2
-    return Hyper(row.nbeta / heat, row.localization, step_size, row.friction, adapt, metric, row.limit)
+    half = jax.lax.div(window.num_warmup, jnp.int32(2))
+    cooling = jnp.maximum(1, half)
+    heat = jnp.where(
+        jax.lax.rem(row.number, jnp.int32(2)) == 1, window.hot ** jnp.maximum(0.0, 1.0 - step / cooling), 1.0
+    )
+    step_size, adapt = row.step_size * jnp.sqrt(heat), step < half
+    return Hyper(row.nbeta / heat, row.localization, step_size, row.friction, adapt, metric, row.limit, blocks)
 
 
-def _batch_at(static: Static, shared: Shared, window: Window, i: jax.Array, step_key: jax.Array, batches: PyTree):
+def _batch_at(static: Static, shared: Shared, window: Window, i: jax.Array, key: jax.Array, batches: PyTree):
     """The examples of the chunk's step ``i``: from the host, all there are, or drawn here."""
     if static.gather is None:
         return jax.tree.map(lambda b: b[window.offset + i], batches)
     if takes_all(static, static.num_data):
         return shared.arrays
-    drawn = draw_indices(jax.random.fold_in(step_key, KeyTag.BATCH), static.num_data, static.batch_size)
+    drawn = draw_indices(key, static.num_data, static.batch_size)
     return static.gather(shared.arrays, drawn)
 
 
 def _one_step(
     static: Static, shared: Shared, window: Window, key: jax.Array, row: Row, batches: PyTree, i: jax.Array, state: Any
-) -> tuple[Any, Trace]:
-    """Step ``i`` of the chunk of one chain: (the moved state, what is recorded at the position before the move)."""
+) -> tuple[Any, Trace, tuple[jax.Array, ...]]:
+    """Step ``i`` of the chunk of one chain: (the moved state, what is recorded at the position before the move, what is
+    observed there).
+    """
     center, frozen = shared.center, shared.frozen
     step = window.start + i
     step_key = jax.random.fold_in(key, step)
-    batch = _batch_at(static, shared, window, i, step_key, batches)
+    # One key after the other: made together, XLA (of jax 0.12) holds a second copy of ``center_grad`` in the loop.
+    batch_key, noise_key = (jax.random.fold_in(step_key, tag) for tag in (KeyTag.BATCH, KeyTag.NOISE))
+    batch = _batch_at(static, shared, window, i, batch_key, batches)
     plain = loss_and_grad = loss_and_grad_on(static, frozen, batch)
     if static.control_variate:
         losses_at_center, noise = plain(center)
@@ -216,9 +233,10 @@ def _one_step(
             losses, grad = plain(position)
             return losses, jax.tree.map(lambda g, n, full: g - n + full, grad, noise, shared.center_grad)
 
-    kept = (step >= window.num_warmup) & ((step - window.num_warmup) % window.thinning == window.thinning - 1)
-    draw, before = (step - window.num_warmup) // window.thinning, state.position
-    slope_too = kept & (draw % window.tilt_every == 0) if static.slope_method else jnp.bool(False)
+    past = step - window.num_warmup  # `rem` and `div` round towards 0; `%` and `//` are more code, for past < 0
+    kept = (past >= 0) & (jax.lax.rem(past, window.thinning) == window.thinning - 1)
+    draw, before = jax.lax.div(past, window.thinning), state.position
+    slope_too = kept & (jax.lax.rem(draw, window.tilt_every) == 0) if static.slope_method else jnp.bool(False)
     if static.control_variate:
         baseline, tilt = losses_at_center, jnp.float32(jnp.nan)
     else:
@@ -226,8 +244,8 @@ def _one_step(
     if static.slope_method == "gradient":
         downhill = lambda: inner(shared.center_grad, displacement(before, center)).astype(jnp.float32)  # noqa: E731
         tilt = jax.lax.cond(slope_too, downhill, lambda: jnp.float32(jnp.nan))
-    hyper = _at_step(window, step, row, shared.metric)
-    noise_key = jax.random.fold_in(step_key, KeyTag.NOISE)
+    seen = values_of_all(static.watches, before, frozen, shared.observed, kept) if static.watches else ()
+    hyper = _at_step(window, step, row, shared.metric, static.program.blocks)
     state, info = static.sampler_step(noise_key, state, loss_and_grad, center, hyper)
     gap = info.loss - baseline if static.paired else info.loss
     spread = _spread(static, gap, static.num_data)
@@ -239,42 +257,63 @@ def _one_step(
             lambda: jnp.full((len(shared.also), 3), jnp.nan, jnp.float32),
         )
     at_draw = lambda x: jnp.where(kept, x, jnp.nan)  # noqa: E731
-    return state, Trace(
-        loss=jnp.mean(info.loss),
-        baseline=at_draw(jnp.mean(baseline) if static.paired else jnp.nan),
-        gap_var=at_draw(spread),
-        tilt=tilt,
-        drift_sq=info.drift_sq,
-        virial=info.virial,
-        distance_sq=info.distance_sq,
-        kinetic=info.kinetic,
-        acceptance=info.acceptance,
-        pull=info.pull,
-        time=info.time,
-        also=also,
+    return (
+        state,
+        Trace(
+            loss=jnp.mean(info.loss),
+            baseline=at_draw(jnp.mean(baseline) if static.paired else jnp.nan),
+            gap_var=at_draw(spread),
+            tilt=tilt,
+            drift_sq=info.drift_sq,
+            virial=info.virial,
+            distance_sq=info.distance_sq,
+            kinetic=info.kinetic,
+            acceptance=info.acceptance,
+            pull=info.pull,
+            time=info.time,
+            also=also,
+        ),
+        seen,
     )
 
 
-def _one_chain(static: Static, shared: Shared, window: Window, state, key, row: Row, alive, batches):
+def _observed(static: Static, window: Window, i: jax.Array, seen: Seen, values: tuple, now: Trace, still) -> Seen:
+    """``seen`` with what step ``i`` of the chunk observed; NaN of a chain that is no longer finite."""
+    step, gap = window.start + i, now.loss - now.baseline if static.paired else now.loss
+    draw = window.draws_before(step)
+    part = jnp.int32(0)
+    if window.parts:
+        per, draws = window.parts
+        part = (per * (draw + 1) - 1) // draws
+    return recorded(
+        static.watches, seen, jax.tree.map(lambda x: jnp.where(still, x, jnp.nan), values),
+        slot=draw - window.draws_before(window.start), part=part, kept=window.draws_before(step + 1) > draw,
+        weight=jnp.asarray(now.time, jnp.float32), gap=jnp.asarray(gap, jnp.float32),
+    )  # fmt: skip
+
+
+def _one_chain(static: Static, shared: Shared, window: Window, state, key, row: Row, alive, batches, sums):
     """All steps of the chunk for one chain; stops when the chain (with vmap: its whole group) is no longer finite."""
 
     def go_on(carry):
-        i, _, still, _ = carry
+        i, _, still, _, _ = carry
         any_alive = jax.lax.pmax(still.astype(jnp.int32), "group") > 0 if static.group > 1 else still
         return (i < window.count) & any_alive
 
     def body(carry):
-        i, state, still, trace = carry
-        state, now = _one_step(static, shared, window, key, row, batches, i, state)
-        trace = jax.tree.map(lambda t, x: t.at[i].set(jnp.where(still, x, jnp.nan).astype(t.dtype)), trace, now)
-        return i + 1, state, still & jnp.isfinite(now.loss) & jnp.isfinite(now.drift_sq), trace
+        i, state, still, trace, seen = carry
+        state, now, values = _one_step(static, shared, window, key, row, batches, i, state)
+        new = jax.tree.map(lambda x: jnp.where(still, x, jnp.nan), Rows(columns(now), now.also))
+        trace = jax.tree.map(lambda t, x: jax.lax.dynamic_update_index_in_dim(t, x, i, 0), trace, new)
+        seen = _observed(static, window, i, seen, values, now, still) if static.watches else seen
+        return i + 1, state, still & jnp.isfinite(now.loss) & jnp.isfinite(now.drift_sq), trace, seen
 
-    empty = blank(jnp, (static.length,), len(shared.also))
-    _, state, alive, trace = jax.lax.while_loop(go_on, body, (jnp.int32(0), state, alive, empty))
-    return state, alive, trace
+    empty = blank_rows((static.length,), len(shared.also)), Seen(blank_values(static.watches, static.slots), sums)
+    _, state, alive, trace, seen = jax.lax.while_loop(go_on, body, (jnp.int32(0), state, alive, *empty))
+    return state, alive, trace, seen
 
 
-def _device_chunk(static: Static, state, alive, keys, rows, batches, shared, window):
+def _device_chunk(static: Static, state, alive, keys, rows, batches, shared, window, sums):
     """One device's chains, ``group`` at a time; the stacked state is updated in place."""
     chain = functools.partial(_one_chain, static, shared, window)
     size = static.group
@@ -283,33 +322,35 @@ def _device_chunk(static: Static, state, alive, keys, rows, batches, shared, win
     else:
         run_group = lambda *a: jax.tree.map(lambda x: x[None], chain(*jax.tree.map(lambda x: x[0], a)))  # noqa: E731
     num = keys.shape[0]
-    trace = blank(jnp, (num, static.length), len(static.also_data))
+    trace = blank_rows((num, static.length), len(static.also_data))
+    seen = Seen(blank_values(static.watches, static.slots, (num,)), sums)
     if num == size:
-        return run_group(state, keys, rows, alive, batches)
+        return run_group(state, keys, rows, alive, batches, sums)
 
     def one_group(g, carry):
         def take(tree):
             return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, g * size, size), tree)
 
-        moved = run_group(take(carry[0]), take(keys), take(rows), take(carry[1]), take(batches))
+        old = take(carry[3].sums)
+        moved = run_group(take(carry[0]), take(keys), take(rows), take(carry[1]), take(batches), old)
         return jax.tree.map(lambda a, b: jax.lax.dynamic_update_slice_in_dim(a, b, g * size, 0), carry, moved)
 
-    return jax.lax.fori_loop(0, num // size, one_group, (state, alive, trace))
+    return jax.lax.fori_loop(0, num // size, one_group, (state, alive, trace, seen))
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1,))
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 8))
 def run_chunk(
     static: Static, state: PyTree, alive: Bool[Array, " chain"], keys: Key[Array, " chain"], rows: Row, batches: PyTree,
-    shared: Shared, window: Window,
-) -> tuple[PyTree, Bool[Array, " chain"], Trace]:  # fmt: skip
-    """``window.count`` steps of every chain: (state, alive, trace, whose names are ``(num_chains, length)``)."""
+    shared: Shared, window: Window, sums: tuple[Sums, ...],
+) -> tuple[PyTree, Bool[Array, " chain"], Rows, Seen]:  # fmt: skip
+    """``window.count`` steps of every chain: (state, alive, what was recorded, ``(num_chains, length, ...)``, seen)."""
     per, whole = PartitionSpec("chain"), PartitionSpec()
     mapped = jax.shard_map(
         functools.partial(_device_chunk, static),
         mesh=static.mesh,
-        in_specs=(per, per, per, per, per, whole, whole),
-        out_specs=(per, per, per),
+        in_specs=(per, per, per, per, per, whole, whole, per),
+        out_specs=(per, per, per, per),
         axis_names={"chain"},
         check_vma=False,
     )
-    return mapped(state, alive, keys, rows, batches, shared, window)
+    return mapped(state, alive, keys, rows, batches, shared, window, sums)

@@ -13,10 +13,13 @@ import numpy as np
 from slt_jax.engine.center_slope import slope_schedule
 from slt_jax.engine.chunk import Row, Shared, Static, Window, loss_and_grad_on, run_chunk
 from slt_jax.engine.keys import KeyTag
-from slt_jax.engine.mesh import allgather, chain_sharding, own_rows, place, place_rows, shared_sharding
+from slt_jax.engine.mesh import allgather, own_rows, place, place_keys, place_rows, shared_sharding
+from slt_jax.engine.observe import Seen, Sums, blank_sums, first_parts, lengthened_sums
 from slt_jax.engine.plan import Numbers, Schedule
 from slt_jax.engine.problem import Problem
-from slt_jax.engine.trace import Trace, blank
+from slt_jax.engine.trace import SCALARS, Rows, Trace, blank
+from slt_jax.engine.values import append, longer_values
+from slt_jax.kernels.langevin import words_on_host
 from slt_jax.posterior.data import Prefetcher, draw_indices, gather
 from slt_jax.posterior.program import PyTree
 from slt_jax.posterior.tree import to_host
@@ -24,13 +27,16 @@ from slt_jax.samplers.base import Hyper, Metric, Position, Sampler
 from slt_jax.samplers.kronecker import blank_factor
 
 _HOST_BATCH_BYTES = 2**28
+_CHUNK_VALUES_BYTES = 2**26  # of what a device observes in a chunk
 
 
 @dataclass
 class Run:
     """What the host holds: device state, and the traces so far. ``causes``: chain -> why it went non-finite.
 
-    ``cost``: speed and peak memory. ``interrupted``: whether it was ended before its last step.
+    ``cost``: speed and peak memory. ``interrupted``: whether it was ended before its last step. ``drawn``: draws of a
+    chain so far. ``values``: of observables, see ``engine.values``; () of a run that keeps none. ``sums``, ``parts``:
+    moments of the others, and their blocks, see ``engine.observe``.
     """
 
     state: PyTree
@@ -41,6 +47,10 @@ class Run:
     notes: list[str] = field(default_factory=list)
     causes: dict[int, str] = field(default_factory=dict)
     interrupted: bool = False
+    drawn: int = 0
+    values: tuple[Any, ...] = ()
+    sums: tuple[Sums, ...] = ()
+    parts: tuple[int, int] | tuple[()] = ()
 
 
 class Inputs(NamedTuple):
@@ -50,12 +60,6 @@ class Inputs(NamedTuple):
     rows: Row
     metric: Metric
     hot: float
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _chain_keys(key, num, sharding):
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num))
-    return jax.lax.with_sharding_constraint(keys, sharding)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -99,6 +103,7 @@ class Engine:
     def __init__(self, problem: Problem, sampler: Sampler, plan: Schedule, key: jax.Array):
         self.problem, self.sampler, self.plan, self.key = problem, sampler, plan, problem.put(key)
         self.slope = slope_schedule(plan, problem)
+        length = self._chunk_length()
         self.static = Static(
             program=problem.program,
             sampler_step=sampler.step,
@@ -106,7 +111,7 @@ class Engine:
             batch_size=plan.batch_size,
             micro_batches=plan.micro_batches,
             group=plan.chain_batch,
-            length=self._chunk_length(),
+            length=length,
             paired=plan.baseline == "paired",
             gather=None if problem.source.on_host else gather,
             mesh=problem.mesh,
@@ -114,6 +119,8 @@ class Engine:
             full_batch=sampler.theory.full_batch,
             also_data=problem.also_data,
             slope_method=self.slope.method,
+            watches=problem.watches,
+            slots=-(-length // plan.thinning) if any(not watch.parts for watch in problem.watches) else 0,
         )
 
     def replanned(self, plan: Schedule) -> "Engine":
@@ -127,7 +134,8 @@ class Engine:
 
     def inputs(self, numbers: Numbers, key: jax.Array | None = None, hot: float | None = None) -> Inputs:
         """One estimate's chains. ``key``: default the engine's. ``hot``: default the schedule's."""
-        keys = _chain_keys(self.key if key is None else key, self.plan.num_chains, self.problem.per_chain)
+        words = words_on_host(self.key if key is None else key, range(self.plan.num_chains))
+        keys = place_keys(words, self.problem.per_chain)
         number = place(np.arange(self.plan.num_chains, dtype=np.int32), self.problem.per_chain)
         metric = self.problem.put(numbers.metric)
         return Inputs(keys, self._rows(number, numbers, 1), metric, self.plan.hot if hot is None else hot)
@@ -153,13 +161,16 @@ class Engine:
         )  # fmt: skip
 
     def _chunk_length(self) -> int:
-        """Most steps in one chunk: bounded for host data by the memory of the batches."""
+        """Most steps in one chunk: bounded for host data by the memory of the batches, and by what is observed."""
         source, plan = self.problem.source, self.plan
+        of_draw = sum(watch.num_bytes for watch in self.problem.watches if not watch.parts) * plan.num_chains
+        draws = _CHUNK_VALUES_BYTES * self.problem.mesh.shape["chain"] // max(1, of_draw)
+        size = min(plan.chunk_size, max(1, draws) * plan.thinning) if of_draw else plan.chunk_size
         if not source.on_host:  # a short run then has the program of its calibration's pilot
-            return min(plan.chunk_size, max(plan.total_steps, 512))
+            return min(size, max(plan.total_steps, 512))
         one = sum(x.nbytes for x in jax.tree.leaves(source.fetch(np.zeros(1, np.int64))))
         most = _HOST_BATCH_BYTES // (one * plan.batch_size * plan.num_chains)
-        return max(1, min(plan.chunk_size, plan.total_steps, most))
+        return max(1, min(size, plan.total_steps, most))
 
     def start(self, inputs: Inputs) -> Run:
         """Every chain at the center."""
@@ -171,17 +182,31 @@ class Engine:
             state = init(problem.center, problem.frozen, problem.arrays, inputs.rows)
         else:
             first = self.sampler.init(problem.center)
-            state = _repeated(num, tuple(chain_sharding(problem.mesh, x) for x in jax.tree.leaves(first)), first)
+            state = _repeated(num, tuple(map(problem.stacked, jax.tree.leaves(first))), first)
         alive = place(np.ones(num, bool), problem.per_chain)
-        return Run(state, alive, blank(np, shape, len(problem.also)))
+        parts = first_parts(problem.watches, self.plan.num_draws)
+        trace, notes = blank(shape, len(problem.also)), list(problem.notes)
+        return Run(state, alive, trace, notes=notes, sums=self._blank_sums(), parts=parts)
+
+    def _blank_sums(self) -> tuple[Sums, ...]:
+        summed, num = [watch for watch in self.problem.watches if watch.parts], self.plan.num_chains
+        if not summed:
+            return ()
+        return jax.jit(
+            lambda: tuple(blank_sums(watch, (num,)) for watch in summed), out_shardings=self.problem.per_chain
+        )()
 
     def lengthened(self, run: Run) -> Run:
         """A run of fewer steps with room for those of this engine's schedule, at the step where it is."""
         problem = self.problem
-        trace = blank(np, (self.plan.num_chains, self.plan.total_steps), len(problem.also))
+        trace = blank((self.plan.num_chains, self.plan.total_steps), len(problem.also))
         for new, old in zip(jax.tree.leaves(trace), jax.tree.leaves(run.trace), strict=True):
             new[:, : run.step] = old[:, : run.step]
-        return Run(run.state, run.alive, trace, run.step, notes=list(run.notes))
+        sums, parts = lengthened_sums(run.sums, run.parts, self.plan.num_draws)
+        return Run(
+            run.state, run.alive, trace, run.step, notes=list(run.notes), drawn=run.drawn,
+            values=longer_values(run.values, self.plan.num_draws), sums=sums, parts=parts,
+        )  # fmt: skip
 
     def _first_of_full_batch(self, center: Position, frozen: PyTree, arrays: PyTree, row: Row) -> PyTree:
         hyper = Hyper(row.nbeta, row.localization, row.step_size, row.friction)
@@ -192,11 +217,12 @@ class Engine:
         state, mesh = run.state.position, self.problem.mesh
         if self.problem.has_first_device:
             device, row = divmod(chain, self.plan.num_chains // mesh.devices.size)
-            here = mesh.devices.flat[0]
-            return tuple(jax.device_put(x, here) for x in _row(tuple(x.addressable_data(device) for x in state), row))
-        return jax.jit(
-            lambda p: tuple(x[chain] for x in p), out_shardings=tuple(shared_sharding(mesh, x[0]) for x in state)
-        )(state)
+            here, local = mesh.devices.flat[0], tuple(x.addressable_data(device) for x in state)
+            if here.platform == "cpu":  # copies: the next steps overwrite the state
+                return tuple(jax.device_put(np.asarray(x)[row].copy(), here) for x in local)
+            return tuple(jax.device_put(x, here) for x in _row(local, row))
+        laid = tuple(w.sharding for w in self.problem.center)
+        return jax.jit(lambda p: tuple(x[chain] for x in p), out_shardings=laid)(state)
 
     def all_alive(self, run: Run) -> bool:
         return bool(np.all(to_host(run.alive)))
@@ -210,14 +236,27 @@ class Engine:
         problem = self.problem
         shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shared_sharding(problem.mesh, x))  # noqa: E731
         metric = jax.tree.map(shape, tuple(map(blank_factor, problem.center))) if self.sampler.metric else ()
-        grad = jax.tree.map(shape, problem.center) if self.needs_center_grad else ()
+        alike = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)  # noqa: E731
+        grad = jax.tree.map(alike, problem.center) if self.needs_center_grad else ()
         shared = self._shared(metric, grad)
         state, alive, batches = self.described()
         if run is not None:
             state, alive = run.state, run.alive
-        inputs = self.inputs(Numbers(1.0, 1.0, 1.0))
-        given = (state, alive, inputs.keys, inputs.rows, batches)
-        return run_chunk.lower(self.static, *given, shared, self._window(inputs, 0, 1))
+        given = (state, alive, *self.described_inputs(), batches)
+        window = self._window(self.plan.hot, 0, 1, parts=first_parts(problem.watches, self.plan.num_draws))
+        return run_chunk.lower(self.static, *given, shared, window, self.described_sums())
+
+    def described_inputs(self) -> tuple[jax.ShapeDtypeStruct, Row]:
+        """The keys of the chains and what they are moved with: shapes on the mesh."""
+        number = lambda dtype: jax.ShapeDtypeStruct((self.plan.num_chains,), dtype, sharding=self.problem.per_chain)  # noqa: E731
+        rows = Row(*(number(jnp.int32 if name == "number" else jnp.float32) for name in Row._fields))
+        return number(self.key.dtype), rows
+
+    def described_sums(self) -> tuple[Sums, ...]:
+        """The moments that a run keeps of its observables: shapes on the mesh."""
+        summed, num = [watch for watch in self.problem.watches if watch.parts], self.plan.num_chains
+        shapes = jax.eval_shape(lambda: tuple(blank_sums(watch, (num,)) for watch in summed))
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.problem.per_chain), shapes)
 
     def described(self) -> tuple[PyTree, jax.ShapeDtypeStruct, PyTree]:
         """A run's state, its chains' marks of being alive, a chunk's batches from the host: shapes on the mesh."""
@@ -229,7 +268,7 @@ class Engine:
             first = jax.eval_shape(self.sampler.init, problem.center)
 
         def stacked(x):
-            return jax.ShapeDtypeStruct((num, *x.shape), x.dtype, sharding=chain_sharding(problem.mesh, x))
+            return jax.ShapeDtypeStruct((num, *x.shape), x.dtype, sharding=problem.stacked(x))
 
         def batch(x):
             shape = (num, self.static.length, self.plan.batch_size, *x.shape[1:])
@@ -244,13 +283,28 @@ class Engine:
         problem = self.problem
         grad = problem.center_grad if self.needs_center_grad else ()
         shared = self._shared(inputs.metric, grad)
-        window = self._window(inputs, run.step, steps, offset)
-        run.state, run.alive, rows = run_chunk(
-            self.static, run.state, run.alive, inputs.keys, inputs.rows, batches, shared, window
+        window = self._window(inputs.hot, run.step, steps, offset, run.parts)
+        run.state, run.alive, rows, seen = run_chunk(
+            self.static, run.state, run.alive, inputs.keys, inputs.rows, batches, shared, window, run.sums
         )
-        for kept, row in zip(jax.tree.leaves(run.trace), jax.tree.leaves(to_host(rows)), strict=True):
-            kept[:, run.step : run.step + steps] = row[:, :steps]
+        self._record(run, to_host(rows), steps)
         run.step += steps
+        self._keep(run, seen)
+
+    def _record(self, run: Run, rows: Rows, steps: int) -> None:
+        """Append what a chunk recorded of so many steps, as NumPy arrays, to the traces."""
+        here = slice(run.step, run.step + steps)
+        for column, name in enumerate(SCALARS):
+            getattr(run.trace, name)[:, here] = rows.scalars[:, :steps, column]
+        if self.problem.also:
+            run.trace.also[:, here] = np.asarray(rows.also)[:, :steps]
+
+    def _keep(self, run: Run, seen: Seen) -> None:
+        first, run.drawn = run.drawn, max(0, run.step - self.plan.num_warmup) // self.plan.thinning
+        run.sums = seen.sums
+        if run.values:
+            rows = seen.values if self.problem.per_chain.is_fully_addressable else to_host(seen.values)
+            append(run.values, first, run.drawn, rows)
 
     def move(self, run: Run, inputs: Inputs, steps: int) -> None:
         """Run ``steps`` steps, or those that are left, at once: for pilot runs."""
@@ -303,11 +357,13 @@ class Engine:
 
     def _shared(self, metric: Metric, center_grad: PyTree) -> Shared:
         p = self.problem
-        return Shared(p.center, p.frozen, p.arrays, metric, center_grad, p.also)
+        return Shared(p.center, p.frozen, p.arrays, metric, center_grad, p.also, p.observed)
 
-    def _window(self, inputs: Inputs, start: int, count: int, offset: int = 0) -> Window:
+    def _window(
+        self, hot: float, start: int, count: int, offset: int = 0, parts: tuple[int, int] | tuple[()] = ()
+    ) -> Window:
         return Window(  # of NumPy: an array of JAX for each is a third of what a chunk costs the host
             start=np.int32(start), count=np.int32(count), offset=np.int32(offset),
             num_warmup=np.int32(self.plan.num_warmup), thinning=np.int32(self.plan.thinning),
-            tilt_every=np.int32(self.slope.every), hot=np.float32(inputs.hot),
+            tilt_every=np.int32(self.slope.every), hot=np.float32(hot), parts=tuple(map(np.int32, parts)),
         )  # fmt: skip

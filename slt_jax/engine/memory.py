@@ -85,6 +85,12 @@ class MemoryEstimate:
             f"most {size_text(self.total)} of {self.where}{free}"
         ]
 
+    @property
+    def room(self) -> int:
+        """Chains that one device, or this process, has room for."""
+        left = self.available / _SLACK - self.batches - max(self.step, self.measurement)
+        return max(0, math.floor(left / (self.chain * (2 if self.save else 1))))
+
     def refusal(self) -> str:
         """Why it is not begun, and what would help."""
         most = max((self.step, "a step"), (self.measurement, "measuring one chain's curvature"))
@@ -93,9 +99,7 @@ class MemoryEstimate:
             (self.batches, "batches"), (self.save, "a checkpoint being written"), most,
         ]  # fmt: skip
         parts = ", ".join(f"{what} {size_text(size)}" for size, what in taken if size)
-        left = self.available / _SLACK - self.batches - most[0]
-        fit = math.floor(left / (self.chain * (2 if self.save else 1)))
-        fewer = f"at most {fit} chains, " if 1 <= fit < self.num_chains else ""
+        fewer = f"at most {self.room} chains, " if 1 <= self.room < self.num_chains else ""
         return (
             f"the run needs about {size_text(self.total)} of {self.where} ({parts}), and "
             f"{size_text(self.in_use + self.available)} are available. Take {fewer}more micro-batches or "
@@ -134,11 +138,21 @@ def _divisors(count: int) -> list[int]:
     return [k for k in range(count, 0, -1) if count % k == 0]
 
 
-def needs_memory_check(posterior: LocalPosterior, num_chains: int) -> bool:
-    """Whether the weights, free and frozen, are large enough for memory to matter: estimating it compiles programs."""
+def needs_memory_check(posterior: LocalPosterior, num_chains: int, observing: float = 0.0) -> bool:
+    """Whether the weights, free and frozen, are large enough for memory to matter: estimating it compiles programs.
+
+    ``observing``: bytes of what observables take on the devices.
+    """
     devices = jax.local_device_count()
     whole = sum(x.size for x in jax.tree.leaves(posterior.center))
-    return 4 * (posterior.num_free * (8 * devices + 2 * num_chains) + whole * devices) > MUCH
+    return 4 * (posterior.num_free * (8 * devices + 2 * num_chains) + whole * devices) + observing > MUCH
+
+
+def observing_bytes(engine: Engine) -> float:
+    """Bytes that observables take on all devices: moments between steps, and the values of a chunk."""
+    watches, static = engine.problem.watches, engine.static
+    rows = [3 * watch.parts if watch.parts else static.slots + 1 for watch in watches]
+    return engine.plan.num_chains * sum(n * watch.num_bytes for n, watch in zip(rows, watches, strict=True))
 
 
 def estimate_memory(
@@ -157,6 +171,7 @@ def estimate_memory(
     many = len(here) if on_cpu else 1
     step = _beside_arguments(engine.lower().compile().memory_analysis())
     state, _, batches = map(_on_device, engine.described())
+    moments = _on_device(engine.described_sums())
     position = sum(x.addressable_data(0).nbytes for x in problem.center)
     measurement = (2 * position + max(measurements)) * (1 if problem.has_first_device else many) if measurements else 0
     heap = HEAP * many if on_cpu and measurements else 0
@@ -168,14 +183,35 @@ def estimate_memory(
         turning = (_EIGEN if on_cpu else _EIGEN_THERE) * 8 * largest_side(problem.center) ** 2
         step, measurement = step + 3 * position, measurement + (3 * many + 3.5) * position + turning
         heap += 2 * HEAP if on_cpu else 0  # its programs, and more that comes back late
-    chains = many * state
+    chains = many * (state + moments)
     peak, in_use, available = taken_and_free(here)
     return MemoryEstimate(
         where="this process" if on_cpu else "each device", peak=peak, in_use=in_use, available=available,
-        chain=state / local, chains=chains, save=chains if saves else 0.0,
+        chain=(state + moments) / local, chains=chains, save=chains if saves else 0.0,
         batches=(3 if on_cpu else 2) * many * batches,  # on a CPU the next ones are also in memory as they were read
         step=many * step + heap, measurement=measurement + heap, control=spare,
         num_chains=plan.num_chains, at_once=plan.chain_batch * mesh.shape["chain"], devices=mesh.devices.size,
+    )  # fmt: skip
+
+
+def planned_memory(engine: Engine, account: Any, limit: float) -> MemoryEstimate:
+    """What a run takes of devices that are not there, each of ``limit`` bytes; without its measurements and saves.
+
+    A chain counts with what a chunk records of it, and as it is laid out there: a TPU fills small arrays up.
+
+    Args:
+        account: the compiler's, of the chunk program for these devices; what it donates is the state of the chains.
+    """
+    plan, mesh = engine.plan, engine.problem.mesh
+    state, _, batches = map(_on_device, engine.described())
+    held = account.alias_size_in_bytes or state + _on_device(engine.described_sums())
+    shared = account.argument_size_in_bytes - held - batches
+    chains = max(held, account.output_size_in_bytes)
+    return MemoryEstimate(
+        where="each device", peak=0.0, in_use=shared, available=limit - shared,
+        chain=chains * mesh.shape["chain"] / plan.num_chains, chains=chains, save=0.0,
+        batches=2 * batches, step=account.temp_size_in_bytes, measurement=0.0, control=0.0, num_chains=plan.num_chains,
+        at_once=plan.chain_batch * mesh.shape["chain"], devices=mesh.devices.size,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ processes run the same host code in step: what only one of them knows (a clock, 
 
 import functools
 import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,8 +15,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from slt_jax._checks import shown
+from slt_jax.posterior import split
 
+Weights = jax.Array | jax.ShapeDtypeStruct
 _SHORT = 64  # bytes that `allgather` sends at once
 
 
@@ -39,16 +41,6 @@ def chain_mesh(num_chains: int, devices: list | None = None) -> Mesh:
     used = max(k for k in range(1, most + 1) if share % k == 0)
     chosen = [device for own in by_process.values() for device in own[:used]]
     return jax.make_mesh((len(chosen),), ("chain",), axis_types=(AxisType.Auto,), devices=chosen)
-
-
-def automatic(mesh: Any) -> Mesh:
-    """The same devices with automatic axes: ``jax.make_mesh`` gives explicit ones by default."""
-    if not isinstance(mesh, Mesh):
-        raise TypeError(
-            f"mesh must be a jax.sharding.Mesh with an axis 'chain', got {shown(mesh)}. "
-            "Use jax.make_mesh((num_devices,), ('chain',))."
-        )
-    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def check_mesh(mesh: Mesh, num_chains: int) -> Mesh:
@@ -106,15 +98,21 @@ def place(value: Any, sharding: NamedSharding) -> jax.Array:
     if sharding.is_fully_addressable or not getattr(value, "is_fully_addressable", True):
         return jax.device_put(value, sharding)
     if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-        raw = np.asarray(jax.random.key_data(value))
-        return _wrapped(raw, str(jax.random.key_impl(value)), sharding)
+        return place_keys(np.asarray(jax.random.key_data(value)), sharding)
     host = np.asarray(value)
     return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _wrapped(raw, impl, sharding):
-    return jax.lax.with_sharding_constraint(jax.random.wrap_key_data(raw, impl=impl), sharding)
+def place_keys(words: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """Threefry keys of these words, ``(..., 2)``, which every process has, as an array on the mesh."""
+    if sharding.is_fully_addressable:
+        return jax.random.wrap_key_data(jax.device_put(words, sharding), impl="threefry2x32")
+    return _wrapped(words, sharding)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _wrapped(words, sharding):
+    return jax.lax.with_sharding_constraint(jax.random.wrap_key_data(words, impl="threefry2x32"), sharding)
 
 
 def own_rows(num_rows: int, sharding: NamedSharding) -> np.ndarray:
@@ -136,17 +134,54 @@ def place_rows(rows: Any, num_rows: int, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback((num_rows, *rows.shape[1:]), sharding, at)
 
 
-def chain_sharding(mesh: Mesh, leaf: Any) -> NamedSharding:
-    """Sharding of ``leaf`` stacked over chains: ``chain`` first, then the leaf's own ``model`` sharding if any."""
-    return NamedSharding(mesh, PartitionSpec("chain", *_model_spec(mesh, leaf)))
-
-
 def shared_sharding(mesh: Mesh, leaf: Any) -> NamedSharding:
     """Sharding of ``leaf`` stored once for all chains: its own ``model`` sharding, else replicated."""
-    return NamedSharding(mesh, PartitionSpec(*_model_spec(mesh, leaf)))
+    return NamedSharding(mesh, PartitionSpec(*_own_spec(mesh, leaf)))
 
 
-def _model_spec(mesh: Mesh, leaf: Any) -> tuple:
+def weight_sharding(mesh: Mesh, leaf: Any) -> NamedSharding:
+    """Sharding of an array of w*: its own ``model`` sharding if it has one, else by ``split_dimension``."""
+    own = _own_spec(mesh, leaf)
+    return NamedSharding(mesh, PartitionSpec(*own) if "model" in own else split.split_spec(mesh, leaf.shape))
+
+
+def check_split(mesh: Mesh, weights: Sequence[Weights]) -> None:
+    """Raise ValueError where the axis ``model`` splits none of the weights: its devices would all do the same."""
+    parts = mesh.shape.get("model", 1)
+    if parts > 1 and not any(map(_is_split, weights)):
+        largest = max(weights, key=lambda w: w.size)
+        raise ValueError(
+            f"the mesh's axis 'model' of {parts} devices splits none of the {len(weights)} arrays of center: those of "
+            f"at least {split.LARGE:,} weights are split along a dimension that {parts} divides, and the largest has "
+            f"shape {largest.shape}. Leave the axis out, let it have another length, or place an array on it yourself: "
+            "jax.device_put(w, NamedSharding(mesh, PartitionSpec('model')))."
+        )
+
+
+def split_notes(mesh: Mesh, weights: Mapping[str, Weights], examples: int) -> list[str]:
+    """What the axis ``model`` does not split, for the result: large arrays, and the ``examples`` of one pass."""
+    parts, notes = mesh.shape.get("model", 1), []
+    large = {name: w.shape for name, w in weights.items() if w.size >= split.LARGE and not _is_split(w)}
+    if parts > 1 and large:
+        few = ", ".join(f"'{name}' {shape}" for name, shape in list(large.items())[:4])
+        more = f" and {len(large) - 4} more" if len(large) > 4 else ""
+        notes.append(
+            f"every device of the mesh's axis 'model' holds all of {few}{more}, which have no dimension that {parts} "
+            "divides."
+        )
+    if examples % parts:
+        notes.append(
+            f"{examples} examples of a minibatch (or micro-batch) are not a multiple of the mesh's axis 'model' of "
+            f"{parts}: a decoder computes all of them on each of its devices."
+        )
+    return notes
+
+
+def _is_split(weights: Weights) -> bool:
+    return "model" in getattr(weights.sharding, "spec", ())
+
+
+def _own_spec(mesh: Mesh, leaf: Any) -> tuple:
     own = getattr(leaf, "sharding", None)
     if "model" not in mesh.axis_names or not isinstance(own, NamedSharding):
         return ()

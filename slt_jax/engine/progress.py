@@ -25,16 +25,17 @@ class Progress:
     """Speed and time to go of a run, renewed after each chunk.
 
     ``part``: which part of something larger the run is. ``nbeta``: that of all chains; without it there is no running
-    estimate. ``full``: steps of the longest chunk. ``num_also``: further data sets.
+    estimate. ``full``: steps of the longest chunk. ``passes``: minibatches that a draw takes through the model for
+    further data sets and observables.
 
     The time to go is taken from the chunks of the last seconds. The first, which compiles, and short ones, most of
     whose time may be their start, do not count. A draw takes longer than another step, by its further forward passes;
     a gradient counts for three.
     """
 
-    def __init__(self, plan: Schedule, *, full: int, part: str = "", nbeta: float | None = None, num_also: int = 0):
+    def __init__(self, plan: Schedule, *, full: int, part: str = "", nbeta: float | None = None, passes: float = 0.0):
         self._plan, self._full, self.part, self._nbeta = plan, full, part, nbeta
-        passes = (plan.baseline == "paired" and not plan.control_variate) + 2 * num_also
+        passes += plan.baseline == "paired" and not plan.control_variate
         self._of_draw = 1 + passes / (3 * (2 if plan.control_variate else 1) * plan.thinning)
         self._first: _Mark | None = None
         self._last: _Mark | None = None

@@ -12,6 +12,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,6 +27,7 @@ from slt_jax.engine.problem import Problem
 from slt_jax.engine.progress import Progress, peak_memory, span
 from slt_jax.engine.screen import Screen
 from slt_jax.engine.trace import Trace
+from slt_jax.engine.values import Outlets, held, in_memory, new_values, resumed_values
 from slt_jax.posterior.data import ArrayData, Source
 from slt_jax.posterior.tree import to_host
 
@@ -94,34 +96,51 @@ def _check_finite(problem: Problem, loss: float, where: str, data: Source | None
         )
 
 
-def restored(engine: Engine, inputs: Inputs, store: RunStore) -> Run | None:
-    """The run as ``store`` last saved it, if it did."""
+def begun(engine: Engine, inputs: Inputs, outlets: Outlets = ()) -> Run:
+    """A run at its start, with room for what its observables read. ``outlets``: see ``engine.values``."""
     run = engine.start(inputs)
-    if (saved := store.restore(run.state, _host_part(run))) is None:
+    run.values = new_values(engine.problem.watches, outlets, engine.plan.num_chains, engine.plan.num_draws)
+    return run
+
+
+def restored(engine: Engine, inputs: Inputs, store: RunStore, outlets: Outlets = ()) -> Run | None:
+    """The run as ``store`` last saved it, if it did."""
+    run, watches, plan = engine.start(inputs), engine.problem.watches, engine.plan
+    run.values = new_values(held(watches, outlets), (), plan.num_chains, plan.num_draws)
+    if (saved := store.restore(_device_part(run), _host_part(run))) is None:
         return None
-    run.step, run.state, host = saved
+    run.step, device, host = saved
+    run.state, run.sums = device if run.sums else (device, ())
     run.trace = Trace(**{name: host.get(name, ()) for name in Trace._fields})
     run.alive = place(np.asarray(host["alive"]), engine.problem.per_chain)
+    run.drawn = draws_of(plan, run)
+    if run.parts:
+        run.parts = (int(host["parts"][0]), int(host["parts"][1]))
+    kept = [host[f"values_{k}"] for k in range(len(run.values))]
+    run.values = resumed_values(watches, outlets, kept, plan.num_chains, plan.num_draws)
     return run
 
 
 def run_to_end(
     engine: Engine, inputs: Inputs, store: RunStore | None, screen: Screen, *, every: float, part: str = "",
     nbeta: float | None = None, start: Run | None = None, partial: bool = False,
-    on_chunk: Callable[[Run], None] | None = None,
+    on_chunk: Callable[[Run], None] | None = None, outlets: Outlets = (),
 ) -> Run:  # fmt: skip
     """All steps, from where ``store`` left off if it has any; saved at most once in ``every`` seconds.
 
     ``part``: which part of something larger the run is, for the screen; ``nbeta``: that of all its chains, with which
     the running estimate is shown. ``start``: where the chains begin, if not at w*. ``on_chunk``: called after each
-    chunk. SIGINT and SIGTERM act after the chunk that is under way and a save, if there is a ``store`` of this process
-    alone. With ``partial``, Ctrl-C after the first draw ends the run, which is returned with ``interrupted`` set.
+    chunk. ``outlets``: where the values of observables go that are not kept in memory. SIGINT and SIGTERM act after the
+    chunk that is under way and a save, if there is a ``store`` of this process alone. With ``partial``, Ctrl-C after
+    the first draw ends the run, which is returned with ``interrupted`` set.
     Raises FloatingPointError when the loss or its gradient at w* is not finite on the first batch.
     """
     screen.phase(f"{part}compiling the steps", "sampling")
-    run = (None if store is None else restored(engine, inputs, store)) or start or engine.start(inputs)
+    run = None if store is None else restored(engine, inputs, store, outlets)
+    run = run or start or begun(engine, inputs, outlets)
     mesh, plan = engine.problem.mesh, engine.plan
-    progress = Progress(plan, full=engine.static.length, part=part, nbeta=nbeta, num_also=len(engine.problem.also))
+    passes = 2 * len(engine.problem.also) + engine.problem.draw_passes
+    progress = Progress(plan, full=engine.static.length, part=part, nbeta=nbeta, passes=passes)
     saves, alone = Timer(every), not spans_processes(mesh)
     with _interrupts(plan, run, saves=store is not None and alone, partial=partial and alone) as interrupts:
         kept = lambda: partial and interrupts.is_keyboard and draws_of(plan, run) > 0  # noqa: E731
@@ -204,12 +223,18 @@ def _explain_stops(engine: Engine, run: Run, inputs: Inputs) -> None:
 
 def _host_part(run: Run) -> dict[str, np.ndarray]:
     kept = {name: value for name, value in run.trace._asdict().items() if not isinstance(value, tuple)}
-    return {**kept, "alive": to_host(run.alive)}
+    values = {f"values_{k}": value for k, value in enumerate(in_memory(run.values))}
+    parts = {"parts": np.array(run.parts, np.int64)} if run.parts else {}
+    return {**kept, **values, **parts, "alive": to_host(run.alive)}
+
+
+def _device_part(run: Run) -> Any:
+    return (run.state, run.sums) if run.sums else run.state
 
 
 def _save(store: RunStore, run: Run) -> RunStore | None:
     """Save; a directory that fails costs the durability of the run, not the run."""
-    if (why := _failure(store, lambda: store.save(run.step, run.state, _host_part(run)))) is None:
+    if (why := _failure(store, lambda: store.save(run.step, _device_part(run), _host_part(run)))) is None:
         return store
     _forgo(store, run, why)
     abandon(store)

@@ -11,7 +11,8 @@ from slt_jax.engine.clock import Clock
 from slt_jax.engine.progress import Progress, span
 
 _EVERY = 0.25  # seconds from one drawing to the next
-_SILENCE = 4.0  # seconds after which a log has another line, or a fiftieth of the time that has passed
+_SILENCE = (4.0, 30.0)  # seconds after which a log has another line: at first, and at most
+_PATIENCE = 0.25  # of the time that has passed, after which there is another line between these
 
 
 class Screen:
@@ -98,7 +99,8 @@ class _Log:
         print(*lines, sep="\n", file=sys.stderr, flush=True)
 
     def draw(self, text: str, seconds: float, share: float | None, new: bool) -> None:
-        if new or self._told == 0 or seconds - self._told > max(_SILENCE, 0.02 * seconds):
+        least, most = _SILENCE
+        if new or self._told == 0 or seconds - self._told > min(most, max(least, _PATIENCE * seconds)):
             self._told = max(seconds, 1e-9)
             self.say([f"  {span(seconds)}: {text}"])
 

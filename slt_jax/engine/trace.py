@@ -3,6 +3,8 @@
 import functools
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -35,8 +37,28 @@ class Trace(NamedTuple):
         return f"<Trace: {', '.join(names)}; {' x '.join(map(str, np.shape(self.loss)))}>"
 
 
-def blank(xp: Any, shape: tuple[int, ...], num_also: int) -> Trace:
-    """A trace of NaN in ``xp``, NumPy or ``jax.numpy``, each name of this shape."""
-    full = functools.partial(xp.full, fill_value=xp.nan, dtype=xp.float32)
-    names = [name for name in Trace._fields if name != "also"]
-    return Trace(**{name: full(shape) for name in names}, also=full((*shape, num_also, 3)) if num_also else ())
+SCALARS = tuple(name for name in Trace._fields if name != "also")  # the columns of ``columns``
+
+
+def columns(trace: Trace) -> jax.Array:
+    """The scalars of one step as a vector, float32: a program writes one array at a step, not eleven."""
+    return jnp.stack([jnp.asarray(getattr(trace, name), jnp.float32) for name in SCALARS])
+
+
+class Rows(NamedTuple):
+    """What a program records of the steps of a chunk: ``columns`` of each, and ``Trace.also``."""
+
+    scalars: jax.Array
+    also: jax.Array | tuple[()]
+
+
+def blank_rows(shape: tuple[int, ...], num_also: int) -> Rows:
+    """Of NaN; ``shape``: (chains, steps)."""
+    also = jnp.full((*shape, num_also, 3), jnp.nan, jnp.float32) if num_also else ()
+    return Rows(jnp.full((*shape, len(SCALARS)), jnp.nan, jnp.float32), also)
+
+
+def blank(shape: tuple[int, ...], num_also: int) -> Trace:
+    """A trace of NaN in NumPy, each name of this shape."""
+    full = functools.partial(np.full, fill_value=np.nan, dtype=np.float32)
+    return Trace(**{name: full(shape) for name in SCALARS}, also=full((*shape, num_also, 3)) if num_also else ())

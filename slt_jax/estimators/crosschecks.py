@@ -22,6 +22,9 @@ def variance_estimator(result: LLCResult) -> CrossCheck:
     At the asymptotic temperature nbeta (L_n(w) - L_n(w*)) has a Gamma law of mean and variance LLC. The losses drawn
     are minibatch means; the variance that the spread of examples within the batch gives them is subtracted.
 
+    This is the variance of the mean loss, an estimate of the LLC, and not the singular fluctuation, which is half of
+    beta times the sum of the variances of single losses: ``generalization`` estimates that.
+
     Raises:
         ValueError: the losses came as batch means, so that their spread within a batch is not known.
 
@@ -52,6 +55,8 @@ def two_temperature_estimator(first: LLCResult, second: LLCResult) -> CrossCheck
     867-897, theorem 4.
     """
     a, b = first.settings, second.settings
+    if not a.nbeta or not b.nbeta:
+        raise ValueError("a result has nbeta = 0, which says nothing of the loss. Give two with nbeta > 0.")
     if math.isclose(a.nbeta, b.nbeta, rel_tol=1e-9):
         raise ValueError(f"both results have nbeta = {a.nbeta:.6g}; give two that differ, e.g. by a factor of 2.")
     for name in ("num_data", "num_free", "localization"):

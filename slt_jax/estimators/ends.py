@@ -7,11 +7,12 @@ import jax
 import numpy as np
 
 from slt_jax.calibration.probe import Probe
-from slt_jax.diagnostics.relaxation import ChainLength, unrelaxed_bias
+from slt_jax.diagnostics.relaxation import ChainLength, directions, unrelaxed_bias
 from slt_jax.engine.keys import KeyTag
 from slt_jax.engine.loop import Engine, Run
 from slt_jax.engine.mesh import spans_processes
 from slt_jax.engine.plan import Numbers, Schedule
+from slt_jax.kernels.langevin import fold_in_on_host
 from slt_jax.posterior.tree import to_host
 from slt_jax.results.record import EndRecord
 from slt_jax.samplers.base import Sampler
@@ -32,6 +33,8 @@ def measure_ends(
     Nothing that the run is too short to pay for. A measurement that fails, or that Ctrl-C ends, is left out: the
     estimate does without.
     """
+    if numbers.nbeta == 0:  # a control, whose draws have no gradient noise and no curvature but the localization
+        return EndRecord(), ()
     measurements: dict[str, Callable[[], EndRecord]] = {
         "gradient noise and acceptance": lambda: _at_chains_ends(engine, run, numbers, chains, key),
         "the curvatures at w*": lambda: _slow_directions(engine, numbers, len(chains), mean_time, key),
@@ -66,7 +69,7 @@ def curvature_gradients(sampler: Sampler, num_free: int, num_data: int, batch_si
 def end_probe(engine: Engine, num_chains: int, key: jax.Array, nbeta: float) -> Probe:
     """What measures at the chains' ends. ``key``: that of the estimate."""
     blocks = 1 if _probe_gradients(num_chains, engine.plan) < _FEW_FOR_BLOCKS else 4
-    return Probe(engine.problem, nbeta, blocks, jax.random.fold_in(key, KeyTag.END_PROBE))
+    return Probe(engine.problem, nbeta, blocks, fold_in_on_host(key, KeyTag.END_PROBE))
 
 
 def curvature_probe(engine: Engine, num_chains: int, key: jax.Array, nbeta: float) -> Probe | None:
@@ -76,7 +79,7 @@ def curvature_probe(engine: Engine, num_chains: int, key: jax.Array, nbeta: floa
     blocks = _curvature_blocks(engine.sampler, problem.num_free, problem.source.num_data, plan.batch_size, gradients)
     if not blocks:
         return None
-    probe = Probe(problem, nbeta, blocks, jax.random.fold_in(key, KeyTag.CURVATURES))
+    probe = Probe(problem, nbeta, blocks, fold_in_on_host(key, KeyTag.CURVATURES))
     return probe if probe.has_hessian else None
 
 
@@ -124,15 +127,19 @@ def _slow_directions(engine: Engine, numbers: Numbers, num_chains: int, mean_tim
     probe = curvature_probe(engine, num_chains, key, numbers.nbeta)
     if probe is None or relaxation is None:
         return {}
-    curvatures = probe.curvatures(probe.center)
+    curvatures, rounding = probe.curvatures(probe.center)
     spent: EndRecord = {"curvature_gradients": probe.gradients}
     if not np.isfinite(curvatures).all():
         return spent
     first, last = mean_time * (plan.num_warmup + plan.thinning), mean_time * plan.total_steps
     friction = math.nan if numbers.friction is None else numbers.friction
     length = ChainLength(relaxation, numbers.step_size, friction, first, last)
-    bias, times_longer = unrelaxed_bias(curvatures, numbers.localization, length)
-    return {"owed": bias, "longer": times_longer, **spent}
+    bias, times_longer = unrelaxed_bias(curvatures, numbers.localization, length, rounding)
+    found = directions(curvatures, numbers.localization, length, rounding)
+    return {
+        "owed": bias, "longer": times_longer, "expected": found.expected, "hidden": found.hidden,
+        "hides": found.hides, "quadratic": found.quadratic, **spent,
+    }  # fmt: skip
 
 
 def _curvature_blocks(sampler: Sampler, num_free: int, num_data: int, batch_size: int, gradients: float) -> int:

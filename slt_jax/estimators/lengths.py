@@ -1,6 +1,7 @@
 """How many chains, steps and draws an estimate takes where the caller leaves them open."""
 
-from slt_jax.calibration.effort import default_budget
+import math
+
 from slt_jax.engine.plan import Lengths
 from slt_jax.estimators.request import Request
 
@@ -13,7 +14,8 @@ HOT, HOT_WARMUP = 10.0, 200  # where the warm-up is at least that long
 
 def lengths_of(request: Request, spent: float, control: bool) -> Lengths:
     """What is left after ``spent`` gradients went elsewhere. ``control``: with control variates, which cost a pass over
-    the data, and two gradients a step.
+    the data, and two gradients a step. Observing takes at most half of the draws' part of a budget where ``thinning``
+    is open.
 
     Raises ValueError where the budget leaves fewer than 4 draws a chain.
     """
@@ -24,16 +26,19 @@ def lengths_of(request: Request, spent: float, control: bool) -> Lengths:
         thinning = 1 if request.thinning is None else request.thinning
         warmup = draws if request.num_warmup is None else request.num_warmup
     else:
-        total = default_budget(request.posterior.num_free) if request.budget is None else request.budget
+        total = request.default_budget if request.budget is None else request.budget
         if request.num_chains is None and request.may_have_few_chains:
             chains = next((few for most, few in FEW_CHAINS.items() if total < most), chains)
         steps = int((total - spent) / (chains * cost))
-        warmup = int(WARMUP_SHARE * steps) if request.num_warmup is None else request.num_warmup
-        left = steps - warmup
         thinning = request.thinning
         if thinning is None:
+            left = steps - _warmup(request, steps)
             thinning = 1 if left < THIN_FROM else max(LEAST_THINNING, left // MOST_DRAWS)
-        draws = left // thinning
+            thinning = max(thinning, math.ceil(request.observing / cost))
+        if request.observing:
+            steps = _beside_observing(request, steps, thinning, request.observing / cost)
+        warmup = _warmup(request, steps)
+        draws = (steps - warmup) // thinning
         if draws < 4:
             raise ValueError(
                 f"a budget of {total} gradients leaves {max(0, steps)} steps for each of {chains} chains, of which "
@@ -43,5 +48,18 @@ def lengths_of(request: Request, spent: float, control: bool) -> Lengths:
     if hot is None:
         sampler = request.sampler
         plain = sampler.step_size is None and not sampler.theory.full_batch and not sampler.metric
+        plain = plain and request.posterior.nbeta > 0
         hot = HOT if plain and chains >= 2 and warmup >= HOT_WARMUP else 1.0
     return Lengths(int(chains), int(draws), int(warmup), int(thinning), float(hot))
+
+
+def _warmup(request: Request, steps: int) -> int:
+    return int(WARMUP_SHARE * steps) if request.num_warmup is None else request.num_warmup
+
+
+def _beside_observing(request: Request, steps: int, thinning: int, each: float) -> int:
+    """Steps of a chain that leave of ``steps`` what observing takes at the draws; ``each``: at one, in steps."""
+    more = each / thinning  # of a step after the warm-up
+    if request.num_warmup is None:
+        return int(steps / (1 + (1 - WARMUP_SHARE) * more))
+    return request.num_warmup + int(max(0, steps - request.num_warmup) / (1 + more))

@@ -13,8 +13,15 @@ from slt_jax.calibration.choose import Choice, calibrate, calibration_probe
 from slt_jax.engine.checkpoint import RunStore
 from slt_jax.engine.loop import Engine, Run
 from slt_jax.engine.loss_checks import check_loss
-from slt_jax.engine.memory import MemoryEstimate, estimate_memory, first_that_fits, layouts, needs_memory_check
-from slt_jax.engine.mesh import allgather, is_main_process
+from slt_jax.engine.memory import (
+    MemoryEstimate,
+    estimate_memory,
+    first_that_fits,
+    layouts,
+    needs_memory_check,
+    observing_bytes,
+)
+from slt_jax.engine.mesh import allgather, is_main_process, spans_processes
 from slt_jax.engine.plan import Numbers, Schedule
 from slt_jax.engine.run import (
     Timer,
@@ -29,8 +36,9 @@ from slt_jax.engine.screen import Screen
 from slt_jax.estimators.context import in_own_context
 from slt_jax.estimators.ends import curvature_gradients, end_temporaries
 from slt_jax.estimators.lengths import lengths_of
+from slt_jax.estimators.observing import Observing, observe_identity, watched
 from slt_jax.estimators.outcome import partial_result, result_of
-from slt_jax.estimators.precision import Rounds, first_round
+from slt_jax.estimators.precision import Rounds, first_round, most_gradients
 from slt_jax.estimators.request import Request
 from slt_jax.posterior.local import LocalPosterior
 from slt_jax.results.llc import LLCResult
@@ -63,6 +71,7 @@ def estimate_llc(
     control_variate: bool | None = None,
     hot: float | None = None,
     also: Mapping[str, Any] | None = None,
+    observe: Mapping[str, Any] | None = None,
     callback: Callable[[int, LLCResult], Any] | None = None,
     chunk_size: int = 512,
     checkpoint_seconds: float = 60.0,
@@ -88,8 +97,10 @@ def estimate_llc(
             ``num_draws``.
         thinning: number of steps from one draw to the next. Default: 1, or at least 4 if a budget allows long chains.
         batch_size: number of examples in the minibatch of a step, drawn with replacement, independently for each chain.
-            Default: ``min(256, num_data)``. With ``batch_size=num_data`` every step uses each example once, so there is
-            no minibatch noise.
+            With ``batch_size=num_data`` every step uses each example once, so there is no minibatch noise. Default:
+            all of up to 2,048 examples in memory (of at most 16 MiB) for models of up to 10,000 weights, where a
+            gradient over all of them costs less than the correction of minibatch noise; otherwise
+            ``min(256, num_data)``.
         key: ``jax.random.key(...)`` or an integer seed.
         mesh: devices, with an axis ``chain`` (and ``model``, if the weights are sharded). Default: the largest number
             of devices that divides ``num_chains``. With several processes (``jax.distributed.initialize``) it has
@@ -108,10 +119,12 @@ def estimate_llc(
             ``batch_size``.
         baseline: how the loss at w* is computed. ``"paired"``: on the minibatch of each draw. This has much less
             variance, and costs one more forward pass per draw. ``"full"``: once, over all data.
-        budget: total number of minibatch gradients, including calibration, warm-up and all chains. It determines the
+        budget: total number of gradients, including calibration, warm-up and all chains. It determines the
             lengths (``num_draws``, ``num_warmup``, ``thinning``) that are not given, and cannot be combined with
-            ``num_draws``. Default: 10,000 from 10,000 weights on, and more for fewer weights. If nothing has to be
-            calibrated, the default is 500 draws per chain instead of a budget.
+            ``num_draws``. Each gradient is over ``batch_size`` examples: where that is the whole data set, it takes up
+            to num_data / 256 times as long as over a minibatch of 256. Default: 10,000 from 10,000 weights on, and more
+            for fewer weights; num_data / 512 times fewer (if that is above 1) where ``batch_size`` is by default the
+            whole data set. If nothing has to be calibrated, the default is 500 draws per chain instead of a budget.
         target_error: relative standard error at which to stop, e.g. 0.03 for 3 %. The run then goes on, up to twice as
             long each time, until the error is that small and no check asks for more steps; with 40 % of its steps as
             warm-up. ``budget`` and ``minutes`` are its limits; ``result.notes`` says so where one of them ended it.
@@ -126,10 +139,13 @@ def estimate_llc(
         also: name -> data set, of the same kinds as ``data``, held in memory. For each, ``result.also[name]`` has
             nbeta (E[L'(w)] - L'(w*)), where L' is the loss on these data and w are the same draws. It costs two more
             forward passes per draw and data set, on minibatches of their own.
+        observe: name -> examples, or an ``Observable`` of them, whose losses (or another function of them) are computed
+            at every draw; ``result.observed[name]`` has them. It costs a forward pass of these examples per draw, which
+            counts as a third of a gradient.
         callback: called as ``callback(step, result)`` while the chains run, with the number of steps that each has
             taken, and the result of the draws so far: once a draw is there, then about once a second, and after the
-            last step. It lacks what is measured at the end, such as the bias of minibatch noise. Only the first process
-            calls it.
+            last step. It lacks what is measured at the end, such as the bias of minibatch noise. ``observed`` lacks
+            what is written to a path and, with several processes, moments. Only the first process calls it.
         chunk_size: largest number of steps between two updates of the host, in one compiled program. It does not change
             the result.
         checkpoint_seconds: shortest time between two saves to ``checkpoint_dir``.
@@ -153,23 +169,28 @@ def estimate_llc(
         thinning=thinning, batch_size=batch_size, key=key, mesh=mesh, chain_batch=chain_batch,
         checkpoint_dir=checkpoint_dir, progress=progress, micro_batches=micro_batches, baseline=baseline,
         budget=budget, target_error=target_error, minutes=minutes, control_variate=control_variate, hot=hot,
-        also=also, callback=callback, chunk_size=chunk_size, checkpoint_seconds=checkpoint_seconds,
+        also=also, observe=observe, callback=callback, chunk_size=chunk_size, checkpoint_seconds=checkpoint_seconds,
     )  # fmt: skip
     with request.screen(began) as screen:
-        return _estimate(request, screen)
+        return estimate(request, screen)
 
 
-def _estimate(asked: Request, screen: Screen) -> LLCResult:
+def estimate(asked: Request, screen: Screen) -> LLCResult:
+    """The estimate of a checked request, shown on ``screen``."""
     request = asked if asked.target_error is None else first_round(asked)
-    engine, memory = _fitted(request)
+    growth = 1.0 if asked.target_error is None else most_gradients(asked) / (request.budget or 1)
+    engine, memory = _fitted(request, growth)
     problem, mesh = engine.problem, engine.problem.mesh
     if memory is not None:
         screen.say(*memory.lines())
-    identity = request.checked_identity(engine.plan, mesh, _asked(request))
+    named = request.folder is not None or spans_processes(mesh)
+    observed = observe_identity(request, problem.watches) if named else {}
+    identity = request.checked_identity(engine.plan, mesh, _asked(request), observed)
     check_loss(problem)
     check_other_data(problem, request.other_data)
     full_loss = full_loss_at_center(problem) if request.baseline == "full" else None
     store = None if request.folder is None else RunStore(request.folder, identity, mesh)
+    observing = _observing(request, engine, identity, store)
     posterior, choice = request.posterior, None
     sampler, nbeta = request.sampler, float(posterior.nbeta)
     if request.is_open:
@@ -188,25 +209,36 @@ def _estimate(asked: Request, screen: Screen) -> LLCResult:
     names, inputs = tuple(request.other_data), engine.inputs(numbers)
 
     def partial(engine: Engine, run: Run) -> LLCResult:
-        return partial_result(engine, run, posterior, numbers, full_loss=full_loss, choice=choice, other_names=names)
+        return partial_result(
+            engine, run, posterior, numbers, full_loss=full_loss, choice=choice, other_names=names, observing=observing
+        )  # fmt: skip
 
     def read(engine: Engine, run: Run) -> LLCResult:
         screen.phase("final checks", "final checks")
         return result_of(
             engine, run, posterior, numbers, screen.clock, full_loss=full_loss, choice=choice, memory=memory,
-            other_names=names, notes=request.notes,
+            other_names=names, notes=request.notes, observing=observing,
         )  # fmt: skip
 
     def sampled(engine: Engine, store: RunStore | None, **options: Any) -> Run:
         return run_to_end(
             engine, inputs, store, screen, every=request.checkpoint_seconds, nbeta=nbeta, partial=True,
-            on_chunk=_on_chunk(request, engine, functools.partial(partial, engine)), **options,
+            on_chunk=_on_chunk(request, engine, functools.partial(partial, engine)),
+            outlets=observing.outlets if observing else (), **options,
         )  # fmt: skip
 
     run = sampled(engine, store)
     if asked.target_error is None:
         return read(engine, run)
     return Rounds(asked, screen, engine, store, digest_of_json(identity), sampled, read).go_on(run)
+
+
+def _observing(request: Request, engine: Engine, identity: dict[str, Any], store: RunStore | None) -> Observing | None:
+    try:
+        return Observing.begun(request, engine, identity) if request.observables else None
+    except BaseException:
+        abandon(store)
+        raise
 
 
 def _on_chunk(request: Request, engine: Engine, partial: Callable[[Run], LLCResult]) -> Callable[[Run], None] | None:
@@ -230,20 +262,24 @@ def _asked(request: Request) -> dict[str, Any]:
     return {name: getattr(request, name) for name in names}
 
 
-def _fitted(request: Request) -> tuple[Engine, MemoryEstimate | None]:
-    """An engine for the estimate, before anything is calibrated, laid out so that it fits into memory."""
+def _fitted(request: Request, growth: float) -> tuple[Engine, MemoryEstimate | None]:
+    """An engine for the estimate, before anything is calibrated, laid out so that it fits into memory.
+
+    ``growth``: how many times as many draws the run may have in the end.
+    """
     control = bool(request.control_variate) and not request.is_open
     ends = 0.0 if request.is_open else _end_gradients(request, request.budget or 0)
     lengths = lengths_of(request, ends, control)
     chains, num_free = lengths.num_chains, request.posterior.num_free
+    observed = watched(request, lengths, growth)
 
     def engines() -> Iterator[Engine]:
         for mesh, chain_batch in layouts(chains, request.given_mesh(chains), request.chain_batch, num_free):
             plan = request.schedule(lengths, chain_batch, control)
-            yield Engine(request.problem(mesh), request.sampler, plan, request.key)
+            yield Engine(request.problem(mesh, observed=observed), request.sampler, plan, request.key)
 
     def estimate(engine: Engine) -> MemoryEstimate | None:
-        if not needs_memory_check(request.posterior, chains):
+        if not needs_memory_check(request.posterior, chains, observing_bytes(engine)):
             return None
         sizes = end_temporaries(engine, chains)
         if request.is_open:

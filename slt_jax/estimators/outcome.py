@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from slt_jax.calibration.choose import Choice
+from slt_jax.calibration.choose import FAILED, Choice
 from slt_jax.engine.bad_rows import joined
 from slt_jax.engine.clock import Clock
 from slt_jax.engine.loop import Engine, Run
@@ -16,6 +16,7 @@ from slt_jax.engine.plan import Numbers, Schedule
 from slt_jax.engine.run import so_far
 from slt_jax.engine.trace import Trace
 from slt_jax.estimators.ends import measure_ends
+from slt_jax.estimators.observing import Observing, at_draws, at_equal_times, with_observed
 from slt_jax.machine import versions
 from slt_jax.posterior.local import LocalPosterior
 from slt_jax.results.llc import LLCResult
@@ -26,7 +27,7 @@ def result_of(
     engine: Engine, run: Run, posterior: LocalPosterior, numbers: Numbers, clock: Clock, *,
     chains: range | None = None, key: jax.Array | None = None, full_loss: float | None = None,
     choice: Choice | None = None, memory: MemoryEstimate | None = None, other_names: tuple[str, ...] = (),
-    notes: tuple[str, ...] = (),
+    notes: tuple[str, ...] = (), observing: Observing | None = None,
 ) -> LLCResult:  # fmt: skip
     """The result of a finished run, or of some of its chains; of one that was interrupted, the result so far.
 
@@ -34,6 +35,7 @@ def result_of(
         posterior: what these chains sampled. numbers: what they were moved with. clock: of the call.
         chains, key: consecutive ones and the key of their estimate; default all, and the engine's. full_loss: L_n(w*),
             where the baseline is that. other_names: of the further data sets. notes: on what the caller gave.
+        observing: what all chains observed.
     """
     asked, mesh = engine.plan.num_draws if run.interrupted else 0, engine.problem.mesh
     if run.interrupted:
@@ -49,29 +51,31 @@ def result_of(
         cost=allgather({"seconds": clock.seconds, "parts": clock.parts, **run.cost}, mesh)[0],
         memory=allgather(memory.to_dict() if memory else {}, mesh)[0],
     )  # fmt: skip
-    return _drawn(engine, run, chains, record, full_loss, other_names, (*notes, *run.notes, *failed))
+    calibration = () if choice is None or not choice.failed else (f"{FAILED}.",)
+    notes = (*notes, *calibration, *run.notes, *failed)
+    result = _drawn(engine, run, chains, record, full_loss, other_names, notes)
+    return result if observing is None else with_observed(result, engine, run, observing, full_loss, chains)
 
 
 def partial_result(
     engine: Engine, run: Run, posterior: LocalPosterior, numbers: Numbers, *, full_loss: float | None,
-    choice: Choice | None, other_names: tuple[str, ...],
+    choice: Choice | None, other_names: tuple[str, ...], observing: Observing | None,
 ) -> LLCResult:  # fmt: skip
-    """What the draws so far give, without what is measured at the end; of a run that goes on."""
+    """What the draws so far give, without what is measured at the end; of a run that goes on, in one process."""
     engine, run = so_far(engine, run)
     chains = range(engine.plan.num_chains)
     record = _record(
         engine, posterior, numbers, len(chains), _mean_time(engine, run, chains), EndRecord(), choice, interrupted=0,
         cost={}, memory={},
     )  # fmt: skip
-    return _drawn(engine, run, chains, record, full_loss, other_names, tuple(run.notes))
-
-
-def _at_draws(plan: Schedule) -> slice:
-    return slice(plan.num_warmup + plan.thinning - 1, None, plan.thinning)
+    result = _drawn(engine, run, chains, record, full_loss, other_names, tuple(run.notes))
+    if observing is None:
+        return result
+    return with_observed(result, engine, run, observing, full_loss, chains, partial=True)
 
 
 def _mean_time(engine: Engine, run: Run, chains: range) -> float:
-    times = run.trace.time[chains.start : chains.stop, _at_draws(engine.plan)]
+    times = run.trace.time[chains.start : chains.stop, at_draws(engine.plan)]
     return float(np.nanmean(times)) if np.isfinite(times).any() else 1.0
 
 
@@ -113,7 +117,7 @@ def _drawn(
     notes: tuple[str, ...],
 ) -> LLCResult:  # fmt: skip
     """The draws of these chains, at equal times."""
-    rows, kept = slice(chains.start, chains.stop), _at_draws(engine.plan)
+    rows, kept = slice(chains.start, chains.stop), at_draws(engine.plan)
     evenly = evenly_in_time(run.trace.time[rows, kept])
     draws = {
         name: evenly(getattr(run.trace, name)[rows, kept]) for name in Trace._fields if name not in ("time", "also")
@@ -143,14 +147,6 @@ def _stopped(run: Run, rows: slice, kept: slice, baseline: np.ndarray) -> dict[i
 
 
 def evenly_in_time(times: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """From draws of steps that took ``times`` (chain, draw) to as many draws at equal times, in the same order.
-
-    A step that took twice the time is there twice as often. Nothing changes where all took the same.
-    """
-    picks = np.broadcast_to(np.arange(times.shape[1]), times.shape).copy()
-    for chain, each in enumerate(times.astype(np.float64)):
-        if np.isfinite(each).all() and each.min() < each.max():
-            ends = np.cumsum(each)
-            picks[chain] = np.searchsorted(ends, (picks[chain] + 0.5) * (ends[-1] / len(ends)))
-    rows = np.arange(len(times))[:, None]
+    """From draws of steps that took ``times`` (chain, draw) to as many draws at equal times, in the same order."""
+    rows, picks = np.arange(len(times))[:, None], at_equal_times(times)
     return lambda values: values[rows, picks]

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from slt_jax.calibration.effort import default_budget
 from slt_jax.engine.checkpoint import RunStore
 from slt_jax.engine.loop import Engine, Run
 from slt_jax.engine.mesh import allgather
@@ -19,8 +18,8 @@ from slt_jax.results.llc import LLCResult
 WANTS_MORE = ("still rising", "still falling", "chains disagree", "too few draws")  # verdicts that more steps can mend
 # After these, more steps say nothing.
 HOPELESS = ("diverged", "not a minimum", "not resolved in float32", "no better than chance")
-_FIRST = 4_000  # gradients of the first round, at least
-_FIRST_SHARE = 0.25  # of the default budget, for the first round
+_FIRST = 1_600  # gradients of the first round, at least
+_FIRST_SHARE = 0.16  # of the default budget, for the first round
 _MOST_BUDGETS = 10.0  # default budgets for all rounds together, where no budget is given
 _GROWTH = (1.25, 2.0)  # times as many steps after a round, at least and at most
 _LEAST_GROWTH = 1.1  # that a budget or a clock has to leave for another round
@@ -30,20 +29,21 @@ _ENDS = 0.06  # of the steps' gradients, for the measurements at the end of a ro
 
 def first_round(request: Request) -> Request:
     """The request whose budget is that of the first round."""
-    first, _ = round_budgets(request.posterior.num_free, request.budget)
-    thinning = _FIRST_THINNING if request.thinning is None and first >= _FIRST else request.thinning
+    first, _ = round_budgets(request.default_budget, request.budget)
+    least = max(_FIRST_THINNING, math.ceil(request.observing))
+    thinning = least if request.thinning is None and first >= _FIRST else request.thinning
     return dataclasses.replace(request, budget=int(first), thinning=thinning)
 
 
-def round_budgets(num_free: int, budget: int | None) -> tuple[int, int]:
-    """(minibatch gradients of the first round, of all rounds together at most) for so many weights."""
-    most = int(_MOST_BUDGETS * default_budget(num_free)) if budget is None else budget
-    return min(most, max(_FIRST, int(_FIRST_SHARE * default_budget(num_free)))), most
+def round_budgets(default: int, budget: int | None) -> tuple[int, int]:
+    """(gradients of the first round, of all rounds together at most). ``default``: the default budget."""
+    most = int(_MOST_BUDGETS * default) if budget is None else budget
+    return min(most, max(_FIRST, int(_FIRST_SHARE * default))), most
 
 
 def most_gradients(request: Request) -> int:
     """Minibatch gradients of all rounds together, at most."""
-    return round_budgets(request.posterior.num_free, request.budget)[1]
+    return round_budgets(request.default_budget, request.budget)[1]
 
 
 class Sampled(Protocol):
@@ -121,6 +121,7 @@ class Rounds:
     def _affordable(self, plan: Schedule, result: LLCResult) -> float:
         """Steps of a chain that budget and minutes allow in all."""
         each = plan.step_gradients() / plan.total_steps  # gradients of a step of all chains
+        each += plan.num_chains * self.request.observing / plan.thinning
         spent = sum(result.settings.spent.values())
         steps = plan.total_steps + (most_gradients(self.request) - spent) * (1 - _ENDS) / each
         if self.request.minutes is not None:
@@ -191,7 +192,7 @@ def times_needed(result: LLCResult, target: float) -> float:
 
 def needed_budget(result: LLCResult, target: float) -> float:
     """Gradients of all rounds, by the last of them; infinite where it cannot be told."""
-    steps = result.settings.spent.get("steps", 0.0)
+    steps = result.settings.spent.get("steps", 0.0) + result.settings.spent.get("observe", 0.0)
     return sum(result.settings.spent.values()) + (times_needed(result, target) - 1) * steps
 
 

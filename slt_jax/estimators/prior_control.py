@@ -31,7 +31,8 @@ def prior_control(problem: Problem, localizations: np.ndarray, key: jax.Array, b
     rises = np.empty((_DRAWS, len(localizations)))
     for draw in range(_DRAWS):
         batch = problem.fetch(random.integers(0, problem.source.num_data, problem.batch_size))
-        unit = noise_like(problem.on_first_device(problem.put(jax.random.fold_in(key, draw))), center)
+        own = problem.on_first_device(problem.put(jax.random.fold_in(key, draw)))
+        unit = noise_like(own, center, problem.program.blocks)
         places = (_drawn(center, unit, jnp.float32(localization)) for localization in localizations)
         rises[draw] = np.array([problem.loss_at(away, batch) for away in places]) - problem.loss_at(center, batch)
     return np.stack([rises.mean(0), rises.std(0, ddof=1) / math.sqrt(_DRAWS)], axis=-1)

@@ -13,15 +13,27 @@ from jax.sharding import Mesh
 
 from slt_jax._checks import check_count, check_key, check_positive, shown
 from slt_jax._io import digest_of_json, user_path
+from slt_jax.calibration.effort import default_budget
 from slt_jax.engine.checkpoint import RunStore, check_directory, first_difference
-from slt_jax.engine.mesh import allgather, automatic, chain_mesh, check_mesh, spans_processes
+from slt_jax.engine.mesh import allgather, chain_mesh, check_mesh, spans_processes
+from slt_jax.engine.observe import Watch
 from slt_jax.engine.plan import Lengths, Schedule
 from slt_jax.engine.problem import Problem
 from slt_jax.engine.screen import Screen, shows_progress
+from slt_jax.estimators.arguments import (
+    check_control,
+    check_dynamics,
+    check_observables,
+    check_posterior,
+    check_target,
+    checked_batch,
+)
 from slt_jax.estimators.rows import check_rows
 from slt_jax.machine import free_of_process, size_text, versions
-from slt_jax.posterior.data import ArrayData, Source, as_source, check_batch_size, check_same_structure, named_data
+from slt_jax.posterior.data import ArrayData, Source, as_source, check_same_structure, named_data
 from slt_jax.posterior.local import LocalPosterior
+from slt_jax.posterior.observable import Observable, checked_observables
+from slt_jax.posterior.split import automatic
 from slt_jax.posterior.tree import addressable
 from slt_jax.results.llc import LLCResult
 from slt_jax.samplers.base import Sampler
@@ -30,14 +42,15 @@ from slt_jax.samplers.underdamped import underdamped
 
 _LEAST = {"num_chains": 1, "num_draws": 1, "num_warmup": 0, "thinning": 1, "budget": 1}
 _STEP_BYTES, _LARGE_RECORD = 44, 2**28  # of a chain's traces; bytes from which their room is looked at
-_BATCH = 256  # by default, or all there are
 
 
 @dataclass(frozen=True)
 class Request:
     """What a caller asked for, checked; a length, ``control_variate``, ``hot`` or a mesh of None is open.
 
-    The arguments are those of ``estimate_llc``. ``other_data``: its ``also``, in memory. ``notes``: for the result.
+    The arguments are those of ``estimate_llc``. ``other_data``: its ``also``, in memory; ``observables``: its
+    ``observe``, each with its examples in memory. ``price``: of a gradient, see ``default_batch``. ``notes``: for the
+    result.
     """
 
     posterior: LocalPosterior
@@ -45,6 +58,7 @@ class Request:
     sampler: Sampler
     key: jax.Array
     batch_size: int
+    price: float = 1.0
     micro_batches: int = 1
     baseline: str = "paired"
     chunk_size: int = 512
@@ -64,6 +78,7 @@ class Request:
     progress: bool | None = None
     callback: Callable[[int, LLCResult], Any] | None = None
     other_data: dict[str, ArrayData] = dataclasses.field(default_factory=dict)
+    observables: dict[str, tuple[Observable, ArrayData]] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -76,9 +91,13 @@ class Request:
         mesh: Mesh | None = None, chain_batch: int | None = None,
         checkpoint_dir: str | os.PathLike | None = None, checkpoint_seconds: float = 60.0,
         progress: bool | None = None, callback: Any = None, also: Mapping[str, Any] | None = None,
+        observe: Mapping[str, Any] | None = None, described: bool = False,
     ) -> "Request":  # fmt: skip
-        """Of the arguments as they were given. Raises TypeError and ValueError that name the argument."""
-        _check_posterior(posterior)
+        """Of the arguments as they were given; ``described``: the weights may be shapes alone.
+
+        Raises TypeError and ValueError that name the argument.
+        """
+        check_posterior(posterior, described=described)
         source, sampler = as_source(data), as_sampler(sampler)
         notes = check_rows(posterior, data, source)
         lengths = {
@@ -88,24 +107,32 @@ class Request:
         for name, value in lengths.items():
             if value is not None:
                 check_count(name, value, _LEAST[name])
-        _check_dynamics(control_variate, hot)
+        check_dynamics(control_variate, hot)
         if budget is not None and num_draws is not None:
             raise ValueError(f"budget = {budget} and num_draws = {num_draws} both set the length. Give one of them.")
-        _check_target(target_error, minutes, num_draws)
+        check_target(target_error, minutes, num_draws)
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be a function callback(step, partial_result), got {shown(callback)}.")
         if checkpoint_dir is not None:
             check_directory(checkpoint_dir)
         check_positive("checkpoint_seconds", checkpoint_seconds, "0 saves after every chunk.", zero=True)
-        batch_size = _checked_batch(source, sampler, batch_size, micro_batches, baseline, chunk_size)
+        num_weights = sum(np.size(w) for w in jax.tree.leaves(posterior.center))
+        batch_size, price = checked_batch(
+            source, sampler, num_weights, batch_size, micro_batches, baseline, chunk_size
+        )  # fmt: skip
         other_data = named_data(also)
         for name, other in other_data.items():
-            check_same_structure(name, other, source)
+            check_same_structure(f"also['{name}']", other, source)
+        if posterior.nbeta == 0:
+            check_control(sampler, target_error)
+        observables = checked_observables(observe, source)
+        check_observables(observables, other_data, target_error)
         return cls(
             posterior=posterior,
             source=source,
             sampler=sampler,
             batch_size=batch_size,
+            price=price,
             key=check_key(key),
             micro_batches=int(micro_batches),
             baseline=baseline,
@@ -122,6 +149,7 @@ class Request:
             progress=progress,
             callback=callback,
             other_data=other_data,
+            observables=observables,
             notes=notes,
         )
 
@@ -137,9 +165,19 @@ class Request:
         return self.mesh is None and self.chain_batch is None and jax.process_count() == 1
 
     @property
+    def default_budget(self) -> int:
+        """Gradients of an estimate without a budget."""
+        return default_budget(self.posterior.num_free, self.price)
+
+    @property
     def passes(self) -> int:
         """Minibatches of a pass over the data."""
         return -(-self.source.num_data // self.batch_size)
+
+    @property
+    def observing(self) -> float:
+        """Minibatch gradients that observing takes at a draw of one chain: a forward pass is a third of one."""
+        return sum(data.num_data for _, data in self.observables.values()) / self.batch_size / 3
 
     @property
     def folder(self) -> Path | None:
@@ -181,11 +219,13 @@ class Request:
             )
         return plan
 
-    def problem(self, mesh: Mesh, posterior: LocalPosterior | None = None) -> Problem:
+    def problem(
+        self, mesh: Mesh, posterior: LocalPosterior | None = None, observed: tuple[tuple[Watch, ArrayData], ...] = ()
+    ) -> Problem:
         """Its posterior, or another over the same data, on these devices."""
         return Problem(
             self.posterior if posterior is None else posterior, self.source, mesh, int(self.batch_size),
-            self.micro_batches, tuple(self.other_data.values()),
+            self.micro_batches, tuple(self.other_data.values()), observed, packs=self.sampler.entrywise,
         )  # fmt: skip
 
     def checked_identity(
@@ -293,59 +333,3 @@ def as_sampler(sampler: Any) -> Sampler:
     if callable(getattr(sampler, "init", None)) and callable(getattr(sampler, "step", None)):
         return from_blackjax(sampler)
     raise TypeError(f"sampler must be a Sampler, got {shown(sampler)}. Call its constructor: slt_jax.sgld(step_size).")
-
-
-def _check_posterior(posterior: Any) -> None:
-    if not isinstance(posterior, LocalPosterior):
-        raise TypeError(
-            f"posterior must be a LocalPosterior, got a {type(posterior).__name__}. "
-            "Pass slt_jax.LocalPosterior(loss_fn, center, num_data) first, then the data."
-        )
-
-
-def _check_target(target_error: Any, minutes: Any, num_draws: Any) -> None:
-    if target_error is None:
-        if minutes is not None:
-            raise ValueError(f"minutes = {shown(minutes)} is a limit for target_error. Give target_error=0.03 with it.")
-        return
-    check_positive("target_error", target_error, "It is the relative error to reach: 0.03 for 3 %.")
-    if target_error >= 1:
-        raise ValueError(f"target_error must be below 1, got {shown(target_error)}. It is a share: 0.03 for 3 %.")
-    if minutes is not None:
-        check_positive("minutes", minutes, "It is the time after which no further steps are begun.")
-    if num_draws is not None:
-        raise ValueError(
-            f"target_error = {target_error} and num_draws = {num_draws} both set the length. Give one of "
-            "them; budget or minutes limits the steps for target_error."
-        )
-
-
-def _check_dynamics(control_variate: Any, hot: Any) -> None:
-    if control_variate is not None and not isinstance(control_variate, bool | np.bool_):
-        raise TypeError(f"control_variate must be True, False or None, got {shown(control_variate)}.")
-    if hot is not None:
-        check_positive("hot", hot, "1 starts every chain at w*, 10 every other one at a tenth of nbeta.")
-        if hot < 1:
-            raise ValueError(f"hot must be at least 1, got {hot}. 10 starts every other chain at nbeta / 10.")
-
-
-def _checked_batch(
-    source: Source, sampler: Sampler, batch_size: int | None, micro_batches: int, baseline: str, chunk_size: int
-) -> int:
-    """The batch size, by default min(256, num_data) or all; see ``estimate_llc``. Raises TypeError, ValueError."""
-    for name, value in {"chunk_size": chunk_size, "micro_batches": micro_batches}.items():
-        check_count(name, value, 1)
-    whole = sampler.theory.full_batch
-    if batch_size is None:
-        batch_size = source.num_data if whole else min(_BATCH, source.num_data)
-    check_batch_size(batch_size, source.num_data)
-    if whole and (source.on_host or batch_size != source.num_data):
-        raise ValueError(
-            f"{sampler.name} takes every gradient over the whole data set: give the data as arrays in memory, and "
-            "leave batch_size out."
-        )
-    if batch_size % micro_batches:
-        raise ValueError(f"micro_batches = {micro_batches} does not divide batch_size = {batch_size}. Take a divisor.")
-    if not isinstance(baseline, str) or baseline not in ("paired", "full"):
-        raise ValueError(f"baseline must be 'paired' or 'full', got {shown(baseline)}. 'paired' has less variance.")
-    return batch_size

@@ -23,17 +23,22 @@ from slt_jax.engine.memory import (
     first_that_fits,
     layouts,
     needs_memory_check,
+    observing_bytes,
     state_bytes,
 )
+from slt_jax.engine.observe import Watch
 from slt_jax.engine.plan import Numbers, Schedule
 from slt_jax.engine.run import abandon, full_loss_at_center, run_to_end
 from slt_jax.engine.screen import Screen
+from slt_jax.estimators.arguments import check_no_path
 from slt_jax.estimators.context import in_own_context
 from slt_jax.estimators.ends import end_temporaries
+from slt_jax.estimators.observing import Observing, observe_identity, watched
 from slt_jax.estimators.outcome import result_of
 from slt_jax.estimators.prior_control import prior_control
 from slt_jax.estimators.request import Notes, Request, check_no_metric, lengths_of_each
 from slt_jax.estimators.shared import shared_calibration
+from slt_jax.posterior.data import ArrayData
 from slt_jax.posterior.local import LocalPosterior
 from slt_jax.results.llc import LLCResult
 from slt_jax.results.sweep import AXES, Sweep
@@ -59,6 +64,7 @@ def sweep(
     micro_batches: int = 1,
     baseline: str = "paired",
     memory_gib: float | None = None,
+    observe: Mapping[str, Any] | None = None,
     checkpoint_dir: str | os.PathLike | None = None,
     progress: bool | None = None,
     chunk_size: int = 512,
@@ -78,6 +84,8 @@ def sweep(
         num_chains, num_draws, num_warmup, thinning: of each cell. The warm-up is by default as long as the draws.
         memory_gib: GiB that the process (on a CPU) or each device may take; default all there is. As many cells are
             in the program at once as fit, and divide their number.
+        observe: as for ``estimate_llc``, in each cell; ``cell(...).observed`` has what was observed there. The values
+            of all cells are kept in memory, or moments of them: an ``Observable`` with a ``path`` is refused.
         checkpoint_dir: where to keep states and traces; the same call with the same directory resumes, and ends bit
             for bit equal.
 
@@ -95,12 +103,17 @@ def sweep(
         posterior, data, sampler=sampler, num_chains=num_chains, num_draws=num_draws, num_warmup=num_warmup,
         thinning=thinning, batch_size=batch_size, key=key, mesh=mesh, chain_batch=chain_batch,
         checkpoint_dir=checkpoint_dir, progress=progress, micro_batches=micro_batches, baseline=baseline,
-        chunk_size=chunk_size, checkpoint_seconds=checkpoint_seconds,
+        observe=observe, chunk_size=chunk_size, checkpoint_seconds=checkpoint_seconds,
     )  # fmt: skip
     check_no_metric(request)
+    check_no_path(request.observables)
     given = {name: _axis(name, values) for name, values in zip(AXES, (nbeta, localization, step_size), strict=True)}
     if all(values is None for values in given.values()):
         raise ValueError("a sweep needs values for nbeta, localization or step_size: step_size=[1e-5, 3e-5, 1e-4].")
+    if given["nbeta"] is None and not posterior.nbeta:
+        raise ValueError(
+            "the posterior has nbeta = 0, and a sweep draws that control without asking. Give it an nbeta."
+        )
     if memory_gib is not None:
         check_positive("memory_gib", memory_gib, "It is the memory of the process or of a device, in GiB.")
     with request.screen() as screen:
@@ -111,12 +124,15 @@ def _sweep(request: Request, screen: Screen, given: dict[str, np.ndarray | None]
     plan = request.schedule(lengths_of_each(request))
     mesh = request.mesh_of_one(plan.num_chains)
     grid = {name: None if values is None else values.tolist() for name, values in given.items()}
-    notes = Notes.opened(request, plan, mesh, {"grid": grid}, {})
+    number = math.prod(len(values) for values in given.values() if values is not None)
+    observed = watched(request, lengths_of_each(request)._replace(num_chains=number * plan.num_chains))
+    more = observe_identity(request, tuple(watch for watch, _ in observed))
+    notes = Notes.opened(request, plan, mesh, {"grid": grid, **more}, {})
     screen.phase("calibrating what is not given", "calibration")
     try:
         axes, friction = _filled(request, given, plan, mesh, notes)
         most = {name: max(axes[name]) for name in ("nbeta", "localization")}
-        cells = _Cells(request, request.posterior.with_numbers(**most), plan, axes, friction, memory_gib)
+        cells = _Cells(request, request.posterior.with_numbers(**most), plan, axes, friction, memory_gib, observed)
         engine, at_once, memory = _fitted(cells, notes)
     finally:
         abandon(notes.store)
@@ -126,6 +142,9 @@ def _sweep(request: Request, screen: Screen, given: dict[str, np.ndarray | None]
     check_loss(problem)
     full_loss = full_loss_at_center(problem) if request.baseline == "full" else None
     control_key = jax.random.fold_in(request.key, KeyTag.SWEEP_CONTROL)
+    observing = None
+    if observed:
+        observing = Observing.begun(request, engine, {}, cells.number * plan.num_chains)
     control = prior_control(problem, axes["localization"], control_key, engine.key)
     results: list[LLCResult] = []
     for first in range(0, cells.number, at_once):
@@ -135,7 +154,7 @@ def _sweep(request: Request, screen: Screen, given: dict[str, np.ndarray | None]
             identity = {"sweep": notes.identity, "mesh": dict(problem.mesh.shape), "at once": engine.plan.chain_batch}
             store = RunStore(request.folder / f"cells-{first}-{block[-1]}", identity, problem.mesh)
         try:
-            results += _run_block(cells, engine, block, store, screen, full_loss, memory)
+            results += _run_block(cells, engine, block, store, screen, full_loss, memory, observing)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(_saved_text(request, first, cells.number)) from None
     return Sweep(axes, tuple(results), control)
@@ -150,7 +169,10 @@ def _saved_text(request: Request, done: int, number: int) -> str:
 
 @dataclass(frozen=True)
 class _Cells:
-    """The grid. ``posterior``: that of a cell with the largest nbeta and localization. ``plan``: of one cell."""
+    """The grid. ``posterior``: that of a cell with the largest nbeta and localization. ``plan``: of one cell.
+
+    ``observed``: see ``observing.watched``.
+    """
 
     request: Request
     posterior: LocalPosterior
@@ -158,6 +180,7 @@ class _Cells:
     axes: dict[str, np.ndarray]
     friction: float | None
     memory_gib: float | None
+    observed: tuple[tuple[Watch, ArrayData], ...]
 
     @property
     def number(self) -> int:
@@ -239,12 +262,12 @@ def _fitting(cells: _Cells, counts: Iterable[int], saves: bool) -> tuple[Engine,
             mesh = request.given_mesh(rows)
             for layout, group in layouts(rows, mesh, request.chain_batch, cells.posterior.num_free):
                 plan = dataclasses.replace(cells.plan, num_chains=rows, chain_batch=group)
-                engine = Engine(request.problem(layout, cells.posterior), sampler, plan, request.key)
+                engine = Engine(request.problem(layout, cells.posterior, cells.observed), sampler, plan, request.key)
                 if gib is None or state_bytes(engine) <= limit:
                     yield engine
 
     def estimate(engine: Engine) -> MemoryEstimate | None:
-        if gib is None and not needs_memory_check(cells.posterior, engine.plan.num_chains):
+        if gib is None and not needs_memory_check(cells.posterior, engine.plan.num_chains, observing_bytes(engine)):
             return None
         memory = estimate_memory(engine, end_temporaries(engine, cells.plan.num_chains), saves=saves)
         return dataclasses.replace(memory, available=min(memory.available, limit - memory.in_use))
@@ -256,7 +279,7 @@ def _fitting(cells: _Cells, counts: Iterable[int], saves: bool) -> tuple[Engine,
 
 def _run_block(
     cells: _Cells, engine: Engine, block: range, store: RunStore | None, screen: Screen, full_loss: float | None,
-    memory: MemoryEstimate | None,
+    memory: MemoryEstimate | None, observing: Observing | None,
 ) -> list[LLCResult]:  # fmt: skip
     """The results of these cells, which run together."""
     request, chains, values = cells.request, cells.plan.num_chains, cells.numbers(block)
@@ -274,7 +297,7 @@ def _run_block(
         own = range(i * chains, (i + 1) * chains)
         result = result_of(
             engine, run, posterior, numbers, screen.clock, chains=own, key=keys[i], full_loss=full_loss, memory=memory,
-            notes=request.notes,
+            notes=request.notes, observing=observing,
         )  # fmt: skip
         results.append(result)
     return results

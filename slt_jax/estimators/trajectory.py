@@ -7,35 +7,40 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from slt_jax._checks import shown
 from slt_jax.calibration.probe import Probe
-from slt_jax.engine.checkpoint import RunStore
 from slt_jax.engine.keys import KeyTag
 from slt_jax.engine.loop import Engine, Inputs, Run
 from slt_jax.engine.loss_checks import check_loss
-from slt_jax.engine.memory import MemoryEstimate, estimate_memory, first_that_fits, layouts, needs_memory_check
+from slt_jax.engine.memory import (
+    MemoryEstimate,
+    estimate_memory,
+    first_that_fits,
+    layouts,
+    needs_memory_check,
+    observing_bytes,
+)
 from slt_jax.engine.mesh import allgather, is_main_process, spans_processes
-from slt_jax.engine.plan import Numbers, Schedule
 from slt_jax.engine.progress import span
-from slt_jax.engine.run import abandon, check_first_loss, full_loss_at_center, restored, run_to_end
+from slt_jax.engine.run import abandon, begun, check_first_loss, full_loss_at_center, restored, run_to_end
 from slt_jax.engine.screen import Screen
+from slt_jax.engine.values import Outlets
 from slt_jax.estimators.context import in_own_context
+from slt_jax.estimators.course import Course, Ways
 from slt_jax.estimators.ends import end_temporaries
+from slt_jax.estimators.observing import observe_identity, watched
 from slt_jax.estimators.outcome import result_of
 from slt_jax.estimators.request import Notes, Request, check_no_metric, lengths_of_each
 from slt_jax.estimators.shared import shared_calibration
-from slt_jax.posterior.flax import params_like
 from slt_jax.posterior.local import LocalPosterior
 from slt_jax.posterior.program import leaf_masks
-from slt_jax.posterior.tree import check_pytree, path_of
+from slt_jax.posterior.tree import path_of
 from slt_jax.results.llc import LLCResult, load_result
 from slt_jax.results.plateau import SETTLED
 from slt_jax.results.text import estimate_text
@@ -62,6 +67,8 @@ def trajectory(
     batch_size: int | None = None,
     key: Any = 0,
     warm_start: bool = True,
+    observe: Mapping[str, Any] | None = None,
+    common_noise: bool = False,
     mesh: Mesh | None = None,
     chain_batch: int | None = None,
     micro_batches: int = 1,
@@ -86,6 +93,11 @@ def trajectory(
             leaf's path as for ``mask``.
         warm_start: chains begin as far from w* as those of the checkpoint before ended, with their momenta, where those
             had settled; else at w*. The warm-up is the same; it only has less to do.
+        observe: as for ``estimate_llc``, at each checkpoint, with all weights free. ``Trajectory.observed`` has the
+            losses over training, and ``results["all"][k].observed`` everything of one checkpoint. The ``path`` of an
+            ``Observable`` gets a folder for each step.
+        common_noise: all checkpoints take the same random numbers, those of step 0, so that differences between them
+            have less noise.
         checkpoint_dir: where to keep results and states; the same call resumes, and ends bit for bit equal.
         data: as for ``estimate_llc``.
         key: as for ``estimate_llc``. The key of a checkpoint is ``fold_in(key, step)``, that of its part number k
@@ -107,22 +119,28 @@ def trajectory(
         posterior, data, sampler=sampler, num_chains=num_chains, num_draws=num_draws, num_warmup=num_warmup,
         thinning=thinning, batch_size=batch_size, key=key, mesh=mesh, chain_batch=chain_batch,
         checkpoint_dir=checkpoint_dir, progress=progress, micro_batches=micro_batches, baseline=baseline,
-        chunk_size=chunk_size, checkpoint_seconds=checkpoint_seconds,
+        observe=observe, chunk_size=chunk_size, checkpoint_seconds=checkpoint_seconds,
     )  # fmt: skip
     check_no_metric(request)
+    for name, value in (("warm_start", warm_start), ("common_noise", common_noise)):
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {shown(value)}.")
+    ways = Ways(warm_start, common_noise)
     with request.screen() as screen:
-        return _trajectory(request, screen, centers, _steps(centers), _parts(parts), warm_start)
+        return _trajectory(request, screen, centers, _steps(centers), _parts(parts), ways)
 
 
 def _trajectory(
     request: Request, screen: Screen, centers: Mapping[int, Any], steps: list[int], parts: dict[str, Part],
-    warm_start: bool,
+    ways: Ways,
 ) -> Trajectory:  # fmt: skip
     plan = request.schedule(lengths_of_each(request))
     mesh = request.mesh_of_one(plan.num_chains)
-    more = {"steps": steps, "parts": list(parts)}
-    notes = Notes.opened(request, plan, mesh, more, {"warm_start": warm_start})
-    course = _Course(request, screen, centers, plan, mesh, notes.identity)
+    watches = tuple(watch for watch, _ in watched(request, lengths_of_each(request), len(steps)))
+    more = {"steps": steps, "parts": list(parts), **observe_identity(request, watches)}
+    asked = {name: value for name, value in ways._asdict().items() if name == "warm_start" or value}
+    notes = Notes.opened(request, plan, mesh, more, asked)
+    course = Course(request, screen, centers, plan, mesh, notes.identity, ways)
     screen.phase("calibrating what is not given, at the checkpoint whose loss is most sharply curved", "calibration")
     try:
         course = _fitted(_filled(course, steps, notes), steps[0])
@@ -130,7 +148,7 @@ def _trajectory(
         abandon(notes.store)
     done: dict[str, list[LLCResult]] = {name: [] for name in parts}
     try:
-        for name, result in _estimates(course, steps, parts, warm_start):
+        for name, result in _estimates(course, steps, parts):
             done[name].append(result)
             _tell(course, steps, name, done)
     except KeyboardInterrupt:
@@ -142,15 +160,13 @@ def _trajectory(
     return Trajectory(tuple(steps), {name: tuple(row) for name, row in done.items()})
 
 
-def _estimates(
-    course: "_Course", steps: list[int], parts: dict[str, Part], warm_start: bool
-) -> Iterator[tuple[str, LLCResult]]:
+def _estimates(course: Course, steps: list[int], parts: dict[str, Part]) -> Iterator[tuple[str, LLCResult]]:
     """(part, result) of each step in turn."""
     ends: dict[str, _End] = {}
     for step in steps:
         whole = course.posterior_at(step)
         for number, (name, part) in enumerate(parts.items()):
-            last = ends.get(name) if warm_start else None
+            last = ends.get(name) if course.ways.warm_start else None
             course.screen.clock.restart()
             result, end = _at_checkpoint(course, name, part(whole), number, step, last)
             _remove_state(course, name, ends.get(name))
@@ -158,7 +174,7 @@ def _estimates(
             yield name, result
 
 
-def _tell(course: "_Course", steps: list[int], name: str, done: dict[str, list[LLCResult]]) -> None:
+def _tell(course: Course, steps: list[int], name: str, done: dict[str, list[LLCResult]]) -> None:
     """The last result, of this part; and after the first step how long all will take."""
     step, result = steps[len(done[name]) - 1], done[name][-1]
     where = f"step {step}" if len(done) == 1 else f"step {step}, {name}"
@@ -178,54 +194,6 @@ class _End:
     run: Run | None  # None when it has to be read from its directory
 
 
-@dataclass(frozen=True)
-class _Course:
-    """The checkpoints, and the one setting for all. ``identity``: digest of everything that the numbers depend on."""
-
-    request: Request
-    screen: Screen
-    centers: Mapping[int, Any]
-    plan: Schedule
-    mesh: Mesh
-    identity: str
-
-    def posterior_at(self, step: int) -> LocalPosterior:
-        """The posterior around the checkpoint of this step."""
-        center = self.centers[step]
-        center = center() if callable(center) and not isinstance(center, nnx.Module) else center
-        check_pytree(f"the checkpoint of step {step}", center)
-        try:
-            center = params_like(center, self.request.posterior.center)
-            posterior = dataclasses.replace(self.request.posterior, center=center)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"the checkpoint of step {step}: {error}") from error
-        given, wanted = _shapes(center), _shapes(self.request.posterior.center)
-        for name in [*wanted, *given]:
-            if given.get(name) != wanted.get(name):
-                raise ValueError(
-                    f"the checkpoint of step {step} is of another model than posterior.center: '{name}' has shape "
-                    f"{given.get(name)} there, {wanted.get(name)} here. Give checkpoints of one training run."
-                )
-        return posterior
-
-    def engine(self, posterior: LocalPosterior, key: jax.Array) -> Engine:
-        return Engine(self.request.problem(self.mesh, posterior), self.request.sampler, self.plan, key)
-
-    @property
-    def numbers(self) -> Numbers:
-        """What all chains are moved with, once nothing is open any more."""
-        posterior, sampler = self.request.posterior, self.request.sampler
-        return Numbers(posterior.nbeta, posterior.localization, sampler.step_size, sampler.friction)
-
-    def store_at(self, name: str, step: int) -> RunStore:
-        """Where the state of one checkpoint is kept."""
-        identity = {"trajectory": self.identity, "part": name, "step": step, "mesh": dict(self.mesh.shape)}
-        return RunStore(self.folder_of(name, step), identity, self.mesh)
-
-    def folder_of(self, name: str, step: int) -> Path:
-        return (self.request.folder or Path()) / name.replace(" ", "-") / f"step-{step}"
-
-
 def _steps(centers: Any) -> list[int]:
     if not isinstance(centers, Mapping) or not centers:
         raise TypeError(f"centers must map training steps to parameters, {{100: params}}, got {_brief(centers)}.")
@@ -233,10 +201,6 @@ def _steps(centers: Any) -> list[int]:
         if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < 2**31:
             raise ValueError(f"centers has the step {step!r}; a training step is a whole number from 0 to 2^31.")
     return sorted(centers)
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {"/".join(path_of(path)): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
 
 
 def _brief(value: Any) -> str:
@@ -272,7 +236,7 @@ def _part_of(rule: Callable[[Any], Any], posterior: LocalPosterior) -> LocalPost
     return dataclasses.replace(posterior, mask=jax.tree.unflatten(treedef, masks))
 
 
-def _filled(course: _Course, steps: list[int], notes: Notes) -> _Course:
+def _filled(course: Course, steps: list[int], notes: Notes) -> Course:
     """With every number of the setting given or chosen."""
     posterior, sampler = course.request.posterior, course.request.sampler
     if not course.request.is_open:
@@ -287,17 +251,17 @@ def _filled(course: _Course, steps: list[int], notes: Notes) -> _Course:
     )
 
 
-def _fitted(course: _Course, step: int) -> _Course:
+def _fitted(course: Course, step: int) -> Course:
     """With a layout that fits into memory, by the checkpoint of this step."""
     first, num_chains, request = course.posterior_at(step), course.plan.num_chains, course.request
 
     def engines() -> Iterator[Engine]:
         for mesh, group in layouts(num_chains, request.given_mesh(num_chains), request.chain_batch, first.num_free):
             plan = dataclasses.replace(course.plan, chain_batch=group)
-            yield dataclasses.replace(course, plan=plan, mesh=mesh).engine(first, request.key)
+            yield dataclasses.replace(course, plan=plan, mesh=mesh).engine(first, request.key, observes=True)
 
     def estimate(engine: Engine) -> MemoryEstimate | None:
-        if not needs_memory_check(first, num_chains):
+        if not needs_memory_check(first, num_chains, observing_bytes(engine)):
             return None
         return estimate_memory(engine, end_temporaries(engine, num_chains), saves=request.folder is not None)
 
@@ -306,7 +270,7 @@ def _fitted(course: _Course, step: int) -> _Course:
     return dataclasses.replace(course, plan=engine.plan, mesh=engine.problem.mesh)
 
 
-def _calibrated_at_the_sharpest(course: _Course, steps: list[int]) -> dict[str, Any]:
+def _calibrated_at_the_sharpest(course: Course, steps: list[int]) -> dict[str, Any]:
     """The calibration's choice at the checkpoint whose loss is most sharply curved."""
     key, nbeta = course.request.key, float(course.request.posterior.nbeta)
     sharpness = {}
@@ -321,11 +285,12 @@ def _calibrated_at_the_sharpest(course: _Course, steps: list[int]) -> dict[str, 
 
 
 def _at_checkpoint(
-    course: _Course, name: str, posterior: LocalPosterior, number: int, step: int, last: _End | None
+    course: Course, name: str, posterior: LocalPosterior, number: int, step: int, last: _End | None
 ) -> tuple[LLCResult, _End]:
     """The result at one checkpoint, and where its chains ended. ``number``: of the part, 0 for the whole."""
-    request, key = course.request, jax.random.fold_in(course.request.key, step)
-    engine = course.engine(posterior, jax.random.fold_in(key, number) if number else key)
+    request, key = course.request, jax.random.fold_in(course.request.key, 0 if course.ways.common_noise else step)
+    observes = bool(request.observables) and number == 0
+    engine = course.engine(posterior, jax.random.fold_in(key, number) if number else key, observes=observes)
     folder = course.folder_of(name, step)
     saved, run, store = folder.with_suffix(".zarr"), None, None
     if request.folder is not None and saved.exists():
@@ -335,19 +300,27 @@ def _at_checkpoint(
             folder.parent.mkdir(parents=True, exist_ok=True)
             store = course.store_at(name, step)
         full_loss = full_loss_at_center(engine.problem) if request.baseline == "full" else None
-        inputs = engine.inputs(course.numbers)
-        start = _carried(course, name, engine, inputs, last) if last is not None and last.settled else None
+        inputs, observing = engine.inputs(course.numbers), course.observing(engine, step) if observes else None
+        outlets = observing.outlets if observing else ()
+        start = _carried(course, name, engine, inputs, last, outlets) if last is not None and last.settled else None
         part = f"step {step}, {name}: "
-        run = run_to_end(engine, inputs, store, course.screen, every=request.checkpoint_seconds, part=part, start=start)
+        run = run_to_end(
+            engine, inputs, store, course.screen, every=request.checkpoint_seconds, part=part, start=start,
+            outlets=outlets,
+        )  # fmt: skip
         course.screen.phase(f"{part}final checks", "final checks")
         clock = course.screen.clock
-        result = result_of(engine, run, posterior, course.numbers, clock, full_loss=full_loss, notes=request.notes)
+        result = result_of(
+            engine, run, posterior, course.numbers, clock, full_loss=full_loss, notes=request.notes, observing=observing
+        )
         if store is not None and is_main_process(course.mesh):
             result.save(saved)
     return result, _End(step, engine.problem.center, result.verdict in SETTLED, run)
 
 
-def _carried(course: _Course, name: str, engine: Engine, inputs: Inputs, last: _End) -> Run | None:
+def _carried(
+    course: Course, name: str, engine: Engine, inputs: Inputs, last: _End, outlets: Outlets
+) -> Run | None:  # fmt: skip
     """A start as far from w* as the chains of the checkpoint before ended.
 
     None where one of them was lost, or would begin at a loss that is not finite.
@@ -355,15 +328,15 @@ def _carried(course: _Course, name: str, engine: Engine, inputs: Inputs, last: _
     run = last.run
     if run is None:
         store = course.store_at(name, last.step)
-        run = restored(engine, inputs, store)
+        run = restored(engine, inputs, store, course.observing(engine, last.step).outlets if outlets else ())
         abandon(store)
     if run is None or not engine.all_alive(run):
         return None
-    begun, problem = engine.start(inputs), engine.problem
-    begun.state = run.state._replace(position=_shifted(run.state.position, problem.center, last.center))
+    new, problem = begun(engine, inputs, outlets), engine.problem
+    new.state = run.state._replace(position=_shifted(run.state.position, problem.center, last.center))
     check_first_loss(problem)
-    losses = (problem.first_loss(position=engine.position(begun, c)) for c in range(engine.plan.num_chains))
-    return begun if all(map(math.isfinite, losses)) else None
+    losses = (problem.first_loss(position=engine.position(new, c)) for c in range(engine.plan.num_chains))
+    return new if all(map(math.isfinite, losses)) else None
 
 
 @jax.jit
@@ -371,7 +344,7 @@ def _shifted(positions: tuple, center: tuple, old: tuple) -> tuple:
     return tuple(w + (new - was) for w, new, was in zip(positions, center, old, strict=True))
 
 
-def _remove_state(course: _Course, name: str, last: _End | None) -> None:
+def _remove_state(course: Course, name: str, last: _End | None) -> None:
     """The state of a checkpoint is needed until the next one is done."""
     if course.request.folder is not None and last is not None and is_main_process(course.mesh):
         shutil.rmtree(course.folder_of(name, last.step), ignore_errors=True)

@@ -15,15 +15,11 @@ from typing import Any, NamedTuple
 
 from slt_jax._io import write_file
 from slt_jax.engine.checkpoint import PATIENCE
+from slt_jax.fleet.retry import may_succeed
 from slt_jax.results.llc import LLCResult, load_result
 
 _CANCEL_SECONDS = 10  # that a cancelled job has to end
 _MAX_REASON = 300  # characters
-# The same program would raise these again on the same input.
-_PERMANENT = (
-    ValueError, TypeError, LookupError, AttributeError, NameError, ImportError, AssertionError, ArithmeticError,
-    NotImplementedError,
-)  # fmt: skip
 
 
 class Failure(NamedTuple):
@@ -76,11 +72,26 @@ def work(pickled: bytes, root: Path, name: str, attempt: int) -> None:
         except BaseException as error:
             kind = type(error).__name__
             reason = " ".join(f"{kind}: {error}".split()).removesuffix(":")[:_MAX_REASON]
-            outcome |= {"error": kind, "reason": reason, "retry": not isinstance(error, _PERMANENT)}
+            outcome |= {"error": kind, "reason": reason, "retry": may_succeed(error)}
             raise
         finally:
             outcome["seconds"] = time.monotonic() - began
             write_file(root / "jobs" / f"{name}.json", json.dumps(outcome))
+
+
+def _is_slurm(executor: Any) -> bool:
+    slurm = import_submitit().SlurmExecutor
+    return isinstance(executor, slurm) or getattr(executor, "cluster", "") == "slurm"
+
+
+def watch_without_accounting() -> None:
+    """Where SLURM keeps no accounting, take the states of its jobs from its queue."""
+    if shutil.which("squeue") is None:
+        return
+    from slt_jax.fleet.slurm import has_accounting, watch_by_queue
+
+    if not has_accounting():
+        watch_by_queue()
 
 
 @contextlib.contextmanager
@@ -120,11 +131,14 @@ class JobQueue:
     def __init__(self, root: Path, function: Callable, cases: Mapping[str, Any], executor: Any, progress: bool):
         self.root, self.function, self.cases, self.executor = root, function, cases, executor
         self._progress, self._local = progress, import_submitit().LocalJob
+        if _is_slurm(executor) or any(self._file(name, "job").exists() for name in cases):
+            watch_without_accounting()
         self.results = {name: result for name in cases if (result := self._load(name)) is not None}
         self.failures: dict[str, Failure] = {}
         self.waiting = {name: 1 for name in cases if name not in self.results}
         self.running: dict[str, tuple[int, Any]] = {}
         self._ended: dict[str, float] = {}
+        self._preempted: dict[str, float] = {}
         if self.results:
             self._print(f"{len(self.results)} results are already in the folder")
         self._find_earlier_jobs()
@@ -160,7 +174,7 @@ class JobQueue:
     def collect(self, retries: int) -> None:
         """Take the results of jobs that have ended. A failed job waits again, or is recorded as a failure."""
         for name, (attempt, job) in list(self.running.items()):
-            if not job.done():
+            if not self._has_ended(job):
                 continue
             result, outcome = self._load(name), self.outcome(name)
             if result is None and not outcome.get("error") and self._files_may_be_late(job):
@@ -173,12 +187,14 @@ class JobQueue:
                 continue
             state = "" if isinstance(job, self._local) else job.state
             reason = outcome.get("reason") or self._reason_without_exception(name, job, state)
-            if outcome.get("retry", not state.startswith("CANCELLED")) and attempt <= retries:
+            retry = outcome.get("retry", True) and not state.startswith("CANCELLED")
+            if retry and attempt <= retries:
                 self.waiting[name] = attempt + 1
                 self._print(f"{name}: attempt {attempt} failed, retrying: {reason}")
             else:
                 self.failures[name] = Failure(name, attempt, outcome.get("error", ""), reason, _log(job))
-                self._print(f"{name}: failed at attempt {attempt}: {reason} (log: {_log(job)})")
+                final = "" if retry else " and is not retried"
+                self._print(f"{name}: failed at attempt {attempt}{final}: {reason} (log: {_log(job)})")
 
     def cancel(self) -> None:
         """Cancel jobs of this machine and wait until they have ended; those of a cluster continue."""
@@ -222,6 +238,18 @@ class JobQueue:
                 f"the function and case {name!r} cannot be pickled ({type(error).__name__}: {error}). Pass paths or "
                 "names in the case, and let the function load them."
             ) from error
+
+    def _has_ended(self, job: Any) -> bool:
+        """Also of a job that was preempted and that SLURM does not start again, for which submitit would wait."""
+        if job.done():
+            return True
+        if isinstance(job, self._local) or job.state != "PREEMPTED":
+            return False
+        since = self._preempted.setdefault(job.job_id, time.monotonic())
+        if time.monotonic() - since < PATIENCE:
+            return False
+        job.done(force_check=True)
+        return job.state == "PREEMPTED"
 
     def _files_may_be_late(self, job: Any) -> bool:
         """Whether files that another machine wrote may still appear on a shared disk."""

@@ -73,9 +73,10 @@ def run_fleet(
     with the same folder loads these results and runs the other jobs; cases may be added. A change inside ``function``
     is not detected: use another folder then.
 
-    A job that raises or dies is submitted again, at most ``retries`` times. It resumes where it stopped if ``function``
-    gives ``estimate_llc`` a ``checkpoint_dir``. Errors that would occur again (ValueError, TypeError, KeyError,
-    FloatingPointError and the like) are not retried.
+    A job that the scheduler or the machine ended is submitted again, at most ``retries`` times: one that was killed or
+    preempted, ran out of memory or time, or met a failing disk, network or device. It resumes where it stopped if
+    ``function`` gives ``estimate_llc`` a ``checkpoint_dir``. Any other exception of ``function`` would occur again and
+    is not retried: a wrong value, a missing file, a loss that is not finite. A job that you cancel is not retried.
 
     Ctrl-C, or an error here, cancels jobs of this machine; jobs of a cluster continue, and the same call waits for
     them. If this process is killed, its jobs on this machine continue; the same call waits until they have ended.

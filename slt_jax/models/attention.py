@@ -82,14 +82,18 @@ def attend(
     """Causal attention with grouped queries: head h uses the keys and values of h // (heads / kv_heads).
 
     A CPU computes it as matrix products. Other devices use ``jax.nn.dot_product_attention``, with cuDNN's kernel where
-    it supports these shapes and types.
+    it supports these shapes and types. The devices are those of the mesh that the caller is traced for, which need not
+    be here.
 
     Args:
         window: number of tokens, up to and with its own, that a token attends to; default all.
         softcap: scores s become ``softcap * tanh(s / softcap)``.
     """
-    if jax.default_backend() == "cpu" or softcap is not None:
+    platform = _platform_of_mesh()
+    if (platform or jax.default_backend()) == "cpu" or softcap is not None:
         return causal_attention(q, k, v, scale, window, softcap)
+    if platform is not None:
+        return device_attention(q, k, v, window, scale=scale)
 
     def products(q: Array, k: Array, v: Array, window: Array | None = None) -> Array:
         return causal_attention(q, k, v, scale, window)
@@ -97,6 +101,12 @@ def attend(
     device = functools.partial(device_attention, scale=scale)
     operands = (q, k, v) if window is None else (q, k, v, window)
     return jax.lax.platform_dependent(*operands, cpu=products, default=device)
+
+
+def _platform_of_mesh() -> str | None:
+    """That of the devices of the current mesh; None where there is none, or it does not say."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return getattr(device, "platform", None)
 
 
 def causal_attention(

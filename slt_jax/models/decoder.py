@@ -17,16 +17,21 @@ Parameter paths and shapes (biases and norms only if the configuration has them)
 """
 
 import functools
+import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Integer
+from jaxtyping import Array, Bool, Float, Float32, Integer, PyTree
 
 from slt_jax.models.attention import attend, rotary_kinds, rotary_table, rotary_tables, rotate
 from slt_jax.models.config import DecoderConfig
-from slt_jax.models.losses import mean_of_first, softcapped, token_cross_entropy
+from slt_jax.models.losses import mean_of_first, own_predictions, softcapped, token_cross_entropy
+from slt_jax.models.model_axis import Split, keep_all_but_gathered, over_model_axis
+from slt_jax.posterior.outputs import OUTPUTS, OutputLoss
+from slt_jax.posterior.program import TOKEN_LOSSES
 
 ACTIVATIONS = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -37,6 +42,7 @@ ACTIVATIONS = {
 _KEPT = {
     "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "input": jax.checkpoint_policies.nothing_saveable,
+    "all": keep_all_but_gathered,
 }
 
 
@@ -93,7 +99,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: Array, table: tuple[Array, Array] | None, constants: LayerConstants) -> Array:
         q, k, v = (
-            _plus(jnp.einsum("mtw,whd->mthd", x, weight.get_value()), bias)
+            _plus(_product(x, weight.get_value()), bias)
             for weight, bias in ((self.q, self.q_bias), (self.k, self.k_bias), (self.v, self.v_bias))
         )
         if self.q_norm is not None and self.k_norm is not None:
@@ -103,7 +109,7 @@ class Attention(nnx.Module):
         if constants.scale is not None:
             q = q * constants.scale.astype(q.dtype)
         mixed = attend(q, k, v, self.scale, constants.window, self.softcap)
-        return _plus(jnp.einsum("mthd,hdw->mtw", mixed, self.o.get_value()), self.o_bias)
+        return _plus(_product(mixed, self.o.get_value(), axes=2), self.o_bias)
 
     def _normed(self, norm: Norm, x: Array) -> Array:
         return norm(x.reshape(*x.shape[:2], -1)).reshape(x.shape) if self.joint_norm else norm(x)
@@ -122,12 +128,12 @@ class MLP(nnx.Module):
         self.gate_bias = _bias((layers, inner), config.mlp_bias and config.gated_mlp)
 
     def __call__(self, x: Array) -> Array:
-        activation, up = ACTIVATIONS[self.activation], _plus(x @ self.up.get_value(), self.up_bias)
+        activation, up = ACTIVATIONS[self.activation], _plus(_product(x, self.up.get_value()), self.up_bias)
         if self.gate is None:
             inner = activation(up)
         else:
-            inner = activation(_plus(x @ self.gate.get_value(), self.gate_bias)) * up
-        return _plus(inner @ self.down.get_value(), self.down_bias)
+            inner = activation(_plus(_product(x, self.gate.get_value()), self.gate_bias)) * up
+        return _plus(_product(inner, self.down.get_value()), self.down_bias)
 
 
 class Block(nnx.Module):
@@ -162,8 +168,9 @@ class Embedding(nnx.Module):
         self.positions = _weight((config.context_length, config.width), rngs) if learned else None
         self.scale = config.embedding_scale
 
-    def __call__(self, tokens: Array) -> Array:
-        x = jnp.take(self.tokens.get_value(), tokens, axis=0)
+    def __call__(self, tokens: Array, split: Split | None = None) -> Array:
+        table = self.tokens.get_value()
+        x = jnp.take(table, tokens, axis=0) if split is None else split.lookup(table, tokens)
         x = x if self.scale == 1 else self.scale * x
         return x if self.positions is None else x + self.positions.get_value()[: tokens.shape[1]]
 
@@ -185,6 +192,9 @@ class Decoder(nnx.Module):
         Raises:
             ValueError: the sequences are longer than the context.
         """
+        return over_model_axis(Decoder._hidden, self, tokens)
+
+    def _hidden(self, split: Split | None, tokens: Array) -> Array:
         config, length = self.config, tokens.shape[1]
         if length > config.context_length:
             raise ValueError(f"sequences of {length} tokens do not fit context_length = {config.context_length}.")
@@ -196,13 +206,14 @@ class Decoder(nnx.Module):
 
         def apply_layer(x: Array, layer: tuple[nnx.State, LayerConstants]) -> tuple[Array, None]:
             state, own = layer
+            state = state if split is None else split.gathered(state)
             turn = table if tables is None else (tables[0][own.kind], tables[1][own.kind])
             return nnx.merge(graphdef, state)(x, turn, own), None
 
-        if config.keep != "all":
+        if config.keep != "all" or split is not None:
             apply_layer = jax.checkpoint(apply_layer, prevent_cse=False, policy=_KEPT[config.keep])
         # One compiled block runs num_layers times: compile time does not grow with depth.
-        x, _ = jax.lax.scan(apply_layer, self.embedding(tokens), (stacked, constants))
+        x, _ = jax.lax.scan(apply_layer, self.embedding(tokens, split), (stacked, constants))
         return self.norm(x)
 
     def __call__(self, tokens: Integer[Array, "batch length"]) -> Float[Array, "batch length vocab_size"]:
@@ -217,19 +228,70 @@ class Decoder(nnx.Module):
         NaN for a sequence with an id outside the vocabulary. If the logits of all tokens would take much memory, they
         are computed a chunk at a time (``slt_jax.kernels.cross_entropy``).
         """
-        x, targets = self._scaled(self.hidden(tokens))[:, :-1], tokens[:, 1:]
+        each, inside = self._next_tokens(tokens), self._inside(tokens)
+        return jnp.where(inside, mean_of_first(each, count), jnp.nan)
+
+    def token_losses(
+        self, tokens: Integer[Array, "batch length"], count: Integer[Array, " batch"] | None = None
+    ) -> tuple[Float32[Array, "batch predicted"], Bool[Array, "batch predicted"]]:
+        """(next-token cross-entropy of each token but the first, nats; whether it is among the first ``count`` tokens).
+
+        NaN for a sequence with an id outside the vocabulary. The mean over those that count is ``losses``.
+        """
+        each, inside = self._next_tokens(tokens), self._inside(tokens)
+        own = jnp.ones(each.shape, bool) if count is None else own_predictions(each.shape[1], count)
+        return jnp.where(inside[:, None], each, jnp.nan), own
+
+    def _next_tokens(self, tokens: Array) -> Array:
+        return over_model_axis(Decoder._token_losses, self, tokens)
+
+    def _token_losses(self, split: Split | None, tokens: Array) -> Array:
+        x, targets = self._scaled(self._hidden(split, tokens))[:, :-1], tokens[:, 1:]
         bias = None if self.head_bias is None else self.head_bias.get_value()
-        rows = x.reshape(-1, x.shape[-1])
-        token_losses = token_cross_entropy(rows, self._head(), targets.reshape(-1), bias, self.config.logit_softcap)
-        token_losses = token_losses.reshape(targets.shape)
-        inside = jnp.all((tokens >= 0) & (tokens < self.config.vocab_size), axis=1)
-        return jnp.where(inside, mean_of_first(token_losses, count), jnp.nan)
+        rows, cross_entropy = x.reshape(-1, x.shape[-1]), token_cross_entropy if split is None else split.cross_entropy
+        token_losses = cross_entropy(rows, self._head(), targets.reshape(-1), bias, self.config.logit_softcap)
+        return token_losses.reshape(targets.shape)
+
+    def _inside(self, tokens: Array) -> Array:
+        return jnp.all((tokens >= 0) & (tokens < self.config.vocab_size), axis=1)
 
     def _scaled(self, x: Array) -> Array:
         return x if self.config.logit_scale == 1 else self.config.logit_scale * x
 
     def _head(self) -> Array:
         return (self.embedding.tokens if self.head is None else self.head).get_value()
+
+
+def sequence_loss(model: Decoder, batch: PyTree) -> Float32[Array, " batch"]:
+    """``Decoder.losses`` of tokens, or of ``{"tokens", "count"}`` where rows are filled up; for ``from_nnx``.
+
+    With a per-token version (``Decoder.token_losses``), which an ``Observable`` of level "token" takes.
+    """
+    return model.losses(*_arranged(batch))
+
+
+def _token_losses(model: Decoder, batch: PyTree) -> tuple[Array, Array]:
+    return model.token_losses(*_arranged(batch))
+
+
+def _arranged(batch: PyTree) -> tuple[Array, Array | None]:
+    return (batch["tokens"], batch["count"]) if isinstance(batch, Mapping) else (batch, None)
+
+
+def _predictions(model: Decoder, batch: PyTree) -> Float[Array, "batch predicted vocabulary"]:
+    """The logits of all tokens but the first."""
+    logits = model(_arranged(batch)[0])[:, :-1]
+    return logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+
+
+def _losses_of_predictions(logits: Array, batch: PyTree) -> Float[Array, " batch"]:
+    tokens, count = _arranged(batch)
+    chosen = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1, mode="clip")[..., 0]
+    return mean_of_first(jax.nn.logsumexp(logits, axis=-1) - chosen, count)
+
+
+setattr(sequence_loss, TOKEN_LOSSES, _token_losses)
+setattr(sequence_loss, OUTPUTS, OutputLoss(_predictions, _losses_of_predictions))
 
 
 def _layer_constants(config: DecoderConfig, length: int) -> LayerConstants:
@@ -248,6 +310,15 @@ def _weight(shape: tuple[int, ...], rngs: nnx.Rngs) -> nnx.Param:
 
 def _bias(shape: tuple[int, ...], present: bool) -> nnx.Param | None:
     return nnx.Param(jnp.zeros(shape)) if present else None
+
+
+def _product(x: Array, weight: Array, axes: int = 1) -> Array:
+    """``tensordot`` over the last ``axes`` axes of x, and the first ones of the weight, as one product of two matrices.
+
+    With rows and columns alone XLA copies no activations on a CPU to bring them into order for the gradients.
+    """
+    rows = x.reshape(-1, math.prod(weight.shape[:axes]))
+    return (rows @ weight.reshape(rows.shape[1], -1)).reshape(*x.shape[: x.ndim - axes], *weight.shape[axes:])
 
 
 def _plus(x: Array, bias: nnx.Param | None) -> Array:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, Sharding
 
 from slt_jax._io import user_path
 from slt_jax.machine import check_room
@@ -20,6 +20,7 @@ from slt_jax.models.decoder import Decoder
 from slt_jax.models.layouts import Layout, read_config
 from slt_jax.models.tensors import Tensor, list_tensors
 from slt_jax.models.weights import make_plan
+from slt_jax.posterior.split import automatic, split_spec
 
 FORMAT = 2
 _WANTED = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"]
@@ -32,14 +33,14 @@ def load_checkpoint(
 ) -> tuple[Decoder, dict[str, Any]]:
     """(model, content of config.json) of a folder of either kind, or of a repository on the Hugging Face Hub.
 
-    ``mesh`` and ``revision`` as in ``load_pretrained``; slt-jax's own folders go to one device.
+    ``mesh`` and ``revision`` as in ``load_pretrained``.
 
     Raises:
         FileNotFoundError, ValueError: as ``load_pretrained`` and ``load_decoder``.
     """
     folder = user_path(path).absolute()
     if folder.is_dir() and "model_type" not in _read_record(folder):
-        return load_decoder(folder)
+        return load_decoder(folder, mesh=mesh)
     return load_pretrained(path, mesh=mesh, revision=revision)
 
 
@@ -55,8 +56,8 @@ def load_pretrained(
         path: a folder with ``config.json`` and one or more ``.safetensors`` files; or the name of a repository, such as
             ``EleutherAI/pythia-160m`` or ``EleutherAI/pythia-160m@step3000``, which ``huggingface_hub`` downloads into
             its cache. Files of torch (``pytorch_model.bin``, ``.pt``) are converted if torch is installed.
-        mesh: shard each array over the mesh's ``model`` axis; each device reads its own part. Default: everything on
-            the first device of this process.
+        mesh: split each large array over the mesh's axis ``model``, as the chains will be; each device reads its own
+            part. Default: everything on the first device of this process.
         revision: of the repository, such as Pythia's ``step3000``.
 
     Raises:
@@ -69,13 +70,32 @@ def load_pretrained(
     record = _read_record(folder)
     layout, config = read_config(record, str(folder / "config.json"))
     with safetensors_of(folder) as files:
-        return _load(config, layout, folder, list_tensors(files), mesh), record
+        return _load(config, layout, folder, list_tensors(files), None if mesh is None else automatic(mesh)), record
+
+
+def describe_checkpoint(path: str | os.PathLike, *, revision: str | None = None) -> Decoder:
+    """The decoder of a checkpoint with shapes in the place of its weights; only ``config.json`` is read.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``load_checkpoint``.
+    """
+    name, revision = name_and_revision(path, revision)
+    folder = user_path(name).absolute()
+    if not folder.is_dir():
+        folder = _downloaded(name, revision, ["config.json"])
+    record = _read_record(folder)
+    config = _own_config(folder, record) if "model_type" not in record else read_config(record, str(folder))[1]
+    return _of_shapes(config)
+
+
+def _of_shapes(config: DecoderConfig) -> Decoder:
+    return nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
 
 
 def _load(
     config: DecoderConfig, layout: Layout, folder: Path, tensors: dict[str, Tensor], mesh: Mesh | None
 ) -> Decoder:
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
+    graphdef, state = nnx.split(_of_shapes(config))
     paths = {"/".join(map(str, keys)): keys for keys, _ in nnx.to_flat_state(state)}
     plan = make_plan(config, layout, list(paths), tensors, str(folder))
     size = 4 * sum(math.prod(x.shape) for x in jax.tree.leaves(state))
@@ -118,15 +138,21 @@ def folder_of(path: str | os.PathLike, revision: str | None = None) -> Path:
         return folder
     if folder.is_dir():
         raise ValueError(f"{folder} is a folder, which has no revision {revision!r}. Leave the revision out.")
+    found = _downloaded(name, revision, _WANTED)
+    if not any(found.glob("*.safetensors")):
+        found = _downloaded(name, revision, [*_WANTED, *_OTHERS])
+    return found
+
+
+def _downloaded(name: str, revision: str | None, patterns: list[str]) -> Path:
+    """Files of a repository, or from the cache. Raises FileNotFoundError."""
+    folder = user_path(name).absolute()
     if folder.exists() or not re.fullmatch(_REPOSITORY, name):
         raise FileNotFoundError(f"{folder} has no config.json, and {name!r} is not the name of a repository.")
     from huggingface_hub import snapshot_download
 
     try:
-        found = Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
-        if not any(found.glob("*.safetensors")):
-            found = Path(snapshot_download(name, revision=revision, allow_patterns=[*_WANTED, *_OTHERS]))
-        return found
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except Exception as error:
         at = "" if revision is None else f" at revision {revision!r}"
         raise FileNotFoundError(
@@ -164,8 +190,8 @@ def save_decoder(path: str | os.PathLike, model: Decoder, extra: dict[str, Any] 
     (folder / "config.json").write_text(json.dumps(record, indent=1))
 
 
-def load_decoder(path: str | os.PathLike) -> tuple[Decoder, dict[str, Any]]:
-    """(model, content of config.json) from a folder that ``save_decoder`` wrote.
+def load_decoder(path: str | os.PathLike, *, mesh: Mesh | None = None) -> tuple[Decoder, dict[str, Any]]:
+    """(model, content of config.json) from a folder that ``save_decoder`` wrote. ``mesh``: as in ``load_pretrained``.
 
     Raises:
         FileNotFoundError: the folder has no config.json.
@@ -173,18 +199,14 @@ def load_decoder(path: str | os.PathLike) -> tuple[Decoder, dict[str, Any]]:
     """
     folder = user_path(path).absolute()
     record = _read_record(folder)
-    if "decoder" in record and record.get("format") != FORMAT:
-        raise ValueError(
-            f"{folder} is in format {record.get('format', 1)} of slt-jax's decoder checkpoints, and this version reads "
-            f"format {FORMAT}. Train it again; for the demo, remove its folder."
-        )
-    try:
-        config = DecoderConfig.from_dict(record["decoder"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder / 'config.json'} is truncated or foreign: {error!r}.") from error
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0))))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), nnx.to_pure_dict(state))
+    graphdef, state = nnx.split(_of_shapes(_own_config(folder, record)))
+
+    def where(x: Any) -> Sharding:
+        if mesh is None:
+            return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return NamedSharding(automatic(mesh), split_spec(mesh, x.shape))
+
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(x)), nnx.to_pure_dict(state))
     try:
         with ocp.StandardCheckpointer() as reader:
             params = reader.restore(folder / "params", target)
@@ -195,3 +217,16 @@ def load_decoder(path: str | os.PathLike) -> tuple[Decoder, dict[str, Any]]:
         ) from error
     nnx.replace_by_pure_dict(state, params)
     return nnx.merge(graphdef, state), record
+
+
+def _own_config(folder: Path, record: dict[str, Any]) -> DecoderConfig:
+    """Of a folder that ``save_decoder`` wrote. Raises ValueError."""
+    if "decoder" in record and record.get("format") != FORMAT:
+        raise ValueError(
+            f"{folder} is in format {record.get('format', 1)} of slt-jax's decoder checkpoints, and this version reads "
+            f"format {FORMAT}. Train it again; for the demo, remove its folder."
+        )
+    try:
+        return DecoderConfig.from_dict(record["decoder"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is truncated or foreign: {error!r}.") from error

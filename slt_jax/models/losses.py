@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Bool, Float, Integer
 
 from slt_jax.kernels.cross_entropy import cross_entropy
 
@@ -21,8 +21,13 @@ def mean_of_first(
     """The mean over the predictions of the first ``count`` tokens, of which the first token itself is none."""
     if count is None:
         return jnp.mean(token_losses, axis=-1)
-    own = jnp.arange(token_losses.shape[1]) < count[:, None] - 1
+    own = own_predictions(token_losses.shape[1], count)
     return jnp.sum(jnp.where(own, token_losses, 0), axis=-1) / (count - 1)
+
+
+def own_predictions(predicted: int, count: Integer[Array, " batch"]) -> Bool[Array, "batch predicted"]:
+    """Which of so many predictions are of the first ``count`` tokens."""
+    return jnp.arange(predicted) < count[:, None] - 1
 
 
 def token_cross_entropy(
@@ -48,7 +53,8 @@ def token_cross_entropy(
 
 def _losses(x: Array, table: Array, targets: Array, softcap: float | None) -> Array:
     """The target's logit is a product with its row of the table: it needs no gather."""
-    x, table = x.astype(jnp.float32), table.astype(jnp.float32)
+    wide = jnp.promote_types(jnp.result_type(x, table), jnp.float32)
+    x, table = x.astype(wide), table.astype(wide)
     chosen = jnp.sum(x * jnp.take(table, targets, axis=0, mode="clip"), axis=-1)
     return jax.nn.logsumexp(softcapped(x @ table.T, softcap), axis=-1) - softcapped(chosen, softcap)
 

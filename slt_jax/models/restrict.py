@@ -11,10 +11,9 @@ heads includes them once.
 """
 
 import fnmatch
-import functools
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +22,8 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from slt_jax.posterior.local import LocalPosterior
+from slt_jax.posterior.outputs import OutputLoss, parts_of
+from slt_jax.posterior.program import TOKEN_LOSSES
 from slt_jax.posterior.tree import path_of
 
 Path = tuple[str, ...]
@@ -71,7 +72,7 @@ def restricted(posterior: LocalPosterior, name: str) -> LocalPosterior:
             shapes.append(Shape(path, kind, axis))
             indices.append(index)
             parts.append(_take(leaves[path], kind, axis, index))
-    loss_fn = _loss(posterior.loss_fn, tuple(shapes))
+    loss_fn = OfPart(posterior.loss_fn, tuple(shapes))
     center = {"part": parts, "at": indices, "rest": posterior.center}
     return replace(posterior, loss_fn=loss_fn, center=center, mask=lambda path: path[0] == "part")
 
@@ -83,6 +84,34 @@ def head_names(params: PyTree) -> list[str]:
         raise ValueError(f"heads by name {_NEEDS_DECODER}; got {_some(shapes)}. Name modules with --only instead.")
     layers, heads, _ = _sizes(shapes)
     return [f"layer {layer} head {head}" for layer in range(layers) for head in range(heads)]
+
+
+def shared_heads(params: PyTree) -> int:
+    """How many heads of a decoder use the same keys and values; 1 where each has its own."""
+    return _sizes(_paths(params))[2]
+
+
+def part_names(params: PyTree, kind: str) -> list[str]:
+    """Names of the parts of a decoder.
+
+    Args:
+        kind: ``"heads"``: every head; ``"layers"``: every layer; ``"all"``: the embedding, of each layer its heads and
+            its MLP, and the unembedding if it has weights of its own.
+
+    Raises:
+        ValueError: another kind, or no decoder.
+    """
+    heads, shapes = head_names(params), _paths(params)
+    layers = range(_sizes(shapes)[0])
+    if kind == "heads":
+        return heads
+    if kind == "layers":
+        return [f"layer {layer}" for layer in layers]
+    if kind != "all":
+        raise ValueError(f"kind must be 'heads', 'layers' or 'all', got {kind!r}. Other parts go by their names.")
+    inner = [[*(name for name in heads if name.startswith(f"layer {k} ")), f"layer {k} mlp"] for k in layers]
+    last = ["unembedding"] if any(_covers(path, "unembedding", False) for path in shapes) else []
+    return ["embedding", *(name for names in inner for name in names), *last]
 
 
 def choose(params: PyTree, name: str) -> dict[Path, Where]:
@@ -193,16 +222,25 @@ def _index_expression(kind: str, axis: int, index: Any) -> Any:
 
 
 def _take(leaf: Array, kind: str, axis: int, index: np.ndarray) -> Array:
-    return leaf if kind == "whole" else jnp.asarray(leaf)[_index_expression(kind, axis, index)]
+    if kind == "whole":
+        return leaf
+    take = lambda x: x[_index_expression(kind, axis, index)]  # noqa: E731
+    return jax.eval_shape(take, leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else take(jnp.asarray(leaf))
 
 
-@functools.lru_cache(maxsize=64)
-def _loss(loss_fn: Callable, shapes: tuple[Shape, ...]) -> Callable:
-    """One function for all restrictions of these shapes, so that they compile once."""
+@dataclass(frozen=True)
+class OfPart:
+    """A function of the complete parameters and a batch as one of a restriction's parameters.
 
-    def restricted_loss(params: dict[str, Any], batch: PyTree) -> Array:
+    Equal for all restrictions of these shapes, so that they compile once.
+    """
+
+    fn: Callable[[PyTree, PyTree], Any]
+    shapes: tuple[Shape, ...]
+
+    def __call__(self, params: dict[str, Any], batch: PyTree) -> Any:
         chosen: dict[Path, list[tuple[Shape, Array, Array]]] = {}
-        for shape, part, index in zip(shapes, params["part"], params["at"], strict=True):
+        for shape, part, index in zip(self.shapes, params["part"], params["at"], strict=True):
             chosen.setdefault(shape.path, []).append((shape, part, index))
 
         def with_parts(path: tuple[Any, ...], leaf: Array) -> Array:
@@ -213,6 +251,16 @@ def _loss(loss_fn: Callable, shapes: tuple[Shape, ...]) -> Callable:
                     leaf = leaf.at[_index_expression(kind, axis, index)].set(part, unique_indices=True)
             return leaf
 
-        return loss_fn(jax.tree_util.tree_map_with_path(with_parts, params["rest"]), batch)
+        return self.fn(jax.tree_util.tree_map_with_path(with_parts, params["rest"]), batch)
 
-    return restricted_loss
+    @property
+    def token_losses(self) -> "OfPart | None":
+        """The per-token version of a loss, if it has one (see ``posterior.program.TOKEN_LOSSES``)."""
+        by_token = getattr(self.fn, TOKEN_LOSSES, None)
+        return None if by_token is None else OfPart(by_token, self.shapes)
+
+    @property
+    def outputs_and_loss(self) -> OutputLoss | None:
+        """The two parts of a loss, if it has them (see ``posterior.outputs.OUTPUTS``)."""
+        parts = parts_of(self.fn)
+        return None if parts is None else OutputLoss(OfPart(parts.outputs, self.shapes), parts.loss)

@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 
 from slt_jax.models.config import DecoderConfig
 from slt_jax.models.layouts import Layout
 from slt_jax.models.sources import Source
 from slt_jax.models.tensors import Tensor
+from slt_jax.posterior.split import split_spec
 
 PIECE_BYTES = 32 * 2**20
 _WRAPPERS = ("_orig_mod.", "module.")  # before every name: of torch.compile, and of DataParallel
@@ -48,18 +49,13 @@ class Plan(NamedTuple):
         return tuple(self.sizes[axis] for axis in self.axes(path))
 
     def sharding(self, path: str, mesh: Mesh | None) -> Sharding:
-        """Sharded over the mesh's ``model`` axis along the first axis that its size divides.
+        """Split over the mesh's axis ``model`` as the chains will be (``engine.mesh.split_dimension``).
 
         Without a mesh, everything is on the first device of this process.
         """
         if mesh is None:
             return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        axes = self.axes(path)
-        candidates = ("vocab", "heads", "kv_heads", "mlp") + (("width",) if set(axes) - {"layer", "width"} else ())
-        parts = mesh.shape.get("model", 1)
-        divisible = (axis for axis in candidates if axis in axes and parts > 1 and self.sizes[axis] % parts == 0)
-        sharded = next(divisible, None)
-        return NamedSharding(mesh, PartitionSpec(*("model" if axis == sharded else None for axis in axes)))
+        return NamedSharding(mesh, split_spec(mesh, self.shape(path)))
 
     def array(self, path: str, mesh: Mesh | None) -> jax.Array:
         """The parameter in float32. Each device's part is read separately."""

@@ -87,7 +87,9 @@ def check_ties(names: Sequence[str], leaves: Sequence[Any], free: Sequence[bool]
 
 
 def _marks(leaf: Any) -> tuple[Any, ...]:
-    """Of the object, and of its memory where that is known."""
+    """Of the object, and of its memory where that is known; none of a shape without an array."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return ()
     if isinstance(leaf, np.ndarray) and leaf.size:
         return id(leaf), (leaf.__array_interface__["data"][0], leaf.nbytes)
     if isinstance(leaf, jax.Array) and leaf.size and leaf.is_fully_addressable:

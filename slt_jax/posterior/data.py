@@ -11,7 +11,15 @@ from jaxtyping import Array, Int32, Integer, Key, PyTree
 
 from slt_jax._checks import shown
 from slt_jax.kernels.langevin import uniform_index
-from slt_jax.posterior.tree import addressable, check_pytree, on_one_device, path_of, tree_digest, without_torch
+from slt_jax.posterior.tree import (
+    addressable,
+    check_pytree,
+    is_on_cpu,
+    on_one_device,
+    path_of,
+    tree_digest,
+    without_torch,
+)
 
 MEMORY_LIMIT = 2**30  # bytes of a further data set, which is kept in memory
 _MOST_LEAVES = 32  # arrays of a data set; more are a list with an array for each example
@@ -33,7 +41,12 @@ def check_batch_size(batch_size: Any, num_data: int) -> None:
     message = f"batch_size must be between 1 and num_data = {num_data}, got {got}. A few hundred is usual."
     if isinstance(batch_size, bool) or not isinstance(batch_size, int | np.integer):
         raise TypeError(message)
-    if not 1 <= batch_size <= num_data:
+    if batch_size > num_data:
+        raise ValueError(
+            f"batch_size = {got} is more than the {num_data} examples of the data. Take batch_size={num_data}, or "
+            "fewer, or give more data."
+        )
+    if batch_size < 1:
         raise ValueError(message)
 
 
@@ -88,7 +101,10 @@ class ArrayData:
         self.arrays = jax.tree.map(lambda x: on_one_device(jnp.asarray(x)), data)
 
     def fetch(self, indices: Integer[np.ndarray, " *batch"]) -> PyTree:
-        """The rows ``indices`` of every leaf, on the device: each of shape ``(*batch, ...)``."""
+        """The rows ``indices`` of every leaf, each of shape ``(*batch, ...)``: on the device, of a CPU in NumPy."""
+        leaves = jax.tree.leaves(self.arrays)
+        if all(x.is_fully_addressable and is_on_cpu(x) for x in leaves):
+            return jax.tree.map(lambda x: np.asarray(x)[indices], self.arrays)  # no program to compile for each shape
         return _jitted_gather(self.arrays, jnp.asarray(indices))
 
     def fingerprint(self) -> str:
@@ -138,24 +154,26 @@ def named_data(also: Mapping[str, Any] | None) -> dict[str, ArrayData]:
         return {}
     if not isinstance(also, Mapping) or not all(isinstance(name, str) and name for name in also):
         raise TypeError(f"also must be a dict of names and data sets, got {shown(also)}. Write also={{'code': data}}.")
-    return {name: _in_memory(_named_source(name, data), name) for name, data in also.items()}
+    return {name: held_data(f"also['{name}']", name, data) for name, data in also.items()}
 
 
-def _named_source(name: str, data: Any) -> Source:
+def held_data(argument: str, name: str, data: Any) -> ArrayData:
+    """The data set ``name``, given as ``argument``, in memory. Raises as ``named_data``, with the argument's name."""
     try:
-        return as_source(data)
+        source = as_source(data)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"also['{name}']: {error}") from error
+        raise type(error)(f"{argument}: {error}") from error
+    return _in_memory(source, name)
 
 
-def check_same_structure(name: str, other: ArrayData, source: Source) -> None:
-    """Raise ValueError unless the further data set ``name`` has its arrays under the same names as the data."""
+def check_same_structure(argument: str, other: ArrayData, source: Source) -> None:
+    """Raise ValueError unless the data set given as ``argument`` has its arrays under the same names as the data."""
     own = source.fetch(np.zeros(1, np.int64)) if source.on_host else source.arrays
     paths = [[path_of(path) for path, _ in jax.tree_util.tree_flatten_with_path(x)[0]] for x in (other.arrays, own)]
     if paths[0] != paths[1]:
         given, wanted = (str(jax.tree.structure(x)).removeprefix("PyTreeDef")[:200] for x in (other.arrays, own))
         raise ValueError(
-            f"also['{name}'] has the structure {given}, the data have {wanted}. loss_fn gets batches of either: give "
+            f"{argument} has the structure {given}, the data have {wanted}. loss_fn gets batches of either: give "
             "both the same structure."
         )
 

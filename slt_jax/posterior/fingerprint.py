@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,7 +20,12 @@ def loss_digest(program: LossProgram, center: PyTree, batch: PyTree) -> str:
     The gradient is part of it, since a custom derivative does not appear in the forward program.
     """
     position, frozen = jax.eval_shape(program.split, center)
-    closed = jax.make_jaxpr(jax.value_and_grad(program.mean_loss))(position, frozen, batch)
+    return program_digest(jax.value_and_grad(program.mean_loss), position, frozen, batch)
+
+
+def program_digest(function: Callable[..., Any], *arguments: PyTree) -> str:
+    """SHA-256 of the jaxpr of a function. Of the arguments only shapes and types matter."""
+    closed = jax.make_jaxpr(function)(*arguments)
     digest = hashlib.sha256(re.sub(r"0x[0-9a-f]+", "0x", str(closed.jaxpr)).encode())
     _digest_constants(digest, closed)
     return digest.hexdigest()

@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.errors import InvalidRngError, ModifyScopeVariableError
-from jaxtyping import Array, Float32, Integer, PyTree
+from jaxtyping import Array, Float, Integer, PyTree
 
+from slt_jax.posterior.outputs import OUTPUTS, parts_through
+from slt_jax.posterior.program import TOKEN_LOSSES
 from slt_jax.posterior.tree import path_of
 
 Forward = Callable[..., Any]
@@ -27,7 +29,7 @@ _STILL_RANDOM = (
 )
 
 
-def next_token_loss(forward: Forward, tokens: Integer[Array, "batch length"]) -> Float32[Array, " batch"]:
+def next_token_loss(forward: Forward, tokens: Integer[Array, "batch length"]) -> Float[Array, " batch"]:
     """Mean next-token cross-entropy of each sequence, nats per token. One example is one sequence.
 
     Args:
@@ -45,10 +47,18 @@ def next_token_loss(forward: Forward, tokens: Integer[Array, "batch length"]) ->
             f"tokens must be whole numbers of shape (m, T) with T >= 2, got shape {tokens.shape} of {tokens.dtype}. "
             f"One row is one sequence."
         )
-    logits = forward(tokens)[:, :-1].astype(jnp.float32)
+    return jnp.mean(_next_tokens(forward, tokens), axis=-1)
+
+
+def _next_tokens(forward: Forward, tokens: Integer[Array, "batch length"]) -> Float[Array, "batch predicted"]:
+    logits = forward(tokens)[:, :-1]
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     targets = tokens[:, 1:, None].astype(jnp.int32)
     chosen = jnp.take_along_axis(logits, jnp.where(targets < 0, logits.shape[-1], targets), axis=-1, mode="fill")
-    return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - chosen[..., 0], axis=-1)
+    return jax.nn.logsumexp(logits, axis=-1) - chosen[..., 0]
+
+
+setattr(next_token_loss, TOKEN_LOSSES, _next_tokens)
 
 
 def from_nnx(model: Model, loss: Callable[[Model, PyTree], Array]) -> tuple[PyTree, LossFn]:
@@ -76,17 +86,18 @@ def from_nnx(model: Model, loss: Callable[[Model, PyTree], Array]) -> tuple[PyTr
     graphdef, params, rest = nnx.split(copy, nnx.Param, ...)
     other_values = nnx.to_pure_dict(rest)
 
-    def run(weights: PyTree, others: PyTree, batch: PyTree) -> tuple[Array, Variables, Variables]:
+    def run(loss: Any, weights: PyTree, others: PyTree, batch: PyTree) -> tuple[Any, Variables, Variables]:
         """The loss, and every other variable by path, before and after it."""
         merged = nnx.merge(graphdef, _with_values(params, weights), _with_values(rest, others), copy=True)
         before = _other_variables(merged)
         return loss(merged, batch), before, _other_variables(merged)
 
-    def loss_fn(weights: PyTree, batch: PyTree) -> Array:
-        value, before, after = run(weights, other_values, batch)
+    def evaluate(loss: Any, weights: PyTree, batch: PyTree) -> Any:
+        value, before, after = run(loss, weights, other_values, batch)
         changed = [i for i, (path, x) in enumerate(after.items()) if x is not before.get(path)]
         if changed:  # nnx.jit and nnx.remat write every variable back, changed or not
-            jaxpr = jax.make_jaxpr(lambda others: tuple(run(weights, others, batch)[2].values()))(other_values).jaxpr
+            written = lambda others: tuple(run(loss, weights, others, batch)[2].values())  # noqa: E731
+            jaxpr = jax.make_jaxpr(written)(other_values).jaxpr
             changed = [i for i in changed if _copied_from(jaxpr, jaxpr.outvars[i]) is None]
         if changed:
             path = list(after)[changed[0]]
@@ -94,7 +105,19 @@ def from_nnx(model: Model, loss: Callable[[Model, PyTree], Array]) -> tuple[PyTr
             raise ValueError(_why("/".join(map(str, path)), None if kind is None else kind.type))
         return value
 
-    return nnx.to_pure_dict(params), loss_fn
+    return nnx.to_pure_dict(params), _with_versions(loss, evaluate)
+
+
+def _with_versions(loss: Any, evaluate: Callable[[Any, PyTree, PyTree], Any]) -> LossFn:
+    """``loss_fn``, by ``evaluate(loss, weights, batch)``; its two parts, and its per-token version if it has one."""
+
+    def loss_fn(weights: PyTree, batch: PyTree) -> Array:
+        return evaluate(loss, weights, batch)
+
+    if (by_token := getattr(loss, TOKEN_LOSSES, None)) is not None:
+        setattr(loss_fn, TOKEN_LOSSES, lambda weights, batch: evaluate(by_token, weights, batch))
+    setattr(loss_fn, OUTPUTS, parts_through(loss, evaluate))
+    return loss_fn
 
 
 def params_like(checkpoint: Any, like: PyTree) -> PyTree:
@@ -184,7 +207,7 @@ def from_linen(module: nn.Module, variables: PyTree, loss: Loss) -> tuple[PyTree
         raise ValueError(f"variables must hold the collection 'params', got {sorted(variables)}.")
     frozen = {name: value for name, value in variables.items() if name != "params"}
 
-    def loss_fn(weights: PyTree, batch: PyTree) -> Array:
+    def evaluate(loss: Any, weights: PyTree, batch: PyTree) -> Any:
         def forward(*args: Any, **kwargs: Any) -> Any:
             return module.apply({"params": weights, **frozen}, *args, mutable=False, **kwargs)
 
@@ -197,4 +220,4 @@ def from_linen(module: nn.Module, variables: PyTree, loss: Loss) -> tuple[PyTree
                 f"the forward pass changes a frozen variable: {error} Use running averages (use_running_average=True)."
             ) from error
 
-    return variables["params"], loss_fn
+    return variables["params"], _with_versions(loss, evaluate)

@@ -48,9 +48,10 @@ class LocalPosterior:
     Args:
         loss_fn: ``loss_fn(params, batch)`` returns one loss per example, shape ``(m,)``, or their mean, shape ``()``.
         center: w*, the trained parameters: a pytree of floating-point arrays, each under one name. Of a Flax model
-            take ``from_nnx`` or ``from_linen``.
+            take ``from_nnx`` or ``from_linen``. For ``plan`` alone: their shapes, as ``jax.ShapeDtypeStruct``.
         num_data: n, the number of examples in the data set (not in a minibatch).
-        nbeta: n times the inverse temperature. Default: ``num_data / log(num_data)``.
+        nbeta: n times the inverse temperature. Default: ``num_data / log(num_data)``. 0 is a control, with a
+            localization: the draws are those of the localization's Gaussian around w*, and the LLC is 0.
         localization: gamma, the strength of the pull towards ``center``, in units of 1 / weight^2. Default: chosen by
             the calibration of ``estimate_llc``, so strong that in a flat direction a weight moves by at most 2.5 times
             the typical size of a weight, and at least a millionth of the largest curvature of nbeta L.
@@ -110,9 +111,13 @@ class LocalPosterior:
         return changed
 
     def _check_numbers(self) -> None:
-        check_positive(
-            "nbeta", self.nbeta, "The usual choice is num_data / log(num_data), with num_data the size of the data set."
-        )
+        usual = "The usual choice is num_data / log(num_data), with num_data the size of the data set."
+        check_positive("nbeta", self.nbeta, usual, zero=True)
+        if self.nbeta == 0 and self.localization is None:
+            raise ValueError(
+                "nbeta = 0 leaves the localization alone to hold the draws, so it must be given: localization=100.0. "
+                f"{usual}"
+            )
         if self.localization is not None:
             check_positive(
                 "localization", self.localization, "It is gamma in (gamma/2)|w - w*|^2; 1 to 300 are common values."
@@ -159,6 +164,11 @@ class LocalPosterior:
         gamma = "localization open" if self.localization is None else f"localization {self.localization:.4g}"
         name = getattr(self.loss_fn, "__name__", type(self.loss_fn).__name__)
         return f"<LocalPosterior: {weights}, loss {name}, num_data {self.num_data:,}, nbeta {self.nbeta:.4g}, {gamma}>"
+
+    @property
+    def is_described(self) -> bool:
+        """Whether ``center`` has shapes (``jax.ShapeDtypeStruct``) in the place of arrays; only ``plan`` takes such."""
+        return any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(self.center))
 
     @property
     def free_names(self) -> list[str]:

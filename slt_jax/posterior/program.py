@@ -1,5 +1,7 @@
 """The loss as a function of the weights that move: leaves, masks, and the loss on a batch."""
 
+import contextlib
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,13 +10,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AbstractMesh, get_abstract_mesh, use_abstract_mesh
 from jaxtyping import Array, Float, Int, Int32, PyTree, Shaped
 
 from slt_jax._checks import shown
-from slt_jax.posterior.tree import path_of
+from slt_jax.kernels.langevin import Block
+from slt_jax.posterior.packing import Packing
+from slt_jax.posterior.tree import is_on_cpu, path_of
 
 Mask = PyTree | Callable[[tuple[str, ...]], Any] | None
 Position = tuple[Float[Array, "..."], ...]
+TOKEN_LOSSES = "token_losses"  # attribute of a loss function: its per-token version
 Frozen = tuple[Shaped[Array, "..."], ...]
 
 
@@ -49,13 +55,26 @@ class Leaf(NamedTuple):
 class LossProgram:
     """The loss as a function of the free weights: the part of a posterior that a compiled program depends on.
 
-    It is hashable and contains no arrays.
+    It is hashable and contains no arrays. ``packing``: how small arrays lie side by side in the positions that it
+    takes; ``split`` does not pack. ``mesh``: over whose axis ``model`` the weights are split, which a decoder's pass is
+    then laid out by; None where they are not.
     """
 
     loss_fn: Callable[[PyTree, PyTree], Array]
     treedef: Any
     leaves: tuple[Leaf, ...]
     forward_dtype: np.dtype | None
+    packing: Packing | None = None
+    mesh: AbstractMesh | None = None
+
+    @property
+    def blocks(self) -> tuple[tuple[Block, ...], ...]:
+        """What ``samplers.gaussian`` needs to know of the packing."""
+        return () if self.packing is None else self.packing.blocks
+
+    def on_mesh(self, mesh: AbstractMesh | None) -> "LossProgram":
+        """The same for weights on this mesh."""
+        return dataclasses.replace(self, mesh=mesh)
 
     def split(self, params: PyTree) -> tuple[Position, Frozen]:
         """``params`` as (position, frozen): the free weights in float32 at least, and everything else.
@@ -74,8 +93,23 @@ class LossProgram:
             position.append(master)
         return tuple(position), tuple(frozen)
 
+    def split_shapes(self, params: PyTree) -> tuple[PyTree, PyTree]:
+        """``split`` of arrays or shapes as shapes; each has the sharding of its array."""
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+        position, frozen = jax.eval_shape(self.split, shapes)
+        free, rest = iter(position), iter(frozen)
+        of_free, of_rest = [], []
+        for leaf, value in zip(self.leaves, jax.tree.leaves(params), strict=True):
+            sharding = getattr(value, "sharding", None)
+            if leaf.free:
+                of_free.append(_with_sharding(next(free), None if leaf.partial else sharding))
+            if leaf.partial or not leaf.free:
+                of_rest.append(_with_sharding(next(rest), sharding))
+        return tuple(of_free), tuple(of_rest)
+
     def merge(self, position: Position, frozen: Frozen) -> PyTree:
         """The complete parameters, in the types that ``loss_fn`` sees: the inverse of ``split``."""
+        position = position if self.packing is None else self.packing.unpack(position)
         free, rest, values = iter(position), iter(frozen), []
         for leaf in self.leaves:
             value = next(free) if leaf.free and not leaf.partial else next(rest)
@@ -97,7 +131,8 @@ class LossProgram:
         """
         params = self.merge(position, frozen)
         try:
-            value = self.loss_fn(params, batch)
+            with self._laid_out():
+                value = self.loss_fn(params, batch)
         except Exception as error:
             _say_where(error, batch)
             raise
@@ -119,9 +154,18 @@ class LossProgram:
             raise TypeError(f"loss_fn must return floating-point losses, it returned {value.dtype}.")
         return value.astype(jnp.promote_types(value.dtype, jnp.float32))
 
+    def _laid_out(self) -> contextlib.AbstractContextManager:
+        """In the engine's steps the mesh is known already, with the axis ``chain`` taken apart."""
+        known = self.mesh is None or not get_abstract_mesh().empty
+        return contextlib.nullcontext() if self.mesh is None or known else use_abstract_mesh(self.mesh)
+
     def mean_loss(self, position: Position, frozen: Frozen, batch: PyTree) -> Float[Array, ""]:
         """L_m(w), the mean over the batch."""
         return jnp.mean(self.losses(position, frozen, batch))
+
+
+def _with_sharding(shape: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
 def _say_where(error: Exception, batch: PyTree) -> None:
@@ -213,7 +257,7 @@ def check_leaf(name: str, value: Any, mask: Any) -> Leaf:
                 "Freeze it with a mask, or keep it out of center."
             )
         return leaf
-    bad = int(_count_not_finite(value))
+    bad = 0 if isinstance(value, jax.ShapeDtypeStruct) else _count_not_finite(value, dtype)
     if bad:
         raise ValueError(
             f"parameter '{name}' has {bad} entries of {value.size} that are NaN or infinite; center must be finite."
@@ -221,8 +265,18 @@ def check_leaf(name: str, value: Any, mask: Any) -> Leaf:
     return leaf
 
 
+def _count_not_finite(value: Any, dtype: Any) -> int:
+    """Entries that are NaN or infinite as ``dtype``."""
+    on_host = not isinstance(value, jax.Array) or (value.is_fully_addressable and is_on_cpu(value))
+    if on_host:  # without a program to compile for each shape
+        with np.errstate(over="ignore"):
+            host = np.asarray(value).astype(dtype, copy=False)
+        return host.size - int(np.count_nonzero(np.isfinite(host)))
+    return int(_counted_there(value))
+
+
 @jax.jit
-def _count_not_finite(value: Float[Array, "..."]) -> Int[Array, ""]:
+def _counted_there(value: Float[Array, "..."]) -> Int[Array, ""]:
     return value.size - jnp.count_nonzero(jnp.isfinite(value))
 
 

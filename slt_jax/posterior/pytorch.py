@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from slt_jax.posterior.outputs import OUTPUTS, parts_through
+
 Forward = Callable[..., Any]
 Loss = Callable[[Forward, PyTree], Array]
 LossFn = Callable[[PyTree, PyTree], Array]
@@ -64,7 +66,7 @@ def from_torch(model: Any, loss: Loss) -> tuple[PyTree, LossFn]:
         raise ValueError("the model has no parameter that requires a gradient, so nothing can be sampled.")
     env = torchax.default_env()
 
-    def loss_fn(params: PyTree, batch: PyTree) -> Array:
+    def evaluate(loss: Any, params: PyTree, batch: PyTree) -> Any:
         values = {**_flat(params), **frozen}
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -72,6 +74,10 @@ def from_torch(model: Any, loss: Loss) -> tuple[PyTree, LossFn]:
 
         return loss(forward, batch)
 
+    def loss_fn(params: PyTree, batch: PyTree) -> Array:
+        return evaluate(loss, params, batch)
+
+    setattr(loss_fn, OUTPUTS, parts_through(loss, evaluate))
     return _nested(weights), loss_fn
 
 

@@ -58,6 +58,11 @@ def tree_digest(tree: PyTree) -> str:
     return digest.hexdigest()
 
 
+def is_on_cpu(x: jax.Array) -> bool:
+    """Whether its devices are CPUs, whose memory NumPy reads without a copy."""
+    return all(device.platform == "cpu" for device in x.devices())
+
+
 def to_host(tree: PyTree) -> PyTree:
     """Every leaf as a complete NumPy copy, on every process."""
     return jax.tree.map(_complete_copy, tree)

@@ -2,13 +2,16 @@
 
 import base64
 import io
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
 from matplotlib.figure import Figure
 
+from slt_jax._io import user_path
 from slt_jax.results.record import RunRecord
 from slt_jax.results.text import MARKED
 from slt_jax.samplers import theory_of
@@ -16,6 +19,7 @@ from slt_jax.samplers import theory_of
 GOOD, CAUTION, BAD, UNMEASURED = "good", "caution", "bad", "none"
 _SYMBOLS = {GOOD: "✓", CAUTION: "!", BAD: "✗", UNMEASURED: "–"}
 UNKNOWN = "not known"
+_GENERATOR = 'content="slt-jax report"'
 
 
 class Picture(NamedTuple):
@@ -40,9 +44,28 @@ class Item(NamedTuple):
     link: str = ""
 
 
+class Span(NamedTuple):
+    """A piece of text with what a tooltip says of it and its background. ``aim``: it is framed."""
+
+    text: str
+    tip: str = ""
+    color: str = ""
+    aim: bool = False
+
+
+class Text(NamedTuple):
+    """A text in pieces, shown as it is, under a title."""
+
+    title: str
+    spans: tuple[Span, ...]
+
+
 @dataclass(frozen=True)
 class Section:
-    """A section of a page; empty parts are not shown. ``folded``: the code is shown on demand."""
+    """A section of a page; empty parts are not shown. ``folded``: the code is shown on demand.
+
+    ``scale``: what the colours of the ``texts`` mean.
+    """
 
     title: str
     text: tuple[str, ...] = ()
@@ -52,6 +75,8 @@ class Section:
     items: tuple[Item, ...] = ()
     code: str = ""
     folded: bool = False
+    scale: tuple[Span, ...] = ()
+    texts: tuple[Text, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,6 +98,22 @@ def render(page: Page) -> str:
     rules = {"autoescape": True, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True}
     template = Environment(loader=PackageLoader("slt_jax.report"), **rules).get_template("report.html.j2")
     return template.render(page=page, symbols=_SYMBOLS)
+
+
+def checked_target(out: str | os.PathLike, overwrite: bool) -> Path:
+    """The file to write a page to.
+
+    Raises:
+        FileExistsError: it exists and ``overwrite`` is false, or it is no such page. FileNotFoundError: no such folder.
+    """
+    target = user_path(out)
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists. Pass overwrite=True to replace it, or another path.")
+    if target.exists() and not (target.is_file() and _GENERATOR in target.read_text(errors="replace")[:2000]):
+        raise FileExistsError(f"{target} exists and is not a report of slt-jax, so it is kept. Give another path.")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {target.parent} to write {target.name} to. Make it first.")
+    return target
 
 
 def picture(figure: Figure, alt: str) -> Picture:

@@ -24,6 +24,7 @@ from slt_jax.report.page import (
 from slt_jax.report.traces import plot_result
 from slt_jax.results.llc import LLCResult
 from slt_jax.results.record import RunRecord
+from slt_jax.results.spectral import MATRICES
 from slt_jax.results.text import estimate_text, interrupted_line, parts_text
 
 
@@ -72,6 +73,7 @@ def _estimate_section(result: LLCResult) -> Section:
         ("Bias of the step size", _num(bias.step_size, "+.3g"), "What steps of this length add, to first order."),
         ("Bias of minibatch noise", _num(bias.noise, "+.3g"), "What the noise of the gradients adds, to first order."),
         ("Raw to corrected", f"{_num(result.llc_raw)} → {_num(result.llc)}", f"{taken}: {bias.why}."),
+        *_effective_dimension_rows(result),
         ("Half the weights", f"{free / 2:,.10g}", f"What a regular minimum with {free:,} free weights would give."),
         ("Loss at w*", _num(result.init_loss, ".5g"), "Of the trained weights, nats per example."),
         ("Loss around w*", _num(around, ".5g"), "Mean over the draws, nats per example."),
@@ -83,6 +85,24 @@ def _estimate_section(result: LLCResult) -> Section:
         "of weights where the minimum is regular, and less where the loss is flat in some directions.",
     )
     return Section("The estimate", text, header=("quantity", "value", "meaning"), rows=tuple(Row(row) for row in rows))
+
+
+def _effective_dimension_rows(result: LLCResult) -> Iterable[tuple[str, str, str]]:
+    """As it was given, else by the curvatures that were measured at the end, if they were."""
+    meaning = "What the LLC would be if the loss were quadratic around w*"
+    if (found := result.effective_dimension) is not None:
+        text = [f"{meaning}: half the trace of nbeta H (nbeta H + localization)^-1, with H the "]
+        text += [f"{MATRICES[found.curvature]} at w*. {found.method_text}"]
+        text += [f" {found.negative_text}"] if found.has_negative else []
+        yield "Effective dimension", found.text("±"), "".join(text)
+        difference = found.below(result.llc, result.llc_stderr, "±")
+    elif math.isfinite(value := float(result.settings.probe.get("quadratic", math.nan))):
+        measured = "by the eigenvalues of the Hessian at w* that were measured at the end; negative ones count 0."
+        yield "Effective dimension", _num(value), f"{meaning}, {measured}"
+        difference = _num(result.llc - value, "+.3g")
+    else:
+        return
+    yield "LLC less that", difference, "Due to curvature away from w*, if the estimate has converged."
 
 
 def _health_section(result: LLCResult) -> Section:

@@ -1,9 +1,10 @@
 """What a run gives back: the estimate, its error, its traces, on screen and on disk."""
 
+import dataclasses
 import functools
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,14 +14,26 @@ from jaxtyping import Float, Float64, Int
 from slt_jax.diagnostics.bias import Bias, Moments, thermometer
 from slt_jax.diagnostics.evidence import Evidence
 from slt_jax.diagnostics.sensitivity import Slope, covariance_with_loss, degree_of, slopes, spacing_of, tilt_of
-from slt_jax.diagnostics.series import Rise, ess_and_rhat, rise_of, standard_error
+from slt_jax.diagnostics.series import Rise, error_of_mean, ess_and_rhat
 from slt_jax.diagnostics.verdict import Health, assess
 from slt_jax.engine.trace import Trace
+from slt_jax.results.ascent import health_of_control, rise_and_end
 from slt_jax.results.card import card, sparkline, tone_color
+from slt_jax.results.observed import Observed
 from slt_jax.results.other_data import Reading
 from slt_jax.results.record import RunRecord
+from slt_jax.results.spectral import EffectiveDimension, beside
 from slt_jax.results.storage import RESULT, load, write
-from slt_jax.results.text import bias_line, cost_line, estimate_text, interrupted_line, marked, shortened
+from slt_jax.results.text import (
+    bias_line,
+    cost_line,
+    estimate_text,
+    interrupted_line,
+    marked,
+    settings_line,
+    signs_text,
+    stopped_line,
+)
 from slt_jax.results.tree import fields_of, tree_of
 from slt_jax.samplers import theory_of
 from slt_jax.samplers.base import Theory
@@ -37,7 +50,8 @@ class LLCResult:
     (chain, step). ``stopped``: chain -> step at which it went non-finite; those chains are in the traces but not in the
     estimate. ``settings``: everything the run was given, what it took, and the versions it ran with. ``notes``: what
     went wrong without touching the numbers. ``other_names``: of the further data sets in ``traces.also``; read them as
-    ``also``. ``theory``: of the sampler; by default the one that ``settings.family`` names.
+    ``also``. ``theory``: of the sampler; by default the one that ``settings.family`` names. ``observed``: what
+    observables read at the draws, by name.
     """
 
     traces: Trace
@@ -47,6 +61,7 @@ class LLCResult:
     notes: tuple[str, ...] = ()
     other_names: tuple[str, ...] = ()
     theory: Theory | None = None
+    observed: dict[str, Observed] = field(default_factory=dict)
 
     @property
     def loss_trace(self) -> Float[np.ndarray, "chain draw"]:
@@ -89,11 +104,29 @@ class LLCResult:
         return Reading(loss, baseline, gap_var, self.settings.nbeta)
 
     @functools.cached_property
+    def effective_dimension(self) -> EffectiveDimension | None:
+        """What was given to ``with_effective_dimension``."""
+        written = self.settings.effective_dimension
+        return EffectiveDimension.from_dict(written) if written else None
+
+    def with_effective_dimension(self, found: EffectiveDimension) -> "LLCResult":
+        """The same result with an ``effective_dimension`` beside it, at the result's nbeta and localization.
+
+        ``print``, the page of ``report`` and the saved file then have it.
+
+        Raises:
+            ValueError: it is one of another number of weights.
+        """
+        return dataclasses.replace(self, settings=beside(found, self.settings))
+
+    @functools.cached_property
     def bias(self) -> Bias:
         """What step size and minibatch noise add to ``llc_raw``, to first order."""
         kept = self.kept_chains
         if not kept.size:
             return Bias(math.nan, math.nan, math.nan, 0.0, "no chain stayed finite")
+        if self.settings.nbeta == 0:
+            return Bias(0.0, 0.0, 0.0, 0.0, "nbeta = 0")
         return self._theory.bias(self._moments)
 
     @property
@@ -109,7 +142,7 @@ class LLCResult:
             raw=self.llc_raw,
             drift_sq=drift_sq - s.localization * pull,
             heat=self._heat,
-            noise=(s.probe.get("noise", math.nan), s.probe.get("noise_stderr", math.nan)),
+            noise=s.gradient_noise,
             step_size=s.step_size,
             friction=0.1 if s.friction is None else s.friction,
             control_variate=s.control_variate,
@@ -133,22 +166,32 @@ class LLCResult:
         return (self.kept_chains % 2 == 1) & (self.settings.hot > 1)
 
     @functools.cached_property
-    def _rise(self) -> Rise:
-        cold, nbeta = self.kept_chains[~self._hot], self.settings.nbeta
-        baseline = self.traces.baseline[cold].astype(np.float64)
-        if not baseline.size:
-            return Rise()
-        warmup = nbeta * (self.warmup_loss[cold] - baseline.mean())
-        error = nbeta * baseline.std() / math.sqrt(baseline.size)
-        return rise_of(warmup, self.llc_draws[~self._hot], self.settings.thinning, error)
+    def _spread(self) -> tuple[Rise, Slope]:
+        """(how the chains that started at w* rose, where they would end)."""
+        cold = ~self._hot
+        chains, draws = self.kept_chains[cold], self.llc_draws[cold]
+        return rise_and_end(
+            self.settings,
+            self._theory,
+            self.warmup_loss[chains],
+            self.traces.baseline[chains].astype(np.float64),
+            draws,
+        )
 
     @functools.cached_property
     def health(self) -> Health:
         """Convergence numbers and the verdict."""
         if not self.kept_chains.size:
-            cause = self.settings.probe.get("stopped_by", "")
-            return assess(self.llc_draws, Evidence(num_stopped=len(self.stopped), stopped_by=cause))
+            cause, step = self.settings.probe.get("stopped_by", ""), self.settings.chosen_step
+            stopped = Evidence(num_stopped=len(self.stopped), stopped_by=cause, chosen_step=step)
+            return assess(self.llc_draws, stopped)
+        if self.settings.nbeta == 0:
+            return self._health_of_control
         return assess(self.llc_draws, self._evidence)
+
+    @property
+    def _health_of_control(self) -> Health:
+        return health_of_control(self.settings, self.traces, self.kept_chains, len(self.stopped))
 
     @property
     def _evidence(self) -> Evidence:
@@ -159,6 +202,7 @@ class LLCResult:
         away, cool = t.distance_sq[kept], 1.0
         if self.bias.applied:
             cool = self.llc / self.llc_raw  # the heat is spread like the draws
+        rise, end = self._spread
         by_nbeta, by_pull = slopes(cool * self.llc_draws, cool**2 * t.gap_var[kept], away, s.nbeta, s.localization)
         return Evidence(
             virial=float(virial / expected),
@@ -175,16 +219,29 @@ class LLCResult:
             num_free=s.num_free,
             metric=s.metric,
             heat=self._heat,
-            rise=self._rise,
+            rise=rise,
+            end=end,
             tilt=tilt_of(t.tilt[kept], s.nbeta),
             unrelaxed_bias=s.probe.get("owed", math.nan),
             times_longer=s.probe.get("longer", math.nan),
             spacing=s.nbeta * spacing_of(self.init_loss),
             example_spread=self._example_spread,
+            scatter=self._scatter,
+            chosen_step=s.chosen_step,
+            expected=s.probe.get("expected", math.nan),
+            hidden=s.probe.get("hidden", 0),
+            hides=s.probe.get("hides", math.nan) if s.calibration.get("by_curvature") else math.nan,
+            scatter_error=math.sqrt(self._scatter * self.llc_draws.var() / self.llc_draws.size),
             gradients=sum(s.spent.values()) or math.nan,
             loss=float(t.loss[kept].mean(dtype=np.float64)),
             chance_loss=math.nan if s.chance_loss is None else s.chance_loss,
         )
+
+    @functools.cached_property
+    def _scatter(self) -> float:
+        """Share of the variance of the draws that is minibatch noise; NaN where it is not known."""
+        noise = self.traces.gap_var[self.kept_chains].mean(dtype=np.float64)
+        return float(self.settings.nbeta**2 * noise / max(self.llc_draws.var(), 1e-300))
 
     @property
     def _example_spread(self) -> float:
@@ -196,14 +253,17 @@ class LLCResult:
 
     @property
     def llc_stderr(self) -> float:
-        """Standard error of ``llc``: pooled standard deviation over the root of ``ess``, and the correction's own."""
+        """Standard error of ``llc``: that of ``llc_raw``, and that of the correction where one is subtracted."""
         error = self.llc_raw_stderr
         return math.hypot(error, self.bias.stderr) if self.bias.applied else error
 
     @property
     def llc_raw_stderr(self) -> float:
-        """Standard error of ``llc_raw``: pooled standard deviation over the root of ``ess``."""
-        return standard_error(self.llc_draws, self.ess) if self.llc_draws.size else math.nan
+        """Standard error of ``llc_raw``: pooled standard deviation over the root of ``ess``.
+
+        Where minibatch noise is most of the variance of the draws, that of their means over blocks if it is larger.
+        """
+        return error_of_mean(self.llc_draws, self.ess, self._scatter) if self.llc_draws.size else math.nan
 
     @property
     def ess(self) -> float:
@@ -263,59 +323,31 @@ class LLCResult:
 
     def __str__(self) -> str:
         s, h = self.settings, self.health
-        chains, draws = self.traces.loss.shape
-        interrupted = f"{line}\n" if (line := interrupted_line(s)) else ""
-        text = (
-            f"LLC {self.estimate_text('+/-')}  ({len(self.kept_chains)} chains x {draws} draws, "
-            f"R-hat {h.rhat:.3f}, ESS {h.ess:.0f})\n"
-            f"Verdict: {h.verdict}: {h.reason}\n"
-            f"{interrupted}"
-            f"Loss {self.init_loss:.5g} at w*, "
-            f"{np.nanmean(self.traces.loss[self.kept_chains]) if len(self.kept_chains) else math.nan:.5g} "
-            f"around it (nats per example); {self._signs()}.\n"
-            f"{bias_line(self.llc_raw, self.bias)}\n"
-            f"{s.sampler} with step_size {s.step_size:.3g}, nbeta {s.nbeta:.4g}, localization "
-            f"{s.localization:.3g}{shortened(s.mean_time)}; "
-            f"{s.num_free:,} weights free, {s.num_warmup} warm-up steps, thinning {s.thinning}, batch "
-            f"{s.batch_size} of {s.num_data:,}."
-        )
-        if lines := s.calibration.get("lines"):
-            text += f"\nChosen: {'; '.join(lines)}."
-        for name, other in self.also.items():
-            estimate = estimate_text(other.llc, other.llc_stderr, "+/-")
-            text += f"\nOn '{name}': {estimate} (R-hat {other.rhat:.3f}), with loss {other.init_loss:.5g} at w*; "
-            text += "compare with the raw estimate."
-        text += cost_line(s.cost, s.memory.get("total_mib"))
-        if self.stopped:
-            where = ", ".join(f"chain {c} at step {t}" for c, t in sorted(self.stopped.items())[:8])
-            text += f"\nWent non-finite and left out: {where} ({len(self.stopped)} of {chains})."
-        return "\n".join([text, *(f"Note: {note}" for note in self.notes)])
-
-    def _signs(self) -> str:
-        h = self.health
-        signs = [f"trend {h.trend:+.2g}", f"virial ratio {h.virial:.3f}"]
-        if math.isfinite(h.evidence.kinetic):
-            signs.append(f"kinetic temperature {h.evidence.kinetic:.3f}")
-        if math.isfinite(h.evidence.acceptance):
-            signs.append(f"acceptance of a step {h.evidence.acceptance:.2f}")
-        if math.isfinite(h.bracket[1]):
-            signs.append(f"{h.bracket[0]:.4g} from w* and {h.bracket[1]:.4g} from hot starts")
-        return ", ".join(signs)
+        losses = self.traces.loss[self.kept_chains]
+        around = np.nanmean(losses) if len(losses) else math.nan
+        lines = [
+            f"LLC {self.estimate_text('+/-')}  ({len(losses)} chains x {losses.shape[1]} draws, "
+            f"R-hat {h.rhat:.3f}, ESS {h.ess:.0f})",
+            f"Verdict: {h.verdict}: {h.reason}",
+            interrupted_line(s),
+            f"Loss {self.init_loss:.5g} at w*, {around:.5g} around it (nats per example); {signs_text(h)}.",
+            bias_line(self.llc_raw, self.bias),
+            settings_line(s),
+            *(other.line(name) for name, other in self.also.items()),
+            self.effective_dimension.line(self.llc, self.llc_stderr) if self.effective_dimension is not None else "",
+            cost_line(s.cost, s.memory.get("total_mib")),
+            stopped_line(self.stopped, len(self.traces.loss)),
+            *(f"Note: {note}" for note in self.notes),
+        ]
+        return "\n".join(filter(None, lines))
 
     def to_dict(self) -> dict[str, Any]:
         """The numbers, the verdict and the settings, for JSON; NaN becomes None."""
         h = self.health
         numbers = {
-            "llc": self.llc, "llc_stderr": self.llc_stderr, "rhat": h.rhat, "ess": h.ess, "trend": h.trend,
-            "virial": h.virial, "init_loss": self.init_loss, "wbic": self.wbic, "llc_raw": self.llc_raw,
-            "bias_step_size": self.bias.step_size, "bias_noise": self.bias.noise, "kinetic": h.evidence.kinetic,
-            "acceptance": h.evidence.acceptance, "from_center": h.bracket[0], "from_hot": h.bracket[1],
-            "extrapolated": h.extrapolated, "nbeta_slope": h.evidence.nbeta_slope.value,
-            "nbeta_slope_stderr": h.evidence.nbeta_slope.stderr,
-            "localization_slope": h.evidence.localization_slope.value,
-            "localization_slope_stderr": h.evidence.localization_slope.stderr, "degree": h.evidence.degree.value,
-            "degree_stderr": h.evidence.degree.stderr, "held": h.evidence.localized_share,
-            "tilt": h.evidence.tilt.value, "tilt_stderr": h.evidence.tilt.stderr, "owed": h.evidence.unrelaxed_bias,
+            "llc": self.llc, "llc_stderr": self.llc_stderr, "init_loss": self.init_loss, "wbic": self.wbic,
+            "llc_raw": self.llc_raw, "bias_step_size": self.bias.step_size, "bias_noise": self.bias.noise,
+            **h.numbers(self.llc),
         }  # fmt: skip
         plain = {k: (v if math.isfinite(v) else None) for k, v in numbers.items()}
         stopped = {str(k): v for k, v in self.stopped.items()}
@@ -335,11 +367,13 @@ class LLCResult:
 
         The group ``posterior`` has ``llc``, ``loss`` and ``distance`` (from w*) at each draw of the chains that stayed
         finite; ``sample_stats`` all traces (chain, draw), ``warmup_sample_stats`` the loss before them (chain, step),
-        and, with further data sets, ``also_sample_stats`` (data_set, chain, draw).
+        with further data sets, ``also_sample_stats`` (data_set, chain, draw), and for each observable a group
+        ``observed_0``, ``observed_1``, ... with its ``values`` (chain, draw, example, ...) or their moments.
         """
         return tree_of(
-            self.traces, self.warmup_loss, self.stopped, self.settings, notes=self.notes, other_names=self.other_names
-        )
+            self.traces, self.warmup_loss, self.stopped, self.settings, notes=self.notes, other_names=self.other_names,
+            observed=self.observed,
+        )  # fmt: skip
 
     def save(self, path: str | os.PathLike, *, overwrite: bool = False) -> Path:
         """Write the traces and settings as zarr. Raises FileExistsError on an existing path, and OSError."""

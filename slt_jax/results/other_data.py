@@ -29,6 +29,14 @@ class Reading:
     def __repr__(self) -> str:
         return f"<Reading: LLC {estimate_text(self.llc, self.llc_stderr, '+/-')}, R-hat {self.rhat:.3f}>"
 
+    def line(self, name: str) -> str:
+        """The estimate in words; ``name``: of the data set."""
+        estimate = estimate_text(self.llc, self.llc_stderr, "+/-")
+        return (
+            f"On '{name}': {estimate} (R-hat {self.rhat:.3f}), with loss {self.init_loss:.5g} at w*; compare with the "
+            "raw estimate."
+        )
+
     @functools.cached_property
     def llc_draws(self) -> Float64[np.ndarray, "chain draw"]:
         """nbeta (L'_m(w_t) - L'_m(w*))."""

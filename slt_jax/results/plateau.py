@@ -295,7 +295,7 @@ def _localization_warning(prevented: float) -> str:
     """``prevented``: fraction of the rise in loss at nbeta = 0 that the data prevent."""
     if prevented > 0.5:
         return ""
-    return ": the localization restricts the chains as much as the data do, so raise nbeta or lower localization"
+    return ": the localization restricts the chains as much as the data do, so raise nbeta"
 
 
 def _range_text(name: str, ends: tuple[float, float]) -> str:

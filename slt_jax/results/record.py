@@ -7,12 +7,13 @@ from typing import Any, TypedDict
 
 
 class GradientRecord(TypedDict, total=False):
-    """Minibatch gradients spent on each."""
+    """Minibatch gradients spent on each; a forward pass of ``observe`` counts as a third of one."""
 
     steps: float
     calibration: float
     control: float
     probe: float
+    observe: float
 
 
 class EndRecord(TypedDict, total=False):
@@ -21,6 +22,7 @@ class EndRecord(TypedDict, total=False):
     ``noise``, ``noise_stderr``: trace of the covariance of nbeta grad L_m(w). ``acceptance``: Metropolis acceptance of
     one Euler-Maruyama step. ``owed``: what slow directions lack in the estimate (``relaxation.unrelaxed_bias``), and
     ``longer`` how many times as long the run has to be for them. ``gradients``, ``curvature_gradients``: spent.
+    ``expected``, ``hidden``, ``hides``, ``quadratic``: by the curvatures at w*, see ``relaxation.Directions``.
     ``stopped_by``: what in the data made chains go non-finite, where that was found.
     """
 
@@ -29,6 +31,10 @@ class EndRecord(TypedDict, total=False):
     acceptance: float
     owed: float
     longer: float
+    expected: float
+    hidden: int
+    hides: float
+    quadratic: float
     gradients: float
     curvature_gradients: float
     stopped_by: str
@@ -55,7 +61,8 @@ class RunRecord:
     whether it moved in a metric's coordinates. ``mean_time``: mean length of the draws' steps, as a share of a full
     one. ``interrupted``: the draws that were asked for, where the run was ended before it had them; else 0.
     ``calibration``: as ``calibration.Choice`` writes itself, empty without one. ``probe``: measurements at the
-    end. ``memory``: MiB, as they were estimated.
+    end. ``memory``: MiB, as they were estimated. ``observed``: of each observable what was kept, and in how many bytes.
+    ``effective_dimension``: as ``EffectiveDimension`` writes itself, empty where none was given.
     """
 
     num_chains: int = 0
@@ -87,15 +94,33 @@ class RunRecord:
     versions: dict[str, str] = field(default_factory=dict)
     cost: CostRecord = field(default_factory=CostRecord)
     memory: dict[str, Any] = field(default_factory=dict)
+    observed: dict[str, Any] = field(default_factory=dict)
+    effective_dimension: dict[str, Any] = field(default_factory=dict)
 
     @property
     def spent(self) -> dict[str, float]:
         """Minibatch gradients by what they were spent on."""
         return {name: float(count) for name, count in self.gradients.items() if isinstance(count, int | float)}
 
+    @property
+    def gradient_noise(self) -> tuple[float, float]:
+        """Trace of the covariance of nbeta grad L_m(w), and its error; none where a batch is the whole data set."""
+        if self.batch_size == self.num_data:
+            return 0.0, 0.0
+        return self.probe.get("noise", math.nan), self.probe.get("noise_stderr", math.nan)
+
+    @property
+    def chosen_step(self) -> float:
+        """The step size, if a calibration chose it; else NaN."""
+        return self.step_size if self.calibration.get("chose_step") else math.nan
+
     def to_json(self) -> dict[str, Any]:
-        """Plain values, by name."""
-        return dataclasses.asdict(self)
+        """Plain values, by name; without ``observed`` and ``effective_dimension`` where there are none."""
+        values = dataclasses.asdict(self)
+        for name in ("observed", "effective_dimension"):
+            if not values[name]:
+                del values[name]
+        return values
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "RunRecord":

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     import xarray as xr
 
 RESULT, SWEEP, TRAJECTORY = "slt_jax_result", "slt_jax_sweep", "slt_jax_trajectory"  # what says what a file is
+SUSCEPTIBILITIES = "slt_jax_susceptibilities"
 FORMAT = 2
 UNVERIFIED = "unverified: written by an older version, whose digest covers the traces only."
-_NAMES = {RESULT: "result", SWEEP: "sweep", TRAJECTORY: "trajectory"}
+_NAMES = {RESULT: "result", SWEEP: "sweep", TRAJECTORY: "trajectory", SUSCEPTIBILITIES: "susceptibilities"}
 _DIGEST = "contents_sha256"
 TRACES_DIGEST = "sha256"  # of format 1
 _FIRST_FORMAT = {  # its attributes, all of them: a file with another one is newer, or was changed
@@ -35,7 +36,7 @@ _FIRST_FORMAT = {  # its attributes, all of them: a file with another one is new
 
 
 def kind_of(path: Path) -> str | None:
-    """``RESULT``, ``SWEEP`` or ``TRAJECTORY``; None for anything else."""
+    """``RESULT``, ``SWEEP``, ``TRAJECTORY`` or ``SUSCEPTIBILITIES``; None for anything else."""
     record = _readable(path) / "zarr.json"
     text = record.read_text(errors="replace") if record.is_file() else ""
     return next((kind for kind in _NAMES if f'"{kind}"' in text), None)

@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from slt_jax.results.card import card, tone_color
 from slt_jax.results.llc import LLCResult
+from slt_jax.results.observed_tree import groups_of, observed_in
 from slt_jax.results.plateau import GridReading, read_grid
 from slt_jax.results.record import RunRecord
 from slt_jax.results.stacking import stack, unstack
@@ -134,11 +135,13 @@ class Sweep:
     def to_xarray(self) -> "xr.DataTree":
         """DataTree: ``/`` is ``dataset``; ``sample_stats`` and ``warmup_sample_stats`` hold all traces, cells first.
 
-        ``posterior`` has the LLC at each draw, for ArviZ.
+        ``posterior`` has the LLC at each draw, for ArviZ; ``cell_0``, ... what was observed in each cell.
         """
         import xarray as xr
 
         groups, attrs = stack(self.results, AXES, self.shape)
+        for i, result in enumerate(self.results):
+            groups |= {f"/cell_{i}{group}": data for group, data in groups_of(result.observed).items()}
         tree = xr.DataTree.from_dict({"/": self.dataset, **groups})
         tree.attrs = {SWEEP: FORMAT, **attrs}
         return tree
@@ -173,6 +176,9 @@ def _of_tree(tree: "xr.DataTree") -> Sweep:
     axes = {name: np.asarray(root[name].values, float) for name in AXES}
     control = np.stack([root["control"].values, root["control_stderr"].values], -1)
     results = unstack(tree, len(AXES))
+    if "cell_0" in tree.children:
+        each = [observed_in(tree.children[f"cell_{i}"]) for i in range(len(results))]
+        results = tuple(dataclasses.replace(r, observed=found) for r, found in zip(results, each, strict=True))
     return Sweep(axes, results, control)
 
 

@@ -3,6 +3,7 @@
 import math
 
 from slt_jax.diagnostics.bias import Bias
+from slt_jax.diagnostics.verdict import Health
 from slt_jax.results.record import CostRecord, RunRecord
 
 _UNKNOWN = "unknown"
@@ -26,7 +27,39 @@ def bias_line(raw: float, bias: Bias) -> str:
     return f"Raw estimate {raw:.4g}; bias: {', '.join(known)}; {done}."
 
 
-def shortened(mean_time: float) -> str:
+def signs_text(health: Health) -> str:
+    """What the checks read, as far as it is known."""
+    signs = [f"trend {health.trend:+.2g}", f"virial ratio {health.virial:.3f}"]
+    if math.isfinite(health.evidence.kinetic):
+        signs.append(f"kinetic temperature {health.evidence.kinetic:.3f}")
+    if math.isfinite(health.evidence.acceptance):
+        signs.append(f"acceptance of a step {health.evidence.acceptance:.2f}")
+    if math.isfinite(health.bracket[1]):
+        signs.append(f"{health.bracket[0]:.4g} from w* and {health.bracket[1]:.4g} from hot starts")
+    return ", ".join(signs)
+
+
+def settings_line(settings: RunRecord) -> str:
+    """What a run was moved with, and in a second line what a calibration chose."""
+    s = settings
+    text = (
+        f"{s.sampler} with step_size {s.step_size:.3g}, nbeta {s.nbeta:.4g}, localization "
+        f"{s.localization:.3g}{_shortened(s.mean_time)}; {s.num_free:,} weights free, {s.num_warmup} warm-up steps, "
+        f"thinning {s.thinning}, batch {s.batch_size} of {s.num_data:,}."
+    )
+    lines = s.calibration.get("lines")
+    return f"{text}\nChosen: {'; '.join(lines)}." if lines else text
+
+
+def stopped_line(stopped: dict[int, int], chains: int) -> str:
+    """Which of the chains went non-finite at which step; empty if none did."""
+    if not stopped:
+        return ""
+    where = ", ".join(f"chain {c} at step {t}" for c, t in sorted(stopped.items())[:8])
+    return f"Went non-finite and left out: {where} ({len(stopped)} of {chains})."
+
+
+def _shortened(mean_time: float) -> str:
     """By how much steps were shortened on average; empty if they were not."""
     return f", steps shortened to {mean_time:.1%} of their time on average" if mean_time < 0.9995 else ""
 
@@ -41,7 +74,7 @@ def cost_line(cost: CostRecord, predicted: int | None) -> str:
     peaks = {"of a device": cost.get("device_peak_mib"), "of the process": cost.get("process_peak_mib")}
     memory = [f"; peak memory {of} {size:,} MiB" for of, size in peaks.items() if size]
     estimate = f" ({predicted:,} predicted)" if memory and predicted else ""
-    return f"\nTook {seconds:.3g} s{f' ({parts})' if parts else ''}{speed}{''.join(memory)}{estimate}."
+    return f"Took {seconds:.3g} s{f' ({parts})' if parts else ''}{speed}{''.join(memory)}{estimate}."
 
 
 def parts_text(parts: dict[str, float]) -> str:

@@ -1,5 +1,6 @@
 """What a trajectory gives back: the LLC of one model over its training, its stages, on screen and on disk."""
 
+import dataclasses
 import functools
 import os
 from collections import Counter
@@ -11,6 +12,8 @@ import numpy as np
 
 from slt_jax.results.card import card, sparkline, tone_color
 from slt_jax.results.llc import LLCResult
+from slt_jax.results.observed import pooled_moments
+from slt_jax.results.observed_tree import axes_of, groups_of, observed_in
 from slt_jax.results.plateau import HEATED, SETTLED
 from slt_jax.results.stacking import stack, unstack
 from slt_jax.results.stages import Stages, find_stages
@@ -96,6 +99,26 @@ class Trajectory:
         dataset["init_loss"].attrs = {"long_name": "loss at the checkpoint", "units": "nats per example"}
         return dataset
 
+    def observed(self, name: str) -> "xr.Dataset":
+        """The losses that were observed under this name, over training.
+
+        Variables by (training_step, example[, token]): ``center``, at w*; ``mean`` and ``variance`` over all draws;
+        ``covariance`` with the run's own L_m(w) - L_m(w*), whose negative is a one-chain susceptibility of the whole
+        model before the mean over the examples is taken off. In nats, and their squares; NaN for tokens that do not
+        count. Raises KeyError for a name that was not observed.
+        """
+        import xarray as xr
+
+        whole = self.results[WHOLE]
+        if name not in whole[0].observed:
+            names = ", ".join(whole[0].observed) or "nothing"
+            raise KeyError(f"no observable '{name}' in this trajectory, which has {names}.")
+        found = [result.observed[name] for result in whole]
+        pooled = [pooled_moments(one) for one in found]
+        dims = ("training_step", *axes_of(found[0]))
+        variables = {key: (dims, np.stack([each[key] for each in pooled])) for key in pooled[0]}
+        return xr.Dataset(variables, {"training_step": list(self.steps)}, {"name": name, "level": found[0].level})
+
     def unserved(self) -> dict[int, str]:
         """Step -> verdict of the checkpoints that the one setting does not serve: a step too long, chains lost."""
         bad = {*HEATED, "diverged"}
@@ -178,6 +201,8 @@ class Trajectory:
 
         flat = [result for row in self.results.values() for result in row]
         groups, attrs = stack(flat, _DIMS, (len(self.results), len(self.steps)))
+        for step, result in zip(self.steps, self.results[WHOLE], strict=True):
+            groups |= {f"/step_{step}{group}": data for group, data in groups_of(result.observed).items()}
         tree = xr.DataTree.from_dict({"/": self.dataset, **groups})
         tree.attrs = {TRAJECTORY: FORMAT, **attrs, **({"interrupted": self.interrupted} if self.interrupted else {})}
         return tree
@@ -196,4 +221,7 @@ def _of_tree(tree: "xr.DataTree") -> Trajectory:
     steps = tuple(tree.to_dataset()["training_step"].values.tolist())
     flat, parts = unstack(tree, len(_DIMS)), [str(name) for name in tree.to_dataset()["part"].values.tolist()]
     rows = {name: flat[i * len(steps) : (i + 1) * len(steps)] for i, name in enumerate(parts)}
+    if kept := [tree.children[f"step_{step}"] for step in steps if f"step_{step}" in tree.children]:
+        observed = [observed_in(of_step) for of_step in kept]
+        rows[WHOLE] = tuple(dataclasses.replace(r, observed=o) for r, o in zip(rows[WHOLE], observed, strict=True))
     return Trajectory(steps, rows, interrupted=int(tree.attrs.get("interrupted", 0)))

@@ -8,6 +8,8 @@ import numpy as np
 
 from slt_jax._io import digest_of_arrays
 from slt_jax.engine.trace import Trace
+from slt_jax.results.observed import Observed
+from slt_jax.results.observed_tree import groups_of, observed_in
 from slt_jax.results.other_data import READINGS
 from slt_jax.results.record import RunRecord
 from slt_jax.results.storage import FORMAT, RESULT, TRACES_DIGEST, UNVERIFIED
@@ -32,6 +34,7 @@ def tree_of(
     settings: RunRecord,
     notes: tuple[str, ...],
     other_names: tuple[str, ...],
+    observed: dict[str, Observed],
 ) -> "xr.DataTree":
     """The fields of an ``LLCResult`` as a tree; see ``LLCResult.to_xarray``."""
     import xarray as xr  # 70 MB of memory, only when needed
@@ -47,7 +50,7 @@ def tree_of(
         dims = ("data_set", "chain", "draw")
         also = {name: (dims, value) for name, value in zip(READINGS, each, strict=True)}
         groups["/also_sample_stats"] = xr.Dataset(also, {"data_set": np.array(other_names, dtype=object)})
-    tree = xr.DataTree.from_dict(groups)
+    tree = xr.DataTree.from_dict(groups | groups_of(observed))
     tree.attrs = {
         RESULT: FORMAT,
         "settings": json.dumps(settings.to_json()),
@@ -74,6 +77,7 @@ def fields_of(tree: "xr.DataTree") -> dict[str, Any]:
         "settings": RunRecord.from_json(settings),
         "notes": (*notes, *added),
         "other_names": names,
+        "observed": observed_in(tree),
     }
 
 

@@ -8,7 +8,7 @@ once.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Key
 
 from slt_jax.diagnostics.bias import Bias, Moments, bias_of, overdamped_heating
 from slt_jax.diagnostics.relaxation import Relaxation
-from slt_jax.kernels.langevin import normal
+from slt_jax.kernels.langevin import Block, normal, normal_side_by_side
 
 HIGHEST = jax.lax.Precision.HIGHEST  # of a metric's products: in TF32 a flat direction would get the stiff ones' errors
 Position = tuple[jax.Array, ...]
@@ -35,6 +35,8 @@ class Factor(NamedTuple):
 
 
 Metric = tuple[Factor, ...]
+Blocks = tuple[tuple[Block, ...], ...]  # of each array of a position
+_SMALL = 4096  # entries of a leaf whose noise, outside of the steps, is drawn together with that of others
 
 
 class Hyper(NamedTuple):
@@ -44,7 +46,8 @@ class Hyper(NamedTuple):
     undamped step from rest moves by the same -(eps/2) G as one of SGLD. ``friction``: the share of momentum lost in one
     step, dimensionless. ``adapt``: whether running statistics may still change (the first half of the warm-up).
     ``metric``: R with R R' = P for samplers that take one; () for none. ``limit``: of the mean squared force, above
-    which a sampler that can do so shortens its steps; infinite for none.
+    which a sampler that can do so shortens its steps; infinite for none. ``blocks``: which weights lie side by side in
+    each array of the position, for ``gaussian``; () where none do. Not an array: it is part of the program.
     """
 
     nbeta: jax.Array | float
@@ -54,6 +57,7 @@ class Hyper(NamedTuple):
     adapt: jax.Array | bool = False
     metric: Metric = ()
     limit: jax.Array | float = float("inf")
+    blocks: Blocks = ()
 
 
 class Info(NamedTuple):
@@ -131,7 +135,8 @@ class Sampler(NamedTuple):
     ``State`` is a NamedTuple whose first field is ``position``; it holds what the next step needs and nothing else.
     ``name``, ``step_size`` and ``friction`` go into the record of a run; a ``step_size`` of None is chosen by the
     calibration, and so is a ``friction`` of None. ``theory``: what is known of its dynamics. ``metric``: whether its
-    step moves in the coordinates of ``hyper.metric``, which the calibration measures.
+    step moves in the coordinates of ``hyper.metric``, which the calibration measures. ``entrywise``: whether its step
+    is the same whichever arrays the weights are in, so that many small ones may lie side by side in one vector.
     """
 
     name: str
@@ -141,6 +146,7 @@ class Sampler(NamedTuple):
     friction: float | None = 0.1
     theory: Theory = Theory()
     metric: bool = False
+    entrywise: bool = False
 
     def __repr__(self) -> str:
         step = "open" if self.step_size is None else f"{self.step_size:.4g}"
@@ -205,21 +211,52 @@ def part_of_kicked(keep: Float[Array, ""]) -> Float[Array, ""]:
     return (1 + 3 * keep) / (4 * (1 + keep))
 
 
-def leaf_keys(key: Key[Array, ""], position: Position) -> list[Key[Array, ""]]:
-    """One independent key for each leaf."""
-    return [jax.random.fold_in(key, i) for i in range(len(position))]
+def gaussian(key: Key[Array, ""], position: Position, blocks: Blocks = ()) -> Position:
+    """Standard normal noise shaped like ``position``, independent over leaves; that of leaf i by ``fold_in(key, i)``.
+
+    ``blocks``: of leaves that lie side by side in the position, with their numbers: their noise is the same as apart.
+    """
+    parts = blocks or tuple((Block((i,), w.size),) for i, w in enumerate(position))
+    alone = [of_leaf[0].numbers[0] for of_leaf in parts if _is_one(of_leaf)]
+    keys = iter(folded(key, alone))
+    return tuple(
+        normal(next(keys), w.shape, w.dtype) if _is_one(of_leaf) else normal_side_by_side(key, of_leaf)
+        for w, of_leaf in zip(position, parts, strict=True)
+    )
 
 
-def gaussian(key: Key[Array, ""], position: Position) -> Position:
-    """Standard normal noise shaped like ``position``, independent over leaves."""
-    return tuple(normal(k, w.shape, w.dtype) for w, k in zip(position, leaf_keys(key, position), strict=True))
+def _is_one(parts: tuple[Block, ...]) -> bool:
+    return len(parts) == 1 and len(parts[0].numbers) == 1
 
 
-def noise_like(key: Key[Array, ""], position: Position) -> Position:
+def folded(key: Key[Array, ""], numbers: Sequence[int]) -> list[Key[Array, ""]]:
+    """``fold_in(key, number)`` of each number, by one program for all."""
+    if not numbers:
+        return []
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(numbers, jnp.uint32))
+    return [keys[i] for i in range(len(numbers))]
+
+
+def _at_once(key: Key[Array, ""], position: Position, blocks: Blocks) -> Position:
+    """``gaussian``, by one code for all small leaves: inside a step, what uses the noise would be rounded otherwise."""
+    parts = blocks or tuple((Block((i,), w.size),) for i, w in enumerate(position))
+    small = [i for i, w in enumerate(position) if w.dtype == jnp.float32 and max(n for _, n in parts[i]) <= _SMALL]
+    if not small:
+        return gaussian(key, position, blocks)
+    vector = normal_side_by_side(key, tuple(block for i in small for block in parts[i]))
+    drawn = dict(zip(small, jax.lax.split(vector, [position[i].size for i in small]), strict=True))
+    large = [i for i in range(len(position)) if i not in drawn]
+    drawn |= dict(
+        zip(large, gaussian(key, tuple(position[i] for i in large), tuple(parts[i] for i in large)), strict=True)
+    )
+    return tuple(drawn[i].reshape(w.shape) for i, w in enumerate(position))
+
+
+def noise_like(key: Key[Array, ""], position: Position, blocks: Blocks = ()) -> Position:
     """``gaussian`` by a program of its own, laid out as ``position`` is: it takes long to compile."""
-    return _laid_out(tuple(w.sharding for w in position))(key, position)
+    return _laid_out(tuple(w.sharding for w in position), blocks)(key, position)
 
 
 @functools.lru_cache
-def _laid_out(shardings: tuple) -> Callable:
-    return jax.jit(gaussian, out_shardings=shardings)
+def _laid_out(shardings: tuple, blocks: Blocks) -> Callable:
+    return jax.jit(functools.partial(_at_once, blocks=blocks), out_shardings=shardings)

@@ -73,7 +73,7 @@ def _step(
     size = hyper.step_size
     moved = tuple(
         (w - 0.5 * size * p * f + jnp.sqrt(size * p) * x).astype(w.dtype)
-        for w, p, f, x in zip(state.position, scale, force, gaussian(key, state.position), strict=True)
+        for w, p, f, x in zip(state.position, scale, force, gaussian(key, state.position, hyper.blocks), strict=True)
     )
     away = displacement(state.position, center)
     scaled = tuple(p * f for p, f in zip(scale, force, strict=True))
@@ -124,4 +124,5 @@ def preconditioned_sgld(
     if decay >= 1:
         raise ValueError(f"decay must be below 1, got {decay}. 0.99 averages over about 100 steps.")
     check_positive("floor", floor, "It is a share of the typical gradient, e.g. 0.1.")
-    return Sampler(f"preconditioned-sgld-{moments}", step_size, *_build(float(decay), float(floor)), theory=_THEORY)
+    init, step = _build(float(decay), float(floor))
+    return Sampler(f"preconditioned-sgld-{moments}", step_size, init, step, theory=_THEORY, entrywise=True)

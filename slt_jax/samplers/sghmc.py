@@ -71,7 +71,7 @@ def step(
     time, spread = jnp.sqrt(hyper.step_size), jnp.sqrt(2 * hyper.friction)
     momentum = tuple(
         ((1 - hyper.friction) * p - time * f + spread * x).astype(p.dtype)
-        for p, f, x in zip(state.momentum, force, gaussian(key, state.position), strict=True)
+        for p, f, x in zip(state.momentum, force, gaussian(key, state.position, hyper.blocks), strict=True)
     )
     moved = tuple((w + time * p).astype(w.dtype) for w, p in zip(state.position, momentum, strict=True))
     away = displacement(state.position, center)
@@ -90,4 +90,4 @@ def sghmc(step_size: float | None = None, friction: float | None = None) -> Samp
     if friction is not None and friction >= 1:
         raise ValueError(f"friction must be below 1 for SGHMC, got {friction}. 0.01 to 0.1 are common values.")
     step_size = None if step_size is None else float(step_size)
-    return Sampler("sghmc", step_size, init, step, None if friction is None else float(friction), SGHMC)
+    return Sampler("sghmc", step_size, init, step, None if friction is None else float(friction), SGHMC, entrywise=True)

@@ -76,7 +76,7 @@ def step(
 
     Source: Welling and Teh (ICML 2011); Lau et al., arXiv:2308.12108, section 4.
     """
-    noise = gaussian(key, state.position)
+    noise = gaussian(key, state.position, hyper.blocks)
     moved, info = _move(state.position, noise, loss_and_grad, center, hyper)
     return SGLDState(moved), info
 
@@ -96,7 +96,7 @@ def step_matthews(
     Error: none on a quadratic without minibatch noise; second order in step_size elsewhere. Minibatch noise heats it
     as it heats SGLD. Stable for step_size a < 4. Source: Leimkuhler and Matthews, AMRX 2013, 34-56.
     """
-    fresh = gaussian(key, state.position)
+    fresh = gaussian(key, state.position, hyper.blocks)
     noise = tuple(0.5 * (old + new) for old, new in zip(state.noise, fresh, strict=True))
     moved, info = _move(state.position, noise, loss_and_grad, center, hyper)
     return MatthewsState(moved, fresh), info
@@ -124,7 +124,7 @@ def sgld(step_size: float | None = None, *, noise: str = "euler-maruyama") -> Sa
         check_positive("step_size", step_size, "Leave it out to have it chosen, or try 1e-4.")
         step_size = float(step_size)
     if noise == "euler-maruyama":
-        return Sampler("sgld", step_size, init, step, theory=EULER)
+        return Sampler("sgld", step_size, init, step, theory=EULER, entrywise=True)
     if noise == "leimkuhler-matthews":
-        return Sampler("sgld-matthews", step_size, init_matthews, step_matthews, theory=MATTHEWS)
+        return Sampler("sgld-matthews", step_size, init_matthews, step_matthews, theory=MATTHEWS, entrywise=True)
     raise ValueError(f"noise must be 'euler-maruyama' or 'leimkuhler-matthews', got {shown(noise)}.")

@@ -86,7 +86,7 @@ def step(
     friction = hyper.friction + excess
     safe = jnp.where(jnp.abs(friction) < 1e-4, 1e-4, friction)
     spread = jnp.sqrt(hyper.friction * -jnp.expm1(-2 * safe) / safe)
-    noise = gaussian(key, state.position)
+    noise = gaussian(key, state.position, hyper.blocks)
     momentum = tuple((jnp.exp(-friction) * q + spread * x).astype(q.dtype) for q, x in zip(kicked, noise, strict=True))
     excess = (excess + rate * (1 - part) * (inner(momentum, momentum) / size - 1)).astype(state.excess.dtype)
     moved = tuple(
@@ -107,4 +107,4 @@ def sgnht(step_size: float | None = None, friction: float | None = None) -> Samp
         if value is not None:
             check_positive(name, value, "Leave it out to have it chosen.")
     step_size = None if step_size is None else float(step_size)
-    return Sampler("sgnht", step_size, init, step, None if friction is None else float(friction), SGNHT)
+    return Sampler("sgnht", step_size, init, step, None if friction is None else float(friction), SGNHT, entrywise=True)

@@ -94,7 +94,7 @@ def step(
     keep = jnp.exp(-friction)
     spread = jnp.sqrt(-jnp.expm1(-2 * friction))
     kicked = tuple((p - time * f).astype(p.dtype) for p, f in zip(state.momentum, turned, strict=True))
-    noise = gaussian(key, state.position)
+    noise = gaussian(key, state.position, hyper.blocks)
     momentum = tuple((keep * q + spread * x).astype(q.dtype) for q, x in zip(kicked, noise, strict=True))
     drifted = root(hyper.metric, tuple(q + p for q, p in zip(kicked, momentum, strict=True)))
     moved = tuple((w + 0.5 * time * x).astype(w.dtype) for w, x in zip(state.position, drifted, strict=True))
@@ -133,4 +133,4 @@ def underdamped(step_size: float | None = None, friction: float | None = None, *
     friction = None if friction is None else float(friction)
     name = f"underdamped-{metric}" if metric else "underdamped"
     theory = replace(BAOAB, relaxation=None, can_shorten_steps=False) if metric else BAOAB
-    return Sampler(name, step_size, init, step, friction, theory, metric is not None)
+    return Sampler(name, step_size, init, step, friction, theory, metric=metric is not None, entrywise=metric is None)

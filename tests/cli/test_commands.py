@@ -15,9 +15,10 @@ from flax import nnx
 
 import slt_jax as slt
 from slt_jax.cli.commands import main
-from slt_jax.engine.loop import Engine
+from slt_jax.cli.wording import result_in_options
 from slt_jax.models import Decoder, DecoderConfig
 from slt_jax.models.hub import save_decoder
+from tests.durable import signalled
 
 CONFIG = DecoderConfig(64, 8, 16, 1, 2)
 TOKENS = np.random.default_rng(0).integers(0, 64, 800).astype(np.uint16)
@@ -89,7 +90,7 @@ def test_traces_and_picture_are_written(files, tmp_path, capsys):
     assert llc(files, "--out", str(tmp_path / "r.zarr"), "--plot", str(tmp_path / "r.png")) == 0
     result = slt.load_result(tmp_path / "r.zarr")
     out = capsys.readouterr().out
-    assert out.startswith(str(result).partition("\nTook")[0])
+    assert out.startswith(result_in_options(str(result)).partition("\nTook")[0])
     assert result.loss_trace.shape == (2, 6)
     assert (tmp_path / "r.png").stat().st_size > 10_000
     # not sampled again only to be refused at the end
@@ -172,6 +173,16 @@ def test_text_goes_through_the_checkpoints_tokenizer(files, tmp_path, capsys):
     (tmp_path / "t.txt").write_text("w1 w2")
     assert main(["llc", str(model), "--text", str(tmp_path / "t.txt")]) == 2
     assert "has 2 tokens, fewer than two examples of 8" in capsys.readouterr().err
+    (tmp_path / "t.txt").write_text(" ".join(["w1"] * 14))
+    assert main(["llc", str(model), "--text", str(tmp_path / "t.txt")]) == 2
+    assert "Give more, or examples that are shorter: --seq-len 7 makes 2." in capsys.readouterr().err
+
+
+def test_what_grouped_heads_share_is_said(tmp_path, files, capsys):
+    save_decoder(tmp_path / "grouped", Decoder(DecoderConfig(64, 8, 16, 1, 2, num_kv_heads=1), rngs=nnx.Rngs(0)))
+    options = [*QUICK, "--sampler", "sgld", "--step-size", "1e-5", "--heads"]
+    assert main(["llc", str(tmp_path / "grouped"), "--tokens", str(files / "t.npy"), *options]) == 0
+    assert "heads share keys and values, 2 by 2: these move with each" in capsys.readouterr().err
 
 
 def test_the_same_command_resumes(files, tmp_path, capsys):
@@ -366,24 +377,17 @@ def test_what_the_data_do_not_allow_is_refused_before_the_plan(files, capsys):
     """Kills: a plan of a run that cannot be made."""
     assert llc(files, "--step-size", "1e-5", "--batch-size", "101") == 2
     told = capsys.readouterr().err
-    assert "batch_size" in told
+    assert "--batch-size 101 is more than the 100 examples of the data. Take --batch-size 100" in told
     assert "model:" not in told
 
 
 def test_ctrl_c_prints_the_result_so_far_and_resumes(files, tmp_path, capsys):
     """Kills: half a result in the file that the whole one is meant for."""
-    advance = Engine.advance
-
-    def sending(self, run, *rest, **more):
-        if run.step >= 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return advance(self, run, *rest, **more)
-
     options = ["--sampler", "sgld", "--step-size", "1e-5", "--draws", "30", "--out", str(tmp_path / "r.zarr")]
     resumable = [*options, "--checkpoint-dir", str(tmp_path / "run")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Engine, "advance", sending)
-        assert llc(files, *resumable) == 130
+    patch, _ = signalled(signal.SIGINT, 3)
+    assert llc(files, *resumable) == 130
+    patch.undo()
     told = capsys.readouterr()
     assert "Interrupted after" in told.out
     assert "interrupted. The same command resumes it." in told.err

@@ -8,8 +8,8 @@ from flax import nnx
 
 from slt_jax.cli.documents import Tokenizer, arranged
 from slt_jax.cli.inputs import Reader
-from slt_jax.cli.language import model_losses, open_case
-from slt_jax.models import Decoder, DecoderConfig
+from slt_jax.cli.language import open_case
+from slt_jax.models import Decoder, DecoderConfig, sequence_loss
 from slt_jax.models.hub import save_decoder
 from slt_jax.posterior.files import token_file
 
@@ -102,7 +102,7 @@ def test_padding_is_not_in_the_loss():
     """Kills: a mean over the padding; a token that attends to it."""
     model = Decoder(CONFIG, rngs=nnx.Rngs(0))
     examples = arranged(DOCUMENTS, "pad", 5, "here")
-    losses = model_losses(model, examples)
+    losses = sequence_loss(model, examples)
     alone = [float(model.losses(np.asarray([document], np.int32))[0]) for document in DOCUMENTS if len(document) > 1]
     np.testing.assert_allclose(losses, alone, rtol=1e-5)
 

@@ -83,6 +83,15 @@ CASES = {
         STILL, {"nbeta_slope": Slope(3.0, 0.2), "localization_slope": Slope(-3.0, 0.2)},
         ("Slope in log nbeta", "Slope in log localization"), ("depends on nbeta or localization",),
     ),
+    "hidden directions": (
+        STILL, {"hidden": 4, "hides": 9.0}, ("Directions below the localization",),
+        ("depends on nbeta or localization",),
+    ),
+    "a drift below the loss at w*": (
+        STILL - 40 + 60 * RAMP * np.array([[1.0], [0.1], [0.5], [2.0]]), {"scatter_error": 0.2},
+        ("Loss above that of w*", "R-hat", "Effective draws (ESS)", "Error of the mean"),
+        ("not a minimum", "chains disagree", "too few draws"),
+    ),
     "a steep loss": (
         STILL, {"degree": Slope(8.0, 0.1)}, ("Degree of the loss",), ("depends on nbeta or localization",),
     ),
@@ -185,3 +194,17 @@ def test_two_small_biases_are_left_out_only_where_they_are_subtracted():
     assert together.verdict == "biased by the step size"
     assert together.reason.startswith("step size and minibatch noise together add about 8.8 to ")
     assert assess(STILL, Evidence(bias=Bias(2.4, 2.4, 0.1, 4.8, ""))).verdict == "converged"
+
+
+@pytest.mark.quick
+def test_slopes_are_told_in_words():
+    """Kills: one slope told for the other, one that is left out, a number for one that is not known."""
+    up, down, wild = Slope(3.0, 0.2), Slope(-2.0, 0.1), Slope(9.0, 400.0)
+
+    def told(nbeta_slope, localization_slope):
+        evidence = Evidence(num_free=100, nbeta_slope=nbeta_slope, localization_slope=localization_slope)
+        return assess(STILL, evidence).reason
+
+    both = "a factor e in nbeta changes the estimate by +3 +/- 0.2, one in localization by -2 +/- 0.1: it describes"
+    assert told(up, down).startswith(both)
+    assert told(up, wild).startswith("a factor e in nbeta changes the estimate by +3 +/- 0.2: it describes")

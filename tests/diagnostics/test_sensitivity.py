@@ -8,7 +8,7 @@ import pytest
 
 from scaling.known_answers import by_name
 from slt_jax.diagnostics.evidence import Evidence
-from slt_jax.diagnostics.sensitivity import Slope, degree_of, gamma_error, slopes
+from slt_jax.diagnostics.sensitivity import Slope, bounded, degree_of, gamma_error, slopes
 from slt_jax.diagnostics.verdict import assess
 from tests.small import gamma_draws
 
@@ -118,3 +118,13 @@ def test_the_slopes_of_a_homogeneous_loss_are_of_one_cause(name, degree):
     down = (exact(20.0, 9 * math.exp(step)) - exact(20.0, 9 * math.exp(-step))) / (2 * step)
     assert up > 0.02
     assert up == pytest.approx(-2 / degree * down, rel=1e-3)
+
+
+@pytest.mark.quick
+def test_a_slope_is_told_within_what_is_possible_and_with_an_error_that_says_something():
+    """Kills: +154 told where the LLC is 102; -42,216 in JSON where noise drowns it."""
+    assert bounded(Slope(154.0, 20.0), 102.0) == Slope(102.0, 20.0)
+    assert bounded(Slope(-154.0, 20.0), -102.0) == Slope(-102.0, 20.0)
+    assert bounded(Slope(4.0, 1.0), 102.0) == Slope(4.0, 1.0)
+    for drowned in (Slope(-42216.0, 5000.0), Slope(4.0, math.nan)):
+        assert math.isnan(bounded(drowned, 102.0).value)

@@ -9,7 +9,7 @@ import pytest
 import slt_jax as slt
 from slt_jax.diagnostics.evidence import Evidence
 from slt_jax.diagnostics.limits import RISE_SHARE
-from slt_jax.diagnostics.series import Rise, rise_of
+from slt_jax.diagnostics.series import Rise, error_of_mean, ess_and_rhat, rise_of, standard_error
 from slt_jax.diagnostics.verdict import assess
 
 RNG = np.random.default_rng(0)
@@ -98,3 +98,35 @@ def test_an_estimate_that_is_done_does_not_rise():
     result = slt.estimate_llc(posterior, data, budget=40_000, key=0)
     assert abs(result.llc - exact(result.settings.localization)) < 4 * result.llc_stderr
     assert "still rising" not in result.health.flags
+
+
+def noisy_series(seed, slow=150.0, scatter=4.4, size=(4, 4000)):
+    """(draws, error of their mean): a slow series of variance 1 and this time, and noise of each draw."""
+    from scipy.signal import lfilter
+
+    rng, keep = np.random.default_rng(seed), math.exp(-1 / slow)
+    kicks = rng.normal(size=size) * math.sqrt(1 - keep**2)
+    kicks[:, 0] = rng.normal(size=size[0])
+    draws = lfilter([1.0], [1.0, -keep], kicks, axis=1) + scatter * rng.normal(size=size)
+    return draws, math.sqrt((2 * slow + scatter**2) / np.prod(size))
+
+
+def test_slow_directions_count_where_minibatches_scatter_the_draws():
+    """Kills: the error by the effective sample size alone, which here is a third too small."""
+    found = []
+    for seed in range(40):
+        draws, exact = noisy_series(seed)
+        ess = ess_and_rhat(draws)[0]
+        by_ess, error = (error_of_mean(draws, ess, scatter) for scatter in (0.0, 0.95))
+        assert error >= by_ess == standard_error(draws, ess)
+        found.append((by_ess / exact, error / exact))
+    by_ess, error = np.mean(found, 0)
+    assert by_ess < 0.8
+    assert 0.87 < error < 1.1
+
+
+def test_scatter_that_is_not_known_counts():
+    draws, _ = noisy_series(0)
+    ess = ess_and_rhat(draws)[0]
+    assert error_of_mean(draws, ess, math.nan) == error_of_mean(draws, ess, 0.95) > standard_error(draws, ess)
+    assert error_of_mean(draws[:, :150], ess, math.nan) == standard_error(draws[:, :150], ess)

@@ -14,27 +14,10 @@ import pytest
 
 import slt_jax as slt
 from slt_jax.engine.interrupts import SIGNALS, Interrupts
-from slt_jax.engine.loop import Engine
 from tests import durable
-from tests.durable import DATA, PLAN, assert_equal, estimate, posterior, watched
+from tests.durable import DATA, PLAN, assert_equal, estimate, posterior, signalled, watched
 
 unbroken, collected = durable.unbroken, durable.collected
-
-
-def signalled(number, at, times=1):
-    """Sends ``number`` to this process in the chunk that begins at step ``at`` or later."""
-    advance, sent = Engine.advance, []
-
-    def sending(self, run, *rest, **more):
-        if run.step >= at and not sent:
-            sent.append(run.step)
-            for _ in range(times):
-                os.kill(os.getpid(), number)
-        return advance(self, run, *rest, **more)
-
-    patch = pytest.MonkeyPatch()
-    patch.setattr(Engine, "advance", sending)
-    return patch, sent
 
 
 @pytest.mark.quick

@@ -164,8 +164,10 @@ def test_layouts_keep_to_what_was_given():
         list(layouts(4, mesh, 3, 10))
 
 
+# On one core, so that no two chains have their peaks together in one run and apart in another.
 RUN = """
-import json, resource, sys
+import json, os, resource, sys
+os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 from slt_jax.cli.commands import main
 code = main(json.loads(sys.argv[1]))
 print(code, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, file=sys.stderr)

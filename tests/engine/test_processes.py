@@ -56,8 +56,10 @@ def posterior(**more):
 
 
 def default(_, **more):
-    """Calibrated."""
-    given = {"num_chains": 4, "budget": 1000, "batch_size": 16, "chunk_size": 16, "progress": True}
+    """Calibrated, and observed."""
+    some = {name: rows[:25] for name, rows in DATA.items()}
+    observe = {"values": some, "moments": slt.Observable(some, keep="moments")}
+    given = {"observe": observe, "num_chains": 4, "budget": 1000, "batch_size": 16, "chunk_size": 16, "progress": True}
     return slt.estimate_llc(posterior(), DATA, **{**given, **more})
 
 
@@ -104,7 +106,13 @@ def resumed(directory):
     return default(directory, checkpoint_dir=directory / "resumed", checkpoint_seconds=0)
 
 
-CASES = {case.__name__: case for case in (default, host, hmc, clocks, resumed)}
+def on_disk(directory):
+    """Values that one process writes and all read."""
+    some = {name: rows[:25] for name, rows in DATA.items()}
+    return fixed(observe={"values": slt.Observable(some, path=directory / "values")})
+
+
+CASES = {case.__name__: case for case in (default, host, hmc, clocks, resumed, on_disk)}
 
 
 def refusals(directory, rank):
@@ -128,7 +136,11 @@ def refusals(directory, rank):
 
 def numbers(result):
     chosen = [result.llc, result.llc_stderr, *(getattr(result.settings, name) for name in NUMBERS)]
-    return {**{name: np.asarray(traces_of(result)[name]) for name in TRACES}, "chosen": np.array(chosen)}
+    observed = {}
+    for name, one in result.observed.items():
+        observed |= {f"m2 of {name}": one.as_moments().m2, f"mean of {name}": one.as_moments().mean}
+    traces = {name: np.asarray(traces_of(result)[name]) for name in TRACES}
+    return {**traces, **observed, "chosen": np.array(chosen)}
 
 
 def main(rank, port, directory, what):

@@ -120,7 +120,7 @@ def test_took_is_the_wall_time_of_the_call_and_has_its_parts():
 def test_a_log_hears_of_each_phase_and_is_not_left_silent(monkeypatch, capfd):
     """Kills: a minute of compiling with nothing on the screen."""
     monkeypatch.setattr(screen_module, "_EVERY", 0.01)
-    monkeypatch.setattr(screen_module, "_SILENCE", 0.15)
+    monkeypatch.setattr(screen_module, "_SILENCE", (0.15, 0.15))
     with Screen(enabled=True) as screen:
         screen.phase("compiling the steps", "sampling")
         time.sleep(0.5)

@@ -7,7 +7,8 @@ import pytest
 
 import slt_jax as slt
 from slt_jax.estimators import llc
-from tests.small import estimate, refuses
+from slt_jax.results.observed import pooled_moments
+from tests.small import DATA, estimate, refuses
 
 
 @pytest.mark.quick
@@ -27,6 +28,31 @@ def test_it_is_called_with_the_result_so_far(monkeypatch):
         assert math.isfinite(partial.llc)
         assert not partial.interrupted
     np.testing.assert_array_equal(estimate(num_draws=30).loss_trace, result.loss_trace)
+
+
+def test_it_is_given_what_was_observed_so_far(monkeypatch, tmp_path):
+    """Kills: values that are not yet drawn; a file cut to the draws so far, while the run goes on."""
+    monkeypatch.setattr(llc, "_CALLBACK_SECONDS", 0.0)
+    observe = {
+        "values": DATA[:5], "disk": slt.Observable(DATA[:5], path=tmp_path / "disk"),
+        "moments": slt.Observable(DATA[:5], keep="moments"),
+    }  # fmt: skip
+    seen = []
+    whole = estimate(
+        num_draws=30, chunk_size=5, observe=observe, callback=lambda step, partial: seen.append((step - 2, partial))
+    )
+    values = whole.observed["values"].values
+    assert len(seen) >= 4
+    for draws, partial in seen:
+        assert list(partial.observed) == ["values", "moments"]
+        kept, streamed = partial.observed["values"], partial.observed["moments"]
+        np.testing.assert_array_equal(kept.values, values[:, :draws])
+        np.testing.assert_array_equal(kept.gap, whole.observed["values"].gap[:, :draws])
+        assert streamed.moments.count.sum() == 4 * draws
+        for name, value in pooled_moments(kept).items():
+            found = pooled_moments(streamed)[name]
+            np.testing.assert_allclose(found, value, 1e-4, 1e-4 * np.abs(value).max(), err_msg=f"{name}, {draws}")
+    np.testing.assert_array_equal(np.asarray(whole.observed["disk"].values), values)
 
 
 @pytest.mark.quick

@@ -23,12 +23,13 @@ NOT_NUMBERS = ["3", "many", True, np.True_, [3.0], (1,), 3j, np.complex64(1), b"
 @pytest.mark.parametrize("name", ["nbeta", "localization", "step_size"])
 @pytest.mark.parametrize("value", [*NOT_POSITIVE, *NOT_NUMBERS, None], ids=lambda v: str(v)[:12])
 def test_positive_numbers(name, value):
-    if value is None:
-        return  # the default
+    if value is None or (name == "nbeta" and value is NOT_POSITIVE[0]):
+        return  # the default, and a control
     kind = TypeError if value is None or any(value is v for v in NOT_NUMBERS) else ValueError
     call = slt.sgld if name == "step_size" else posterior
     remedy = {"nbeta": "num_data / log(num_data)", "localization": "common values", "step_size": "try 1e-4"}[name]
-    refuses(kind, lambda: call(**{name: value}), f"{name} must be a finite number > 0, got {shown(value)}", remedy)
+    least = ">= 0" if name == "nbeta" else "> 0"
+    refuses(kind, lambda: call(**{name: value}), f"{name} must be a finite number {least}, got {shown(value)}", remedy)
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf"), "60", True, None])
@@ -60,10 +61,15 @@ def test_counts(name, value):
         refuses(ValueError, lambda: call(**{name: least - 1}), name, f"got {least - 1}")
 
 
-@pytest.mark.parametrize(("size", "kind"), [(0, ValueError), (41, ValueError), (8.0, TypeError), (True, TypeError)])
+@pytest.mark.parametrize(("size", "kind"), [(0, ValueError), (8.0, TypeError), (True, TypeError)])
 def test_batch_size(size, kind):
     words = (f"batch_size must be between 1 and num_data = 40, got {size!r}", "A few hundred is usual")
     refuses(kind, lambda: estimate(batch_size=size), *words)
+
+
+def test_a_batch_of_more_examples_than_there_are():
+    words = ("batch_size = 41 is more than the 40 examples of the data", "Take batch_size=40")
+    refuses(ValueError, lambda: estimate(batch_size=41), *words)
 
 
 def test_numpy_integers_are_numbers(tmp_path):

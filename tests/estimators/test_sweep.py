@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
+from slt_jax.estimators import observing
 from slt_jax.results.sweep import AXES, table_of
 from tests.durable import SLOWLY, Child, watched
-from tests.small import traces_of
+from tests.small import refuses, traces_of
 
 GRID = {"nbeta": [10.0, 30.0], "localization": [1.0, 3.0], "step_size": [1e-3, 3e-3, 1e-2]}
 PLAN = {"num_chains": 2, "num_draws": 100, "num_warmup": 20, "thinning": 2, "batch_size": 50}
@@ -258,3 +259,51 @@ def test_a_process_keeps_to_its_budget():
     assert "12 cells at once" in free.stderr
     assert 1 <= int(re.search(r"(\d+) cells at once", kept.stderr)[1]) < 12
     assert float(kept.stdout) <= 1.2 < float(free.stdout)
+
+
+def observed(data):
+    return {"few": slt.Observable(data[:7]), "moments": slt.Observable(data[:7], keep="moments")}
+
+
+def test_a_cell_observes_what_its_estimate_does(data, tmp_path):
+    """Kills: what another cell's chains observed; what is observed lost in a file; a lost cell's values."""
+    grid = {"nbeta": [10.0], "localization": [1.0, 3.0], "step_size": [3e-3, 50.0]}
+    given = {**grid, "num_draws": 30, "checkpoint_dir": tmp_path / "run"}
+    found = sweep((posterior(), data), **given, observe=observed(data))
+    repeated = sweep((posterior(), data), **given, observe=observed(data))
+    refuses(ValueError, lambda: sweep((posterior(), data), **given, observe={"few": data[:7]}), "observe")
+    found.save(tmp_path / "s.zarr")
+    again = slt.load_sweep(tmp_path / "s.zarr")
+    at, numbers, step_size = 2, {"nbeta": 10.0, "localization": 3.0}, 3e-3
+    alone = slt.estimate_llc(
+        posterior(**numbers), data, sampler=slt.sgld(step_size), key=jax.random.fold_in(jax.random.key(3), at),
+        observe=observed(data), **{**PLAN, "num_draws": 30},
+    )  # fmt: skip
+    for cell in (found.results[at], again.cell(**numbers, step_size=step_size), repeated.results[at]):
+        assert list(cell.observed) == ["few", "moments"]
+        for name, one in alone.observed.items():
+            own = cell.observed[name]
+            np.testing.assert_allclose(own.gap, one.gap, rtol=2e-4, atol=1e-6)
+            np.testing.assert_allclose(own.center, one.center)
+            for field, value in one.as_moments()._asdict().items():
+                near = 1e-4 * np.abs(value).max()
+                np.testing.assert_allclose(getattr(own.as_moments(), field), value, 1e-3, near, err_msg=field)
+        np.testing.assert_allclose(cell.observed["few"].values, alone.observed["few"].values, 2e-4, 1e-6)
+    assert found.results[at].settings.gradients["observe"] == alone.settings.gradients["observe"]
+    assert found.results[at].settings.observed == alone.settings.observed
+    for lost in (found.results[1], again.results[1]):
+        assert lost.verdict == "diverged"
+        assert lost.observed["few"].values.shape == (0, 30, 7)
+
+
+def test_what_cells_cannot_observe(data, tmp_path, monkeypatch):
+    """Kills: a remedy that a sweep refuses; a limit of memory for one cell and not for all."""
+    given = {"localization": None, "nbeta": [10.0], "step_size": [1e-3, 3e-3], "num_draws": 20, "num_warmup": 2}
+    on_disk = {"few": slt.Observable(data[:7], path=tmp_path / "v")}
+    refuses(ValueError, lambda: sweep((posterior(), data), **given, observe=on_disk), "observe['few']", "path", "sweep")
+    monkeypatch.setattr(observing, "MOST_VALUES", 1.5 * 4 * 7 * 2 * 20)
+    found = sweep((posterior(), data), **given, observe={"few": data[:7]})
+    for cell in found.results:
+        assert cell.observed["few"].values is None
+        (note,) = [note for note in cell.notes if "only moments were kept" in note]
+        assert note.endswith("Give it keep='values' to keep them.")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import xarray as xr
 
 import slt_jax as slt
 from slt_jax.results.plateau import SETTLED
@@ -102,7 +103,8 @@ def test_chains_that_have_not_settled_are_not_carried(tmp_path):
 
 
 @pytest.mark.quick
-def test_all_checkpoints_share_a_program():
+@pytest.mark.parametrize("given", [{}, {"observe": {"probe": DATA[:7]}, "num_draws": 20}], ids=["plain", "observed"])
+def test_all_checkpoints_share_a_program(given):
     """Kills: a checkpoint that became part of the program."""
     counts = []
     for steps in (STEPS[:1], STEPS):
@@ -112,7 +114,7 @@ def test_all_checkpoints_share_a_program():
             traces.append(1)
             return loss_at_own(p, x)
 
-        run({step: CENTERS[step] for step in steps}, posterior(loss), warm_start=False)
+        run({step: CENTERS[step] for step in steps}, posterior(loss), warm_start=False, **given)
         counts.append(len(traces))
     assert counts[0] == counts[1]
 
@@ -223,3 +225,79 @@ def test_interrupted_and_resumed(warm, tmp_path, stop_at):
 def test_checkpoints_that_cannot_be_used(given, error, words):
     with pytest.raises(error, match=words):
         run(given)
+
+
+OBSERVE = {"probe": DATA[:7], "sums": slt.Observable(DATA[:7], keep="moments")}
+FEW = tuple(STEPS[k] for k in (0, 3, 8))
+
+
+def observing(**changes):
+    given = {
+        "centers": {s: CENTERS[s] for s in FEW},
+        "observe": OBSERVE,
+        "num_draws": 40,
+        "warm_start": False,
+        **changes,
+    }
+    return run(**given)
+
+
+def test_what_is_observed_is_that_of_each_checkpoint(tmp_path):
+    """Kills: losses of another checkpoint's weights, observing that changes the draws, a covariance of other signs."""
+    found, bare = observing(), observing(observe=None)
+    over = {name: found.observed(name) for name in OBSERVE}
+    for k, step in enumerate(FEW):
+        result = found.results["all"][k]
+        np.testing.assert_array_equal(result.loss_trace, bare.results["all"][k].loss_trace)
+        alone = slt.estimate_llc(
+            dataclasses.replace(posterior(), center=CENTERS[step]), DATA, sampler=slt.sgld(1e-2),
+            **{**PLAN, "num_draws": 40, "key": jax.random.fold_in(jax.random.key(5), step)},
+            observe={"probe": DATA[:7]},
+        ).observed["probe"]  # fmt: skip
+        values = np.asarray(alone.values, np.float64).reshape(-1, 7)
+        gap = np.asarray(alone.gap, np.float64).reshape(-1)
+        expected = {
+            "center": loss_at_own(CENTERS[step], DATA[:7]), "mean": values.mean(0), "variance": values.var(0, ddof=1),
+            "covariance": (gap - gap.mean()) @ (values - values.mean(0)) / (len(gap) - 1),
+        }  # fmt: skip
+        for name, data in over.items():
+            for key, value in expected.items():
+                scale = 1e-4 * np.abs(value).max() + 1e-12
+                np.testing.assert_allclose(data[key].values[k], value, rtol=1e-4, atol=scale, err_msg=f"{name} {key}")
+    loaded = slt.load_trajectory(found.save(tmp_path / "t.zarr"))
+    xr.testing.assert_allclose(loaded.observed("sums"), over["sums"], rtol=1e-6)
+    np.testing.assert_array_equal(
+        loaded.results["all"][1].observed["probe"].values, found.results["all"][1].observed["probe"].values
+    )
+    with pytest.raises(KeyError, match="no observable 'other' in this trajectory, which has probe, sums"):
+        found.observed("other")
+
+
+def test_observables_of_a_trajectory_are_resumed(tmp_path):
+    """Stopped after the second checkpoint: the third starts as warm as it would have; the values are all there."""
+    given = {"warm_start": True, "observe": {"probe": slt.Observable(DATA[:7], path=tmp_path / "values")}}
+    whole = observing(**{**given, "observe": {"probe": DATA[:7]}})
+    with pytest.raises(RuntimeError, match="stop"):
+        observing(
+            **given, checkpoint_dir=tmp_path / "run", centers={**{s: CENTERS[s] for s in FEW[:2]}, FEW[2]: stopping}
+        )
+    found = observing(**given, checkpoint_dir=tmp_path / "run")
+    assert sorted(p.name for p in (tmp_path / "values").iterdir()) == sorted(f"step-{s}" for s in FEW)
+    for mine, theirs in zip(found.results["all"], whole.results["all"], strict=True):
+        np.testing.assert_array_equal(mine.loss_trace, theirs.loss_trace)
+        np.testing.assert_array_equal(np.asarray(mine.observed["probe"].values[:]), theirs.observed["probe"].values)
+
+
+def stopping():
+    raise RuntimeError("stop")
+
+
+@pytest.mark.quick
+def test_common_noise_gives_all_checkpoints_the_same_random_numbers():
+    """Three checkpoints with equal weights have equal draws with it, and others without."""
+    centers = dict.fromkeys(FEW, CENTERS[0])
+    same, other = (observing(centers=centers, common_noise=on, observe=None).results["all"] for on in (True, False))
+    np.testing.assert_array_equal(same[0].loss_trace, same[2].loss_trace)
+    assert np.abs(other[0].loss_trace - other[2].loss_trace).max() > 0
+    with pytest.raises(TypeError, match="common_noise must be True or False, got 1"):
+        observing(common_noise=1)

@@ -5,7 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from slt_jax.kernels.langevin import bench, normal, random_words, reference, shapes, uniform_index
+from slt_jax.kernels.langevin import (
+    Block,
+    bench,
+    fold_in_on_host,
+    normal,
+    normal_side_by_side,
+    random_words,
+    reference,
+    shapes,
+    uniform_index,
+    words_on_host,
+)
 
 
 @pytest.mark.quick
@@ -15,6 +26,23 @@ def test_normal_is_bit_equal_to_the_reference(shape):
     np.testing.assert_array_equal(normal(key, shape), reference.normal(key, shape, jnp.float32))
     fused = jax.jit(lambda k: normal(k, shape) * 1)(key)
     np.testing.assert_array_equal(fused, reference.normal(key, shape, jnp.float32))
+
+
+@pytest.mark.quick
+def test_keys_by_numpy_are_those_of_jax():
+    """Kills: a word, a number or a round too few; keys of a split that are not those of ``jax.random.split``."""
+    key, numbers = jax.random.key(7), [0, 1, 5, 2**31 - 7, 2**32 - 1]
+    expected = [jax.random.key_data(jax.random.fold_in(key, np.uint32(number))) for number in numbers]
+    np.testing.assert_array_equal(words_on_host(key, numbers), expected)
+    for number, split in enumerate(jax.random.split(key)):
+        assert fold_in_on_host(key, number) == split
+
+
+def test_many_small_arrays_are_drawn_as_each_by_itself():
+    """Kills: numbers that go on from one array to the next; arrays of one size that share a key."""
+    key, blocks = jax.random.key(1), (Block((4, 1), 1), Block((0, 7), 3), Block((2,), 5))
+    alone = [normal(jax.random.fold_in(key, i), (block.size,)) for block in blocks for i in block.numbers]
+    np.testing.assert_array_equal(normal_side_by_side(key, blocks), np.concatenate(alone))
 
 
 def test_normal_under_vmap_is_a_loop():

@@ -111,7 +111,10 @@ def test_batch_size_in_range(size):
     [(0, ValueError), (-3, ValueError), (101, ValueError), (True, TypeError), (2.0, TypeError), (None, TypeError)],
 )
 def test_batch_size_out_of_range(size, error):
-    with pytest.raises(error, match=f"batch_size must be between 1 and num_data = 100, got {size}"):
+    told = "batch_size = 101 is more than the 100 examples of the data" if size == 101 else (
+        f"batch_size must be between 1 and num_data = 100, got {size}"
+    )  # fmt: skip
+    with pytest.raises(error, match=told):
         check_batch_size(size, 100)
 
 

@@ -246,5 +246,5 @@ def test_other_numbers_around_the_same_weights():
     assert isinstance(other.nbeta, float)
     assert other.program is first.program
     for wrong in ({"nbeta": -1.0, "localization": 1.0}, {"nbeta": 1.0, "localization": 0.0}):
-        with pytest.raises(ValueError, match="must be a finite number > 0"):
+        with pytest.raises(ValueError, match="must be a finite number >"):
             first.with_numbers(**wrong)

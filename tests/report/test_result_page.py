@@ -6,21 +6,21 @@ import json
 import math
 import re
 from html.parser import HTMLParser
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-import slt_jax as slt
 from slt_jax.diagnostics import series
-from slt_jax.report.page import Picture, render
-from slt_jax.report.sweep import sweep_page
+from slt_jax.report.page import render
 from slt_jax.report.write import page_of, write_report
-from slt_jax.results.record import RunRecord
-from tests.report.test_pictures import grid, run
+from slt_jax.results.spectral import EffectiveDimension
+from tests.report.test_pictures import run
 from tests.small import with_traces
 
 EVIL = "<script>alert('x')</script> & \"more\""
+
+
+pytestmark = pytest.mark.usefixtures("rhat")
 
 
 class Reader(HTMLParser):
@@ -62,14 +62,6 @@ class Reader(HTMLParser):
             self._cells[-1] += data
 
 
-@pytest.fixture(autouse=True)
-def rhat(monkeypatch):
-    """R-hat of any draws, to be set; ESS 400."""
-    found = SimpleNamespace(value=1.01)
-    monkeypatch.setattr(series, "_ess_and_rhat", lambda halves: (400.0, found.value))
-    return found
-
-
 def sound(**settings):
     """A result with nothing to complain about: nbeta L is a Gamma(3) about w*, as for six regular weights."""
     rng = np.random.default_rng(1)
@@ -78,14 +70,6 @@ def sound(**settings):
     loss, ones = 0.2 + rng.gamma(3.0, 0.1, (4, 400)), np.ones((4, 400))
     traces = {"virial": 2 * 10 * (loss - 0.2), "drift_sq": 20 * ones, "distance_sq": rng.gamma(3.0, 0.1, (4, 400))}
     return with_traces(result, loss=loss, kinetic=ones, **traces)
-
-
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Pages without their pictures, which take the time."""
-    for module, plot in (("result", "plot_result"), ("sweep", "plot_sweep")):
-        monkeypatch.setattr(f"slt_jax.report.{module}.{plot}", lambda *_: None)
-        monkeypatch.setattr(f"slt_jax.report.{module}.picture", lambda _, alt: Picture("data:,", alt, 6.0))
 
 
 def page(result, path=None):
@@ -210,7 +194,7 @@ def test_a_sound_run_has_no_cross():
     unknown = {row for row, mark in marks.items() if mark == "–"}
     assert unknown == {
         "From w*, from hot starts", "Bias of minibatch noise", "Slope at w*", "Bias of unrelaxed directions",
-        "Heat in a metric", "Loss below chance",
+        "Heat in a metric", "Loss below chance", "Directions below the localization",
     }  # fmt: skip
     assert marks["Acceptance of a step"] == ""
 
@@ -329,56 +313,20 @@ def test_what_is_no_result_is_refused(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["foreign.zarr"]
 
 
-class Told(SimpleNamespace):
-    def __str__(self):
-        return f"It stands. {EVIL}"
-
-
-def test_a_sweep_has_a_page():
-    data = grid()
-    data["diverged"][1, 2, 3] = True
-    data["verdict"][1, 2, 3] = "diverged"
-    best = {"nbeta": 100.0, "localization": 10.0, "step_size": 1e-3}
-    settings = {"sampler": "sgld", "nbeta": 10.0, "num_chains": 4}
-    flat = SimpleNamespace(step_size=(1e-4, 1e-3), localization=(1.0, 10.0), llc=17.0, llc_stderr=0.2)
-    reading = Told(recommended=best, plateaus={100.0: flat})
-    text = render(
-        sweep_page(SimpleNamespace(dataset=data, reading=reading, settings=RunRecord.from_json(settings)), None)
-    )
-    found = Reader(text)
-    assert "<h1>Sweep over 24 settings</h1>" in text
-    assert "✓</span> take nbeta 100, localization 10, step_size 0.001" in text
-    assert found.rows["nbeta 100, localization 10, step_size 0.001"] == ["19 ± 0.19", "converged"]
-    assert found.rows["nbeta 100, localization 100, step_size 0.01"] == ["none", "diverged"]
-    assert found.marks["nbeta 100, localization 100, step_size 0.01"] == "✗"
-    assert found.rows["num_chains"][0] == "4"
-    assert "nbeta" not in found.rows
-    assert "It stands. &lt;script&gt;" in text
-    assert found.images[0]["src"].startswith("data:image/svg+xml;base64,")
-
-
-def of_reading(**reading):
-    return sweep_page(SimpleNamespace(dataset=grid(), settings=RunRecord(), reading=Told(**reading)), None)
-
-
+@pytest.mark.quick
 @pytest.mark.usefixtures("undrawn")
-def test_a_sweep_without_a_plateau_is_no_success():
-    best = {"nbeta": 100.0, "localization": 10.0, "step_size": 1e-3}
-    single = of_reading(recommended=best, plateaus={10.0: None})
-    assert single.tone == "caution"
-    assert single.verdict.endswith("step_size 0.001, though no plateau was found there")
-    none = of_reading(recommended=None, plateaus={})
-    assert (none.tone, none.verdict) == ("bad", "no setting can be recommended")
-
-
-@pytest.mark.usefixtures("undrawn")
-def test_a_saved_sweep_is_read(tmp_path):
-    sizes = np.array([1e-5, 1e-4, 1e-3])
-    cells = [sound(nbeta=nbeta, step_size=float(size)) for nbeta in (10.0, 20.0) for size in sizes]
-    axes = {"nbeta": np.array([10.0, 20.0]), "localization": np.array([2.0]), "step_size": sizes}
-    sweep = slt.Sweep(axes, tuple(cells), np.array([[1.0, 0.01]]))
-    saved = sweep.save(tmp_path / "s.zarr")
-    text = write_report(saved, tmp_path / "s.html").read_text()
-    assert "<h1>Sweep over 6 settings</h1>" in text
-    assert Reader(text).rows["nbeta 20, localization 2, step_size 0.001"][0] == cells[5].estimate_text("±")
-    assert f"slt.load_sweep(&#39;{saved}&#39;)" in text
+def test_a_page_has_the_effective_dimension_beside_the_estimate():
+    """Kills: one that is told where nothing was measured; the measured one in place of the given one."""
+    result = sound()
+    assert "Effective dimension" not in page(result).rows
+    measured = sound(probe={"quadratic": 2.5})
+    rows = page(measured).rows
+    assert rows["Effective dimension"][0] == "2.5"
+    assert rows["LLC less that"][0] == f"{measured.llc - 2.5:+.3g}"
+    found = EffectiveDimension("gauss-newton", 1.0, 1.0, 6, 40, eigenvalues=np.array([-1.0, 0, 1, 1, 1, 1e9]))
+    given = measured.with_effective_dimension(found)
+    value = 0.5 * (1 + 3 * given.settings.nbeta / (given.settings.nbeta + given.settings.localization))
+    rows = page(given).rows
+    assert rows["Effective dimension"][0] == f"{value:.4g}"
+    assert "1 of 6 eigenvalues is negative" in rows["Effective dimension"][1]
+    assert rows["LLC less that"][0].startswith(f"{given.llc - value:+.3g} ± ")

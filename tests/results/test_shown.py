@@ -10,6 +10,8 @@ import pytest
 
 import slt_jax as slt
 from slt_jax.results import card
+from tests.results.exact_draws import linear, of_linear
+from tests.results.susceptible import result_of
 from tests.small import made_result
 
 SETTINGS = {"nbeta": 100.0, "num_data": 5000, "num_chains": 4, "num_draws": 4000, "localization": 1.0, "num_free": 4,
@@ -53,14 +55,23 @@ def test_every_public_result_is_short_in_a_notebook(still, moving):
     fleet = slt.Fleet({"a": still}, (), cell.rename(step_size="job"))
     comparison = slt.compare(still, moving)
     shown = [still, moving, grid, course, sampler, posterior, fleet, comparison, still.traces, still.health,
-             grid.reading, course.stages, still.health.evidence]  # fmt: skip
+             grid.reading, course.stages, still.health.evidence, slt.Observable(np.zeros((400, 3)))]  # fmt: skip
+    seen = of_linear(linear(), np.random.default_rng(0), draws=20)
+    found = slt.influence(None, seen, seen)
+    shown += [seen, found, found.top(0), slt.generalization(None, seen)]
+    responses = result_of(np.random.default_rng(0))
+    shown += [responses, responses.pattern({"first": 0.1})]
+    shown.append(slt.EffectiveDimension("hessian", 10.0, 1.0, 3, 40, eigenvalues=np.array([0.1, 1.0, 2.0])))
     for value in shown:
         text = repr(value)
         assert len(text) < (400 if value is not still.health.evidence else 2000), type(value)
         assert "array(" not in text
         assert "\n" not in text
     public = {value for name in slt.__all__ if inspect.isclass(value := getattr(slt, name))}
-    assert public - {type(value) for value in shown} == {slt.CrossCheck}  # two numbers
+    assert public - {type(value) for value in shown} == {
+        slt.CrossCheck,
+        slt.Plan,
+    }  # two numbers; tests/estimators/test_planning.py
     assert len(repr(slt.CrossCheck(1.0, 0.1))) < 100
 
 
