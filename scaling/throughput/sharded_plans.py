@@ -62,7 +62,7 @@ CASES = [
     Case("Pythia-1.4B", "v5e:2x4", 8, "sgld"), Case("Llama-3.2-1B", "v5e:2x4", 8, "sgld"),
     Case("Pythia-6.9B", "v5e:4x8", 8, "sgld"), Case("Pythia-1.4B", "v5e:2x4", 2, "sgld", 2),
     Case("Llama-3.2-1B", "v5e:2x4", 2, "sgld", 2), Case("Pythia-1.4B", "v5e:2x4", 8, "underdamped"),
-    Case("Pythia-6.9B", "v5e:4x8", 8, "underdamped"),
+    Case("Pythia-6.9B", "v5e:4x8", 32, "sgld"),
 ]  # fmt: skip
 
 

@@ -43,6 +43,8 @@ def end_of_spread(values: Float[np.ndarray, "chain step"], num_warmup: int, slow
     edges = np.unique(np.geomspace(1, total, _WINDOWS + 1).astype(int))
     windows = list(itertools.pairwise(edges))
     means = np.array([values[:, a:b].mean(dtype=np.float64) for a, b in windows])
+    if means[-1] == 0:  # chains that ended where the loss is that of w*, and stay
+        return UNKNOWN
     taus = np.append(2.0 ** np.arange(max(1.0, math.log2(slowest))), max(slowest, 2.0))
     reached = np.array([[np.mean(-np.expm1(-np.arange(a, b) / tau)) for tau in taus] for a, b in windows])
     typical = means[-1] / max(1, (taus < total / 2).sum())

@@ -87,3 +87,11 @@ def test_the_end_of_a_straight_line_is_not_sure():
     """Its error is more than all the way so far. Kills: an end of 1.1 after draws from 0 to 1."""
     assert end_of_trend(np.linspace(0, 1, 1200)[None, :].repeat(4, 0)).stderr > 1
     assert math.isnan(end_of_trend(np.zeros((0, 100))).value)
+
+
+@pytest.mark.quick
+def test_chains_that_end_at_the_loss_of_the_center_have_no_end():
+    """Kills: a division by zero, and an end of NaN."""
+    energies = np.random.default_rng(0).exponential(size=(4, 400))
+    energies[:, 200:] = 0.0
+    assert math.isnan(end_of_spread(energies, 50, 100.0).value)
