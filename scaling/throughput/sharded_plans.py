@@ -3,7 +3,7 @@
     python -m scaling.throughput.sharded_plans --out scaling/throughput/results/sharded_plans.json
     python -m scaling.throughput.sharded_plans --table scaling/throughput/results/sharded_plans.json
 
-4 chains; a minibatch of 16 x 1024 tokens; float32 chains, bfloat16 forward pass. Each plan is compiled for TPUs that
+4 chains; a minibatch of 16 (in one case 32) x 1024 tokens; float32 chains, bfloat16 forward pass. Each plan is compiled for TPUs that
 are not there, in a process of its own, and written as it ends; those in the file are kept. It needs the compiler for
 TPUs (the extra ``tpu-compiler``). No weights are made or read.
 """
@@ -42,17 +42,20 @@ PYTHIA_6B9 = {
 }  # fmt: skip
 MODELS = {"Pythia-1.4B": PYTHIA_1B4, "Llama-3.2-1B": LLAMA_1B, "Pythia-6.9B": PYTHIA_6B9}
 SAMPLERS = {"sgld": slt.sgld(1e-6), "underdamped": slt.underdamped(1e-6, friction=0.1)}
-BATCH, LENGTH, CHAINS = 16, 1024, 4
+LENGTH, CHAINS = 1024, 4
 
 
 class Case(NamedTuple):
-    """``model``: devices that share the weights of a chain. ``micro_batches``: parts of a minibatch."""
+    """``model``: devices that share the weights of a chain, and a minibatch too if it is a multiple of their number.
+    ``micro_batches``: parts of a minibatch.
+    """
 
     name: str
     device: str
     model: int
     sampler: str
     micro_batches: int = 1
+    batch_size: int = 16
 
     def __str__(self) -> str:
         return "|".join(map(str, self))
@@ -61,8 +64,7 @@ class Case(NamedTuple):
 CASES = [
     Case("Pythia-1.4B", "v5e:2x4", 8, "sgld"), Case("Llama-3.2-1B", "v5e:2x4", 8, "sgld"),
     Case("Pythia-6.9B", "v5e:4x8", 8, "sgld"), Case("Pythia-1.4B", "v5e:2x4", 2, "sgld", 2),
-    Case("Llama-3.2-1B", "v5e:2x4", 2, "sgld", 2), Case("Pythia-1.4B", "v5e:2x4", 8, "underdamped"),
-    Case("Pythia-6.9B", "v5e:4x8", 32, "sgld"),
+    Case("Pythia-6.9B", "v5e:4x8", 32, "sgld", 1, 32), Case("Pythia-1.4B", "v5e:2x4", 8, "underdamped"),
 ]  # fmt: skip
 
 
@@ -75,7 +77,7 @@ def planned(case: Case) -> dict[str, Any]:
     posterior = slt.LocalPosterior(loss_fn, params, len(tokens), 30.0, 300.0, forward_dtype=jnp.bfloat16)
     found = slt.plan(
         posterior, tokens, device=case.device, model=case.model, sampler=SAMPLERS[case.sampler], num_chains=CHAINS,
-        num_draws=400, num_warmup=200, batch_size=BATCH, micro_batches=case.micro_batches, chain_batch=1,
+        num_draws=400, num_warmup=200, batch_size=case.batch_size, micro_batches=case.micro_batches, chain_batch=1,
     )  # fmt: skip
     return {**case._asdict(), **found.to_dict()}
 
@@ -91,18 +93,18 @@ def apart(case: Case) -> dict[str, Any]:
 
 def table(record: dict[str, Any]) -> Iterator[str]:
     """Lines of Markdown."""
-    yield "| model | sampler | devices | chain x model | a device | of it a chain | collectives on the model axis |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| model | sampler | devices | chain x model | batch | a device | of it a chain | collectives on the model axis |"
+    yield "|---|---|---|---|---|---|---|---|"
     for found in record["plans"]:
         what = f"| {found['name']} | {found['sampler']} | {found['device']} |"
         if "refused" in found:
-            yield f"{what} model {found['model']} | does not fit | | |"
+            yield f"{what} model {found['model']} | {found['batch_size']} | does not fit | | |"
             continue
         shape = f"{found['devices'] // found['model']} x {found['model']}"
         size, each = found["device_bytes"]["total"] / 2**30, found["bytes_per_chain"] / 2**30
         fits = "" if found["fits"] else f", of {found['usable_bytes'] / 2**30:.2f}: does not fit"
         kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(found["collectives"].get("model", {}).items()))
-        yield f"{what} {shape} | {size:.2f} GiB{fits} | {each:.2f} GiB | {kinds} |"
+        yield f"{what} {shape} | {found['batch_size']} | {size:.2f} GiB{fits} | {each:.2f} GiB | {kinds} |"
 
 
 def main() -> None:
