@@ -11,7 +11,7 @@ import pytest
 
 from scaling.dln.records import Store
 from scaling.samplers import gradients, metric, networks, teachers, verdicts
-from scaling.throughput import compare, memory, plans, sweep
+from scaling.throughput import compare, memory, plans, sharded_plans, sweep
 from slt_jax.kernels import timing
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +19,7 @@ README, EVIDENCE = ROOT / "README.md", ROOT / "docs/evidence.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 TRUTHS = "| problem | truth | m | exact at this nbeta | estimate | z | estimate / truth - 1 | verdict |"
 TABLES = [
-    ("README.md", compare.table, "scaling/throughput/results/cpu-intel.json"),
+    ("README.md", compare.table, "scaling/throughput/results/cpu.json"),
     ("docs/performance.md", compare.table, "scaling/throughput/results/cpu.json"),
     ("docs/performance.md", compare.table, "scaling/throughput/results/cpu-intel.json"),
     ("docs/performance.md", compare.costs, "scaling/throughput/results/cpu.json"),
@@ -27,6 +27,7 @@ TABLES = [
     ("docs/performance.md", sweep.table, "scaling/throughput/results/sweep.json"),
     ("docs/performance.md", sweep.table, "scaling/throughput/results/sweep-accelerator.json"),
     ("docs/devices.md", plans.table, "scaling/throughput/results/plans.json"),
+    ("docs/devices.md", sharded_plans.table, "scaling/throughput/results/sharded_plans.json"),
     ("docs/how-to/language-models.md", memory.table, "scaling/throughput/results/memory.json"),
     ("kernels/langevin/README.md", timing.table, "kernels/langevin/results/cpu.json"),
     ("kernels/cross_entropy/README.md", timing.table, "kernels/cross_entropy/results/cpu.json"),

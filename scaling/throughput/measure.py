@@ -64,7 +64,7 @@ def overhead(folder: Path, rounds: int = 7, steps: int = 10) -> dict[str, Any]:
         "sgld": slt.sgld(size), "leimkuhler-matthews": slt.sgld(size, noise="leimkuhler-matthews"),
         "preconditioned, rmsprop": slt.preconditioned_sgld(size),
         "preconditioned, adam": slt.preconditioned_sgld(size, moments="adam"),
-        "underdamped": slt.underdamped(size, 0.1), "sghmc": slt.sghmc(size), "sgnht": slt.sgnht(size),
+        "underdamped": slt.underdamped(size, 0.1), "sghmc": slt.sghmc(size, 0.1), "sgnht": slt.sgnht(size, 0.1),
     }  # fmt: skip
     batches = [jnp.asarray(work.data[i : i + work.batch_size]) for i in range(0, 80, work.batch_size)]
     bare = jax.jit(jax.value_and_grad(lambda p, batch: work.posterior.loss_fn(p, batch).mean()))

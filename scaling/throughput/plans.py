@@ -58,7 +58,7 @@ def table(record: dict[str, Any]) -> Iterator[str]:
     for name, plans in record["plans"].items():
         for device, found in plans.items():
             if "refused" in found:
-                yield f"| {name} | {device} | 0, not 1 a device | | | | | |"
+                yield f"| {name} | {device} | 0 (its compiler refuses it) | | | | | |"
                 continue
             size, each = found["device_bytes"]["total"] / 2**30, found["bytes_per_chain"] / 2**30
             operations = sum(found["step_products"].values()) / 1e12

@@ -1,6 +1,7 @@
 """The effective dimension: a cross-check of an LLC by the spectrum at w*, without sampling."""
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -39,6 +40,10 @@ _NO_PARTS = (
     "this loss_fn has no Gauss-Newton matrix, because it does not say which outputs of the model the loss is taken of. "
     "Write it as loss_fn = slt.loss_of_outputs(outputs, loss), with outputs(params, batch) and loss(outputs, batch) "
     "(from_nnx, from_linen and from_torch do that on their own), or take curvature='hessian'."
+)
+_WIDE_FORWARD = (
+    "computed without the posterior's forward_dtype ({forward}), whose rounding a second derivative would take for "
+    "curvature"
 )
 
 
@@ -83,7 +88,8 @@ def effective_dimension(
             kept. Default: 32, and 16 beyond a million weights.
         probes: number of random vectors. Default: 8, and 2 beyond a million weights.
         precision: ``"float32"`` or ``"float64"``. Default: float64 for the exact value, or float32 with a note if the
-            loss cannot be computed in float64; float32 for the quadrature.
+            loss cannot be computed in float64; float32 for the quadrature. The posterior's ``forward_dtype`` is left
+            out, with a note.
         key: ``jax.random.key(...)`` or an integer seed, for the random vectors and the examples.
         mesh: devices, with axes as for ``estimate_llc``, over which examples, random vectors and their basis are
             spread. They are of this process. Default: the first device.
@@ -152,8 +158,9 @@ class _Asked:
         notes = check_rows(posterior, data, source)
         exact = num_free <= _FEW and order is None and probes is None if exact is None else exact
         order, probes = _checked_effort(num_free, exact, order, probes)
-        if precision == "float64" and posterior.program.forward_dtype is not None:
-            raise ValueError("precision = 'float64' and the posterior's forward_dtype contradict each other. Give one.")
+        if (forward := posterior.program.forward_dtype) is not None:
+            notes = (*notes, _WIDE_FORWARD.format(forward=forward.name))
+            posterior = dataclasses.replace(posterior, forward_dtype=None)
         num, rows = _checked_rows(source, examples, key)
         numbers = _MOST_OUTPUTS // _MOST_ROWS
         if curvature == GAUSS_NEWTON:
@@ -172,8 +179,6 @@ class _Asked:
         room = _DENSE * 8 * self.posterior.num_free**2
         self._check_room(room, f"a matrix of {self.posterior.num_free:,} rows", "exact=False")
         tries = _PRECISIONS[::-1] if self.precision is None else (self.precision,)
-        if self.posterior.program.forward_dtype is not None:
-            tries = ("float32",)
         notes = self.notes
         for precision in tries:
             try:

@@ -28,6 +28,7 @@ from slt_jax.posterior.observable import Observable
 from slt_jax.posterior.program import leaf_masks
 from slt_jax.results.llc import LLCResult, load_result
 from slt_jax.results.observed import Observed
+from slt_jax.results.patterns import check_labels
 from slt_jax.results.susceptibilities import FULL, Susceptibilities
 from slt_jax.results.susceptibilities_data import dataset_of
 from slt_jax.results.susceptibility_columns import (
@@ -291,7 +292,8 @@ def _masked(posterior: LocalPosterior, mask: Any) -> LocalPosterior:
 def _labels(groups: Any, count: int) -> list[str] | None:
     if groups is None:
         return None
-    if isinstance(groups, str) or len(groups) != count:
+    check_labels(groups)
+    if len(groups) != count:
         raise ValueError(f"groups must have a label for each of the {count} examples of observe, got {shown(groups)}.")
     return [str(label) for label in groups]
 

@@ -212,7 +212,7 @@ def _parts(parts: Any) -> dict[str, Part]:
     if isinstance(parts, str):
         raise TypeError(f"parts must be a list of names, got {shown(parts)}. Write parts=[{shown(parts)}].")
     if isinstance(parts, Mapping):
-        named = {name: functools.partial(_part_of, rule) for name, rule in parts.items()}
+        named = {name: functools.partial(_part_of, name, rule) for name, rule in parts.items()}
     else:
         from slt_jax.models.restrict import restricted
 
@@ -222,8 +222,13 @@ def _parts(parts: Any) -> dict[str, Part]:
     return {WHOLE: lambda posterior: posterior, **named}
 
 
-def _part_of(rule: Callable[[Any], Any], posterior: LocalPosterior) -> LocalPosterior:
+def _part_of(name: str, rule: Callable[[Any], Any], posterior: LocalPosterior) -> LocalPosterior:
     """What the caller's ``rule`` makes of the posterior; or, if it is a rule for paths like a mask, its restriction."""
+    if not callable(rule):
+        raise TypeError(
+            f"parts[{name!r}] must be a function of a path, like a mask, or of the posterior, got {shown(rule)}. For a "
+            "tree of booleans give lambda posterior: dataclasses.replace(posterior, mask=tree)."
+        )
     flat, treedef = jax.tree_util.tree_flatten_with_path(posterior.center)
     try:
         said = rule(path_of(flat[0][0]))

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float32, PyTree
 
 from slt_jax._checks import shown
 from slt_jax.posterior.data import ArrayData, Source, check_same_structure, held_data
-from slt_jax.posterior.program import TOKEN_LOSSES, Frozen, LossProgram, Position, brief
+from slt_jax.posterior.program import TOKEN_LOSSES, Frozen, LossProgram, Position, brief, say_first, say_where
 
 LEVELS, KEPT = ("example", "token", "custom"), ("auto", "values", "moments")
 
@@ -116,9 +116,17 @@ class Evaluation:
         Raises ValueError and TypeError where ``fn`` returns something else than one row for each example.
         """
         if self.fn is None:
-            return self._losses(position, frozen, batch).astype(jnp.float32), None
+            try:
+                return self._losses(position, frozen, batch).astype(jnp.float32), None
+            except Exception as error:
+                say_first(error, f"observe['{self.name}']")
+                raise
         rows = jax.tree.leaves(batch)[0].shape[0]
-        returned = self.fn(self.program.merge(position, frozen), batch)
+        try:
+            returned = self.fn(self.program.merge(position, frozen), batch)
+        except Exception as error:
+            say_where(error, batch, f"the function of observe['{self.name}']")
+            raise
         values: Any = returned
         valid: Any = None
         if isinstance(returned, tuple) and len(returned) == 2:

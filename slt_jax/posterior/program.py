@@ -134,7 +134,7 @@ class LossProgram:
             with self._laid_out():
                 value = self.loss_fn(params, batch)
         except Exception as error:
-            _say_where(error, batch)
+            say_where(error, batch)
             raise
         size = jax.tree.leaves(batch)[0].shape[0]
         shape = getattr(value, "shape", None)
@@ -168,16 +168,26 @@ def _with_sharding(shape: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtype
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
-def _say_where(error: Exception, batch: PyTree) -> None:
+def say_where(error: Exception, batch: PyTree, what: str = "loss_fn") -> None:
     """Put what was being done before the message of an error in the caller's function, whose type stays."""
     flat = jax.tree_util.tree_flatten_with_path(batch)[0]
-    shapes = [f"{'/'.join(path_of(path))} {x.shape}".strip() + f" of {x.dtype}" for path, x in flat]
+    shapes = [f"{_named(path)} {x.shape}".strip() + f" of {x.dtype}" for path, x in flat]
     some = ", ".join(shapes[:6]) + (f" and {len(shapes) - 6} more" if len(shapes) > 6 else "")
-    where = f"loss_fn raised this when it was called with the weights and a batch of {some}: "
+    say_first(error, f"{what} raised this when it was called with the weights and a batch of {some}")
+
+
+def _named(path: tuple) -> str:
+    """Of a leaf in words: its keys, or the number of an entry of a tuple."""
+    keys = path_of(path)
+    return f"entry {keys[0]}" if len(keys) == 1 and str(keys[0]).isdigit() else "/".join(map(str, keys))
+
+
+def say_first(error: Exception, text: str) -> None:
+    """Put ``text`` and a colon before the message of an error; a note where it has no message of its own."""
     if len(error.args) == 1 and isinstance(error.args[0], str):
-        error.args = (where + error.args[0],)
+        error.args = (f"{text}: {error.args[0]}",)
     else:
-        error.add_note(where.removesuffix(": ") + ".")
+        error.add_note(f"{text}.")
 
 
 def can_be_lowered(program: Any, *arguments: Any) -> bool:

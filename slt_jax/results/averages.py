@@ -13,6 +13,7 @@ from slt_jax.results.observed import Observed
 
 LARGE = 0.4  # variance of a loss above which the Bayes numbers are in doubt: Vehtari, Gelman, Gabry, arXiv:1507.04544
 NAMES = ("gibbs", "variance", "summed", "bayes", "large")
+FEWEST_DRAWS = 4  # below which a spread over draws says nothing about its own error
 _CHUNK = 1 << 22  # numbers of one array that are worked on at once
 
 
@@ -66,11 +67,13 @@ def averages_of(observed: Observed) -> Averages:
     """The averages over the examples of ``observed``, or over its tokens.
 
     Raises:
-        ValueError: a value that counts is not finite.
+        ValueError: a value that counts is not finite, or there are fewer than two draws.
     """
     observed = dataclasses.replace(observed, moments=observed.as_moments())
     moments = observed.as_moments()
     count = np.asarray(moments.count, np.float64).reshape(-1)
+    if count.sum() < 2:
+        raise ValueError(f"a variance over the draws needs at least 2, and {observed.name!r} has 1. Draw more.")
     if not np.isfinite(_counted(moments.m2, observed.valid)).all():
         raise ValueError(
             f"some values of {observed.name!r} are not finite. Leave their examples out, or mark their tokens as not "
@@ -103,6 +106,8 @@ def averages_of(observed: Observed) -> Averages:
     if not single:
         totals[:, 2], per[:, 2] = _of_sums(summed, count, blocks, len(per))
     found = _assembled(totals / size.sum(), per, size, center / size.sum())
+    if count.sum() < FEWEST_DRAWS:
+        found = dataclasses.replace(found, from_draws=np.full_like(found.from_draws, np.nan))
     noise /= size.sum()
     return dataclasses.replace(found, ess=min(found.values[1] / noise, count.sum()) if noise > 0 else math.nan)
 

@@ -169,7 +169,7 @@ def generalization(
 
     Raises:
         ValueError: a name that was not observed; observables that are not losses; values that are not finite; held-out
-            data of another level.
+            data of another level; fewer than two draws, or none because no chain stayed finite.
         TypeError: something else than a result or a name.
 
     Error: WAIC and Gg ~ Gt + beta V / n neglect terms of order 1 / n^2, and WAIC the third cumulants of l_i, which are
@@ -246,7 +246,8 @@ def _losses_of(result: LLCResult | None, which: Any, argument: str) -> Observed:
     if seen.level not in ("example", "token"):
         raise ValueError(
             f"{argument}={seen.name!r} is a custom observable, and the equations of state are about losses. Observe "
-            "the data without a function of your own."
+            "the data without a function of your own, or give the Observable level='example' if its function returns "
+            "the loss of each example."
         )
     return seen
 
@@ -303,7 +304,9 @@ def _flags(found: Averages, seen: Observed, large: float, bayes: bool) -> Iterat
             f"V of whole texts is {summed / single:.2f} times that of their single tokens: the loss is not a "
             "calibrated log loss around w*, and nu is not that of the theory."
         )
-    if not found.ess >= 20:
+    if math.isnan(found.ess):
+        yield "how many effective draws there are is not known: errors are themselves rough. Draw more."
+    elif found.ess < 20:
         yield f"there are {found.ess:.0f} effective draws: errors from so few are themselves rough. Draw more."
 
 

@@ -1,10 +1,12 @@
 """The call that makes an influence of the observables of a result, and its checks."""
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from slt_jax._checks import shown
 from slt_jax.results.llc import LLCResult
 from slt_jax.results.loss_covariance import Influence
 from slt_jax.results.loss_traces import Traces
@@ -52,6 +54,8 @@ def influence(
     """
     sides = []
     for argument, names in (("of", of), ("on", on)):
+        if not isinstance(names, str | Observed | Sequence):
+            raise TypeError(f"{argument} must be the name of an observed data set, or several, got {shown(names)}.")
         given = [names] if isinstance(names, str | Observed) else list(names)
         parts = tuple(observed_of(result, name, argument) for name in given)
         sides.append(Traces(parts, _level_of(parts, level, argument), within_chains))
@@ -76,7 +80,7 @@ def _level_of(parts: tuple[Observed, ...], level: str | None, argument: str) -> 
     if not parts:
         raise ValueError(f"{argument} names no data set. Give the name of one that was observed.")
     for part in parts:
-        if part.center.ndim > 2:
+        if part.center.ndim > (2 if part.level == "token" else 1):
             raise ValueError(
                 f"{argument}={part.name!r} has values of shape {part.center.shape[1:]} for each example. Observe one "
                 "number for each example, or for each of its tokens."

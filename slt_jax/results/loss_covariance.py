@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Int
 
+from slt_jax._checks import check_count, shown
 from slt_jax.results.card import card, tone_color
 from slt_jax.results.loss_traces import Traces, effective_draws
 from slt_jax.results.ranking import Ranking
@@ -107,12 +108,12 @@ class Influence:
 
     def row(self, i: int, *, masked: bool = False) -> Float64[np.ndarray, " on"]:
         """The influence of unit ``i`` on every unit of ``on``."""
-        rows = self._index(self.of, [i])
+        rows = self._one(self.of, i)
         return self._entries(self.on.product(self.of.columns(rows)), self.of.sd[rows], self.on.sd, masked)[0]
 
     def column(self, j: int, *, masked: bool = False) -> Float64[np.ndarray, " of"]:
         """The influence of every unit of ``of`` on unit ``j``."""
-        columns = self._index(self.on, [j])
+        columns = self._one(self.on, j)
         products = self.of.product(self.on.columns(columns)).T
         return self._entries(products, self.of.sd, self.on.sd[columns], masked)[:, 0]
 
@@ -140,7 +141,8 @@ class Influence:
 
         A unit is not ranked for itself. Those below twice the noise floor, or twice their own error, are left out.
         """
-        column = self._index(self.on, [j])
+        check_count("k", k, 1, "It is the number of units that help, and of those that harm.")
+        column = self._one(self.on, j)
         values, spread = self.column(j), self.of.sd * self.on.sd[column]
         good = values if self.normalized else -values
         size = np.abs(good) if self.normalized else np.abs(good) / spread
@@ -155,6 +157,7 @@ class Influence:
             helps=self._ranked(helps, j, values),
             harms=self._ranked(harms, j, values),
             labels=self.of.labels,
+            names=tuple(part.name for part in self.of.parts),
             target=f"example {example}" + (f", token {token}" if token >= 0 else ""),
             quantity=self.quantity,
         )
@@ -183,8 +186,7 @@ class Influence:
         return self._decomposed(dims)[0]
 
     def _decomposed(self, dims: int) -> tuple[np.ndarray, np.ndarray]:
-        if not 1 <= dims <= self.of.num_draws:
-            raise ValueError(f"dims must be from 1 to the number of draws, {self.of.num_draws}, got {dims}.")
+        check_count("dims", dims, 1, f"There are {self.of.num_draws} draws.", self.of.num_draws)
         values, vectors = self._eigen
         values, vectors = values[::-1][:dims], vectors[:, ::-1][:, :dims]
         scale = self._scale
@@ -256,7 +258,7 @@ class Influence:
         if on_texts is None and self.on is not self.of:
             raise ValueError("on_texts must be given, since what is influenced is other data than what influences it.")
         on_texts = texts if on_texts is None else on_texts
-        (unit,) = self._index(self.on, [j])
+        (unit,) = self._one(self.on, j)
         return write_influence_page(self, path, int(unit), texts, on_texts, k, groups, overwrite)
 
     def _check_chains(self, what: str) -> None:
@@ -264,7 +266,17 @@ class Influence:
             raise ValueError(f"{what} needs at least 2 chains, and this run has 1. Run it with num_chains=4.")
 
     def _index(self, traces: Traces, units: Any) -> Int[np.ndarray, " chosen"]:
-        return np.atleast_1d(np.arange(traces.size)[units])
+        try:
+            return np.atleast_1d(np.arange(traces.size)[units])
+        except (IndexError, TypeError) as error:
+            raise type(error)(
+                f"units must be numbers from 0 to {traces.size - 1}, slices, or arrays of them, got {shown(units)}."
+            ) from None
+
+    def _one(self, traces: Traces, unit: Any) -> Int[np.ndarray, " 1"]:
+        if isinstance(unit, bool) or not isinstance(unit, int | np.integer):
+            raise TypeError(f"a unit must be one number from 0 to {traces.size - 1}, got {shown(unit)}.")
+        return self._index(traces, int(unit)).reshape(1)
 
     def _entries(self, products: np.ndarray, left: np.ndarray, right: np.ndarray, masked: bool) -> np.ndarray:
         covariance, spread = products / self.of.degrees, left[:, None] * right[None]

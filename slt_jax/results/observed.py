@@ -64,9 +64,8 @@ class Observed:
     def __repr__(self) -> str:
         chains, draws = self.gap.shape
         kept = "moments only" if self.values is None else "all values"
-        sizes = " x ".join(
-            f"{size:,} {name}" for size, name in zip(self.center.shape, ("examples", "tokens"), strict=False)
-        )
+        named = [f"{self.center.shape[0]:,} examples", *(f"{size:,}" for size in self.center.shape[1:])]
+        sizes = " x ".join(named) + (" tokens" if self.level == "token" else "")
         return f"<Observed {self.name!r}: {sizes} at {chains} chains x {draws:,} draws, {kept}>"
 
     def as_moments(self) -> Moments:
@@ -81,8 +80,8 @@ class Observed:
         """
         if self.values is None:
             raise ValueError(
-                f"of {self.name!r} only moments were kept, and this needs the values at every draw. Observe fewer "
-                "examples, or keep the values on disk."
+                f"of {self.name!r} only moments were kept, and this needs the values at every draw. Observe it with "
+                "keep='values'; where they do not fit into memory, with fewer examples or a store on disk."
             )
         chains, draws = self.gap.shape
         step = max(1, _PIECE // max(1, self.center.size))
@@ -104,10 +103,16 @@ class Observed:
         """The same with the sum over the tokens that count for each example; unchanged where there are no tokens.
 
         Raises:
-            ValueError: the values were not kept: variances of sums are not known from moments of single tokens.
+            ValueError: the values were not kept: variances of sums are not known from moments of single tokens. Or they
+                are not those of tokens.
         """
         if self.center.ndim == 1:
             return self
+        if self.level != "token":
+            raise ValueError(
+                f"{self.name!r} is a function of your own with values of shape {self.center.shape[1:]} for each "
+                "example, not the losses of tokens, so that their sum has no meaning here."
+            )
         values = np.empty((*self.gap.shape, len(self.center)), np.float32)
         for chain, part, piece in self.pieces():
             values[chain, part] = self.summed(piece)
@@ -209,12 +214,15 @@ def observed_of(result: Any, which: Any, argument: str) -> Observed:
         argument: the name of the argument, for messages.
 
     Raises:
-        TypeError: neither a name nor an ``Observed``. ValueError: a name that was not observed.
+        TypeError: neither a name nor an ``Observed``; a ``result`` that is none. ValueError: a name that was not
+            observed, or there are no draws.
     """
     if isinstance(which, Observed):
-        return which
+        return _with_draws(which, argument)
     if not isinstance(which, str):
         raise TypeError(f"{argument} must be the name of an observed data set, got a {type(which).__name__}.")
+    if result is not None and not hasattr(result, "observed"):
+        raise TypeError(f"result must be what estimate_llc returned, or None, got a {type(result).__name__}.")
     known = {} if result is None else result.observed
     if which not in known:
         names = ", ".join(map(repr, known)) or "nothing"
@@ -222,7 +230,16 @@ def observed_of(result: Any, which: Any, argument: str) -> Observed:
             f"{argument}={which!r} was not observed; the result has {names}. Give estimate_llc(observe={{{which!r}: "
             "data})."
         )
-    return known[which]
+    return _with_draws(known[which], argument)
+
+
+def _with_draws(observed: Observed, argument: str) -> Observed:
+    if not observed.gap.size:
+        raise ValueError(
+            f"{argument}={observed.name!r} has no draws, because no chain of the run stayed finite. Take a smaller "
+            "step_size, or leave it out to have it chosen."
+        )
+    return observed
 
 
 def from_devinterp(path: str | os.PathLike, num_data: int) -> dict[str, Observed]:

@@ -13,9 +13,9 @@ class Ranking:
     """The units with the most influence on one, the strongest first.
 
     ``helps``, ``harms``: rows (index, value, stderr). ``labels``: (number of the observable, example, token or -1) of
-    each index. Units below twice the noise floor, or twice their own error, are left out, so that a list may be shorter
-    than was asked for. Among many units the strongest are also the luckiest: compare them with the largest that noise
-    alone gives, about ``noise_floor`` times sqrt(2 log(units)).
+    each index, and ``names`` those of the observables. Units below twice the noise floor, or twice their own error, are
+    left out, so that a list may be shorter than was asked for. Among many units the strongest are also the luckiest:
+    compare them with the largest that noise alone gives, about ``noise_floor`` times sqrt(2 log(units)).
     """
 
     helps: tuple[tuple[int, float, float], ...]
@@ -23,6 +23,7 @@ class Ranking:
     labels: Int[np.ndarray, "unit 3"]
     target: str
     quantity: str
+    names: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"<Ranking: {len(self.helps)} units help and {len(self.harms)} harm {self.target}>"
@@ -36,7 +37,8 @@ class Ranking:
 
     def _place(self, index: int) -> str:
         number, example, token = self.labels[index]
-        return f"example {example}" + (f", token {token}" if token >= 0 else "") + (f" of {number}" if number else "")
+        place = f"example {example}" + (f", token {token}" if token >= 0 else "")
+        return f"{place} of {self.names[number]!r}" if len(self.names) > 1 else place
 
     def _repr_html_(self) -> str:
         return self.to_html()

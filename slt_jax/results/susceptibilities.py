@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,12 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from slt_jax._checks import shown
 from slt_jax.results.card import card, tone_color
 from slt_jax.results.llc import LLCResult
+from slt_jax.results.patterns import Response, check_labels, matrix_of, reached_by, weights_for
 from slt_jax.results.plateau import SETTLED
 from slt_jax.results.storage import SUSCEPTIBILITIES, load, write
 from slt_jax.results.susceptibilities_data import fields_of, tree_of
-from slt_jax.results.susceptibility_columns import mean_error
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -30,7 +32,8 @@ class Pattern(NamedTuple):
     """Weights of groups of data that move the components as wanted; see ``Susceptibilities.pattern``.
 
     ``weights``: (group,), the share of the data that goes over to each group. ``reached``, ``reached_stderr``:
-    (component,), the change of <L(w) - L(w*)>_C that they predict, in nats.
+    (component,), the change of <L(w) - L(w*)>_C by such weights, in nats, from draws that they were not chosen by.
+    Smaller than was asked for where the weights follow the noise; NaN where there are too few draws to tell.
     """
 
     weights: "xr.DataArray"
@@ -132,6 +135,11 @@ class Susceptibilities:
         units = self.chi.dims[1:]
         values = self.chi.values.reshape(len(self.components), -1).astype(np.float64)
         valid = np.isfinite(values).all(0)
+        if valid.sum() < 2:
+            raise ValueError(
+                f"principal components need at least 2 units of the probe whose chi is known, and there are "
+                f"{int(valid.sum())} of {valid.size}."
+            )
         most = min(len(values), int(valid.sum()) - 1)
         dims = most if dims is None else dims
         if isinstance(dims, bool) or not isinstance(dims, int | np.integer) or not 1 <= dims <= most:
@@ -169,26 +177,8 @@ class Susceptibilities:
         """
         import xarray as xr
 
-        data = self.dataset
-        if "blocks" not in data:
-            raise ValueError("centered() mixes the components. Take response() first, and subtract its mean after it.")
-        chosen = self._groups(groups)
-        weights = np.stack([np.bincount(rows, minlength=data.sizes["example"]) for rows in chosen.values()])
-        weights = weights * data["units"].values
-        if empty := [name for name, row in zip(chosen, weights, strict=True) if not row.sum()]:
-            raise ValueError(f"the group {empty[0]!r} has no examples, or none with tokens that count.")
-        weights = weights / weights.sum(1, keepdims=True)
-        scale, phi = data["scale"].values, data["phi"].values
-        value, error = np.zeros((2, len(chosen), len(scale)))
-        extra = np.zeros(len(chosen))
-        if "full_blocks" in data:
-            parts = np.nan_to_num(data["full_blocks"].values) @ weights.T
-            extra = mean_error(parts, data["full_count"].values, float(data["full_widening"]))
-        for k, factor in enumerate(scale):
-            parts, count = np.nan_to_num(data["blocks"].values[k]) @ weights.T, data["count"].values[k]
-            value[:, k] = (count @ parts) / count.sum() / factor if count.sum() else math.nan
-            own = mean_error(parts, count, float(data["widening"].values[k]))
-            error[:, k] = np.hypot(own, phi[k] * extra) / factor
+        data, chosen = self.dataset, self._groups(groups)
+        value, error = (x / data["scale"].values for x in matrix_of(self._by_block(chosen)))
         names = np.array(list(chosen), object)
         return xr.Dataset(
             {
@@ -198,6 +188,24 @@ class Susceptibilities:
             {"group": names, "component": data["component"]},
         )  # fmt: skip
 
+    def _by_block(self, chosen: Mapping[str, np.ndarray]) -> Response:
+        """What each block of draws contributes to the means over these examples; not scaled, without nbeta."""
+        data = self.dataset
+        if "blocks" not in data:
+            raise ValueError("centered() mixes the components. Take response() first, and subtract its mean after it.")
+        weights = np.stack([np.bincount(rows, minlength=data.sizes["example"]) for rows in chosen.values()])
+        weights = weights * data["units"].values
+        if empty := [name for name, row in zip(chosen, weights, strict=True) if not row.sum()]:
+            raise ValueError(f"the group {empty[0]!r} has no examples, or none with tokens that count.")
+        weights = (weights / weights.sum(1, keepdims=True)).T
+        parts = np.nan_to_num(data["blocks"].values.astype(float)) @ weights
+        full, full_count, full_widening = np.zeros((len(parts), 0, weights.shape[1])), np.zeros(0), 1.0
+        if "full_blocks" in data:
+            each = np.nan_to_num(data["full_blocks"].values.astype(float)) @ weights
+            full = data["phi"].values[:, None, None] * each
+            full_count, full_widening = data["full_count"].values, float(data["full_widening"])
+        return Response(parts, data["count"].values, data["widening"].values, full, full_count, full_widening)
+
     def pattern(self, delta: Mapping[str, float], groups: Sequence[Any] | Mapping[str, Any] | None = None) -> Pattern:
         """The change of the data that moves the components' mean loss gaps by ``delta``, to first order.
 
@@ -205,21 +213,22 @@ class Susceptibilities:
 
             sum_c (nbeta sum_g h_g R_gc - delta_c)^2 + nbeta^2 sum_g h_g^2 sum_c s_gc^2
 
-        which is the pseudo-inverse of nbeta R with the noise as ridge: what is not known is not used.
+        which is the pseudo-inverse of nbeta R with the noise as ridge: what is not known is not used. With many groups
+        for few draws they follow the noise all the same; ``reached`` is measured on draws that did not choose them.
 
         Args:
             delta: component -> wanted change of <L(w) - L(w*)>_C, nats; 0 for components that are not named.
             groups: as for ``response``. Default: the labels that were given, else each example by itself.
 
         Raises:
-            ValueError: an unknown component; susceptibilities that were scaled or centered; those of nbeta = 0.
+            TypeError, ValueError: ``delta`` is no mapping of components to finite numbers; susceptibilities that were
+                scaled or centered; those of nbeta = 0.
 
         Source: arXiv:2601.13548.
         """
         import xarray as xr
 
-        if unknown := [name for name in delta if name not in self.components]:
-            raise ValueError(f"delta names {unknown[0]!r}. The components are {', '.join(self.components)}.")
+        wanted = self._wanted(delta)
         if done := self.dataset.attrs["transformed"]:
             raise ValueError(f"pattern() needs chi itself, and this was {' and '.join(done)}. Call it before.")
         if not (nbeta := self.dataset.attrs["nbeta"]):
@@ -227,18 +236,29 @@ class Susceptibilities:
         if groups is None and "group" not in self.dataset:
             groups = {str(k): [k] for k in range(self.dataset.sizes["example"])}
         found = self.response(groups)
-        matrix, error = nbeta * found["response"].values, nbeta * found["stderr"].values  # (group, component)
-        ridge = np.sqrt((error**2).sum(1))
-        wanted = np.array([float(delta.get(name, 0.0)) for name in self.components])
-        scaled = matrix / np.where(ridge > 0, ridge, math.inf)[:, None]
-        weights = scaled @ np.linalg.solve(scaled.T @ scaled + np.eye(len(wanted)), wanted)
-        weights = weights / np.where(ridge > 0, ridge, math.inf)
+        matrix, error = found["response"].values, found["stderr"].values  # (group, component)
+        if not np.isfinite(error).all():
+            raise ValueError(
+                "the errors of these susceptibilities are not known, and the weights depend on them. Take more draws."
+            )
+        weights = weights_for(nbeta * matrix, nbeta * error, wanted)
+        reached, spread = reached_by(self._by_block(self._groups(groups)).times(nbeta), wanted)
         by = {"component": found["component"]}
         return Pattern(
             xr.DataArray(weights, {"group": found["group"]}, ("group",)),
-            xr.DataArray(weights @ matrix, by, ("component",)),
-            xr.DataArray(np.sqrt(weights**2 @ error**2), by, ("component",)),
+            xr.DataArray(reached, by, ("component",)),
+            xr.DataArray(spread, by, ("component",)),
         )
+
+    def _wanted(self, delta: Any) -> np.ndarray:
+        if not isinstance(delta, Mapping):
+            raise TypeError(f"delta must be a mapping of components to changes, {{name: nats}}, got {shown(delta)}.")
+        if unknown := [name for name in delta if name not in self.components]:
+            raise ValueError(f"delta names {shown(unknown[0])}. The components are {', '.join(self.components)}.")
+        for name, change in delta.items():
+            if isinstance(change, bool) or not isinstance(change, numbers.Real) or not math.isfinite(change):
+                raise ValueError(f"delta[{name!r}] must be a finite number of nats, got {shown(change)}.")
+        return np.array([float(delta.get(name, 0.0)) for name in self.components])
 
     def _with(self, data: "xr.Dataset", step: str) -> "Susceptibilities":
         data.attrs = {**self.dataset.attrs, "transformed": [*self.dataset.attrs["transformed"], step]}
@@ -252,11 +272,16 @@ class Susceptibilities:
                 raise ValueError("groups must be given: a label for each example of the probe, or name -> indices.")
             groups = self.dataset["group"].values
         if isinstance(groups, Mapping):
+            if not groups:
+                raise ValueError("groups is empty. Give name -> indices of examples, or a label for each example.")
             chosen = {str(name): np.atleast_1d(np.asarray(rows)) for name, rows in groups.items()}
             for name, rows in chosen.items():
-                if rows.dtype.kind not in "iu" or (rows.size and not 0 <= rows.min() <= rows.max() < count):
+                if not rows.size:
+                    raise ValueError(f"the group {name!r} has no examples, or none with tokens that count.")
+                if rows.ndim != 1 or rows.dtype.kind not in "iu" or not 0 <= rows.min() <= rows.max() < count:
                     raise ValueError(f"the group {name!r} must hold indices of examples, from 0 to {count - 1}.")
             return chosen
+        check_labels(groups)
         labels = [str(label) for label in groups]
         if len(labels) != count:
             raise ValueError(f"groups must have a label for each of the {count} examples, got {len(labels)}.")

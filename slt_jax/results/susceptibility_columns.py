@@ -13,6 +13,7 @@ import numpy as np
 from slt_jax.results.observed import Observed
 
 TWO_CHAIN, ONE_CHAIN = "two-chain", "one-chain"
+FEWEST_DRAWS = 4  # below which a spread over draws says nothing about its own error
 _PIECE = 1 << 18  # values of the probe at once, for each block
 
 
@@ -151,12 +152,12 @@ def reliability_of(first: np.ndarray, second: np.ndarray) -> float:
 def mean_error(parts: np.ndarray, count: np.ndarray, widening: float) -> np.ndarray:
     """Standard error of the mean of ``parts`` (block, ...) with the weights ``count``; blocks of no draws are left out.
 
-    NaN for fewer than two blocks.
+    NaN for fewer than two blocks, or four draws.
     """
     kept = count > 0
-    parts, weights = parts[kept], count[kept] / count.sum()
-    if len(parts) < 2:
+    if kept.sum() < 2 or count.sum() < FEWEST_DRAWS:
         return np.full(parts.shape[1:], math.nan)
+    parts, weights = parts[kept], count[kept] / count.sum()
     away = parts - np.tensordot(weights, parts, 1)
     return np.sqrt(widening * np.tensordot(weights**2, away**2, 1) * len(parts) / (len(parts) - 1))
 
@@ -225,7 +226,7 @@ def _weights(blocks: Blocks) -> np.ndarray:
 
 def _variance(parts: np.ndarray, blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
     """(variance of the mean as if blocks were independent, its first correction for neighbours in a chain)."""
-    if len(parts) < 2:
+    if len(parts) < 2 or blocks.count.sum() < FEWEST_DRAWS:
         unknown = np.full(parts.shape[1:], math.nan)
         return unknown, unknown
     weights = _weights(blocks)

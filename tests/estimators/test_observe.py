@@ -14,7 +14,7 @@ from slt_jax.engine.mesh import chain_mesh
 from slt_jax.estimators import observing
 from tests.durable import watched
 from tests.small import posterior as quadratic
-from tests.small import traces_of
+from tests.small import refuses, traces_of
 
 DATA = np.random.default_rng(0).normal(size=(60, 3)).astype(np.float32)
 PROBE = DATA[:19]
@@ -252,6 +252,19 @@ def test_rounds_of_a_run_keep_what_their_draws_are(monkeypatch):
     for start, end, mean, m2 in zip(ends, ends[1:], streamed.mean[0], streamed.m2[0], strict=False):
         np.testing.assert_allclose(values[0, start:end].mean(0), mean, rtol=1e-4)
         np.testing.assert_allclose(values[0, start:end].var(0) * (end - start), m2, rtol=1e-3)
+
+
+@pytest.mark.quick
+def test_an_observable_that_cannot_be_evaluated_is_named():
+    """Kills: an error about loss_fn, with the shapes of a batch that is not the run's."""
+    refuses(TypeError, lambda: estimate({"held": DATA[:20, :2]}), "observe['held']", "(20, 2)")
+    wrong = {"probe": PROBE, "own": slt.Observable(PROBE, fn=lambda params, x: x @ params["v"])}
+    with pytest.raises(KeyError) as error:
+        estimate(wrong)
+    assert "the function of observe['own'] raised this" in str(error.value)
+    pair = {"a": DATA[:4, :1], "b": DATA[:4]}
+    with pytest.raises(TypeError, match=r"a \(4, 1\) of float32, b \(4, 3\) of float32"):
+        estimate({"pair": slt.Observable(pair, fn=lambda params, x: x["a"] @ params["w"])})
 
 
 def test_a_custom_observable():

@@ -13,7 +13,7 @@ import xarray as xr
 import slt_jax as slt
 from slt_jax.results.plateau import SETTLED
 from tests.durable import watched
-from tests.small import traces_of
+from tests.small import refuses, traces_of
 
 DATA = jax.random.normal(jax.random.key(1), (200, 6))
 PLAN = {"num_chains": 4, "num_draws": 600, "num_warmup": 20, "batch_size": 40, "key": 5}
@@ -164,6 +164,13 @@ def test_parts_have_results_of_their_own():
     assert found.dataset.llc.sel(part="low").values == pytest.approx(low.llc)
     with pytest.raises(KeyError, match="no part 'middle' in this trajectory, which has all, low, high"):
         found.stages_of("middle")
+
+
+@pytest.mark.quick
+def test_a_tree_for_a_part_is_refused():
+    """What susceptibilities takes for a component. Kills: 'dict' object is not callable."""
+    parts = {"low": {"on": False, "w": np.arange(6) < 3}}
+    refuses(TypeError, lambda: run({7: center(6)}, parts=parts), "parts['low']", "function of a path", "mask=tree")
 
 
 def test_stages_are_found(warm):

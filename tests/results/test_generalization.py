@@ -330,6 +330,28 @@ def test_cautions_and_what_is_shown():
     assert fine.to_dict()["functional_variance"]["value"] == fine.functional_variance.value
 
 
+@pytest.mark.quick
+def test_two_draws_have_no_errors():
+    """Without either of two draws the other's variance is 0. Kills: V +/- 0; "nan effective draws"."""
+    seen = of_linear(linear(), np.random.default_rng(15), draws=2, chains=1)
+    found = slt.generalization(None, seen)
+    assert found.functional_variance.value > 0
+    assert math.isnan(found.functional_variance.stderr)
+    assert "nan" not in " ".join(found.flags)
+    assert math.isfinite(slt.generalization(None, of_linear(linear(), np.random.default_rng(15), draws=4)).waic.stderr)
+
+
+@pytest.mark.quick
+def test_without_draws_there_is_a_reason():
+    """Kills: a division by zero for chains that all diverged, or for a single draw."""
+    seen = of_linear(linear(), np.random.default_rng(16), draws=3, chains=1)
+    none = dataclasses.replace(seen, values=seen.values[:0], gap=seen.gap[:0])
+    refuses(ValueError, lambda: slt.generalization(None, none), "train='train'", "no chain", "step_size")
+    refuses(ValueError, lambda: slt.influence(None, none, none), "of='train'", "no chain")
+    one = dataclasses.replace(seen, values=seen.values[:, :1], gap=seen.gap[:, :1])
+    refuses(ValueError, lambda: slt.generalization(None, one), "at least 2", "has 1")
+
+
 def test_refusals(wrong_types):
     seen = of_linear(linear(), np.random.default_rng(14))
     result = run(seen)

@@ -174,6 +174,7 @@ def test_tokens_and_several_data_sets():
     np.testing.assert_allclose(found.column(7), np.corrcoef(flat.T)[:, 7], atol=1e-5)
     assert found.of.labels[5].tolist() == [0, 2, 0]
     assert found.of.labels[15].tolist() == [1, 0, 0]
+    assert "of 'b'" in str(found.top(15, 21)) or "of 'b'" in str(found.top(14, 21))  # its own values, times 2
     assert slt.influence(None, texts, texts).beta == 6 / 15
     mixed = slt.influence(None, texts, texts.by_example())
     sums = np.where(valid, values, 0).sum(-1).reshape(120, 6)
@@ -241,6 +242,20 @@ def test_refusals(wide, wrong_types):
     other = dataclasses.replace(wide, gap=wide.gap + 1)
     refuses(ValueError, lambda: slt.influence(None, wide, other), "one run")
     refuses(ValueError, lambda: slt.influence(None, wide, wide).embedding(201), "200", "201")
+    found = slt.influence(None, wide, wide)
+    refuses(TypeError, lambda: found.embedding(1.5), "dims", "1.5")
+    refuses(IndexError, lambda: found.top(60), "from 0 to 59", "60")
+    refuses(TypeError, lambda: found.top([1, 2]), "one number from 0 to 59", "[1, 2]")
+    refuses(TypeError, lambda: found.row(1.5), "one number", "1.5")
+    refuses(IndexError, lambda: found.block("a", 0), "units must be numbers", "'a'")
+    refuses(ValueError, lambda: found.top(0, -1), "k must be a whole number >= 1", "-1")
+    refuses(TypeError, lambda: slt.influence(None, None, wide), "of must be the name", "None")
+    refuses(TypeError, lambda: slt.influence(3, "a", wide), "result", "int")
+    pair = observed(np.stack([wide.values] * 2, -1), np.zeros((60, 2)), 60, 6.0)
+    own = dataclasses.replace(pair, level="custom")
+    refuses(ValueError, lambda: slt.influence(None, own, own), "one number for each example")
+    refuses(ValueError, lambda: own.by_example(), "(2,)", "no meaning")
+    assert "60 examples x 2 at" in repr(own)
     broken = dataclasses.replace(wide, values=np.where(np.arange(60) == 7, np.nan, wide.values))
     refuses(ValueError, lambda: slt.influence(None, broken, wide), "example 7")
 
