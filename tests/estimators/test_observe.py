@@ -257,7 +257,7 @@ def test_rounds_of_a_run_keep_what_their_draws_are(monkeypatch):
 @pytest.mark.quick
 def test_an_observable_that_cannot_be_evaluated_is_named():
     """Kills: an error about loss_fn, with the shapes of a batch that is not the run's."""
-    refuses(TypeError, lambda: estimate({"held": DATA[:20, :2]}), "observe['held']", "(20, 2)")
+    refuses(TypeError, lambda: estimate({"held": DATA[:20, :2]}), "observe['held']", ", 2) of float32")
     wrong = {"probe": PROBE, "own": slt.Observable(PROBE, fn=lambda params, x: x @ params["v"])}
     with pytest.raises(KeyError) as error:
         estimate(wrong)
