@@ -40,6 +40,7 @@ def cells(tmp_path_factory):
     (spec / "kernel.json").write_text(json.dumps({**kernel, "display_name": "here"}))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JUPYTER_PATH", str(home))
+        patch.setenv("JAX_ENABLE_COMPILATION_CACHE", "false")  # shared with tests that may be writing an entry
         root = str(Path(__file__).parents[1])
         patch.setenv("PYTHONPATH", os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]))
         NotebookClient(notebook, timeout=300, kernel_name="here", resources={"metadata": {"path": str(home)}}).execute()
