@@ -9,11 +9,10 @@ import numpy as np
 from jaxtyping import Float, Float64, Int
 
 from slt_jax.diagnostics.estimate import Estimate
-from slt_jax.results.observed import Observed
+from slt_jax.results.observed import FEWEST_DRAWS, Observed
 
 LARGE = 0.4  # variance of a loss above which the Bayes numbers are in doubt: Vehtari, Gelman, Gabry, arXiv:1507.04544
 NAMES = ("gibbs", "variance", "summed", "bayes", "large")
-FEWEST_DRAWS = 4  # below which a spread over draws says nothing about its own error
 _CHUNK = 1 << 22  # numbers of one array that are worked on at once
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from slt_jax.results.devinterp import read_losses, write_losses
 
 BLOCKS = 8  # of each chain's draws, from which errors are estimated
+FEWEST_DRAWS = 4  # below which a spread over draws says nothing about its own error
 _PIECE = 1 << 24  # numbers that are read at once
 
 

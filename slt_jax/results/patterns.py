@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from slt_jax._checks import shown
-from slt_jax.results.susceptibility_columns import FEWEST_DRAWS, mean_error
+from slt_jax.results.observed import FEWEST_DRAWS
+from slt_jax.results.susceptibility_columns import mean_error
 
 
 class Response(NamedTuple):

@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from slt_jax.results.observed import Observed
+from slt_jax.results.observed import FEWEST_DRAWS, Observed
 
 TWO_CHAIN, ONE_CHAIN = "two-chain", "one-chain"
-FEWEST_DRAWS = 4  # below which a spread over draws says nothing about its own error
 _PIECE = 1 << 18  # values of the probe at once, for each block
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import slt_jax as slt
+from slt_jax.results import patterns
 from slt_jax.results.susceptibilities_data import dataset_of
 from slt_jax.results.susceptibility_columns import column_of
 from tests.results.susceptible import BETA, GROUPS, PARTS, Linear, N, observed, result_of
@@ -111,6 +112,25 @@ def test_what_a_pattern_reaches_is_told_with_its_error(estimator, draws):
     assert abs(np.mean(scores, 0)[0]) < 0.5  # of 24 runs: 0.2 is one standard error
     assert np.mean(np.square(scores)) < 1.7
     assert np.mean(np.square(plain)) > 1.3 * np.mean(np.square(scores))  # else there is nothing to tell
+
+
+@pytest.mark.quick
+def test_a_block_that_is_left_out_has_no_part_in_the_draws_of_all_weights():
+    """The response moves by phi times what their mean moves. Kills: the mean over all of them; another sign."""
+    found = result_of(np.random.default_rng(3), "two-chain")
+    chosen = {"a": np.arange(20), "b": np.arange(20, N)}
+    whole, data = found._by_block(chosen), found.dataset
+    rest, here = patterns._without(whole, 5)
+    others, means = (
+        np.arange(32) != 5,
+        np.stack([data["full_blocks"].values[:, rows].mean(1) for rows in chosen.values()]),
+    )
+    for c, phi in enumerate(data["phi"].values):
+        moved = phi * (means[:, others].mean(1) - means.mean(1))
+        np.testing.assert_allclose(
+            patterns.matrix_of(rest)[0][:, c], whole.parts[c, others].mean(0) + moved, 1e-4, 1e-7
+        )
+        np.testing.assert_allclose(here[c], whole.parts[c, 5] + phi * (means[:, 5] - means.mean(1)), 1e-4, 1e-7)
 
 
 @pytest.mark.quick
